@@ -1,0 +1,1 @@
+"""Stage 3: measure a policy on LIBERO, and compare runs."""

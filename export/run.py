@@ -1,0 +1,219 @@
+"""An export from request to manifest: builds what is not fresh, keeps what is."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shutil
+import tempfile
+import time
+import typing
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rsd_trt import host
+from rsd_trt.bundle import Bundle
+from rsd_trt.config import COMPONENTS, Component, Precision
+from rsd_trt.errors import UserError
+from rsd_trt.export.to_engine import EngineOptions, Progress, build_engine, check_options, layer_report
+from rsd_trt.export.to_onnx import OPSET, export_onnx
+from rsd_trt.flavour import Flavour
+from rsd_trt.manifest import (
+    Artefact,
+    Batch,
+    EngineBuild,
+    File,
+    Kind,
+    Manifest,
+    folder_of,
+    freshness,
+    locked,
+    read_manifest,
+    write_manifest,
+)
+from rsd_trt.models.signature import Signature
+
+BATCHES: tuple[Batch, ...] = typing.get_args(Batch)
+BUILDING = ".building."  # prefix of the folder of an artefact under way
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to build. Without a `flavour` ONNX only."""
+
+    engines: Path
+    components: tuple[Component, ...] = COMPONENTS
+    precision: Precision = "fp32"
+    flavour: Flavour | None = None
+    options: EngineOptions = field(default_factory=EngineOptions)
+    force: bool = False
+    report: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One artefact after an export: kept as it was, or built and why."""
+
+    artefact: Artefact
+    built: bool
+    reason: str
+
+
+def export_bundle(
+    bundle: Bundle, request: ExportRequest, on_outcome: Callable[[Outcome], None], on_progress: Progress
+) -> list[Outcome]:
+    """Builds every artefact of the request that is not fresh. Each is in place, and in the manifest, when it is
+    reported; an interruption loses only the one under way, and old files go when new ones have replaced them.
+
+    Raises:
+        UserError: something that cannot be built here, or a folder that cannot be written.
+    """
+    gpu = host.gpu()
+    if request.flavour is not None:
+        check_options(request.flavour, request.options, gpu)
+        if request.report:
+            request.flavour.check_runs_on(gpu)
+    folder = folder_of(bundle, request.engines)
+    outcomes = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            work = Exporter(bundle, folder, request, gpu, on_progress)
+            for component in request.components:
+                for batch in BATCHES:
+                    for outcome in work.component(component, batch):
+                        outcomes.append(outcome)
+                        on_outcome(outcome)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+    return outcomes
+
+
+class Exporter:
+    """The state of one export under its lock."""
+
+    def __init__(
+        self, bundle: Bundle, folder: Path, request: ExportRequest, gpu: host.Gpu | None, on_progress: Progress
+    ) -> None:
+        self.bundle, self.folder, self.request, self.gpu = bundle, folder, request, gpu
+        self.on_progress = on_progress
+        self.manifest = self._manifest()
+        self.timing_cache = folder / "timing.cache"
+
+    def component(self, component: Component, batch: Batch) -> Iterator[Outcome]:
+        """The ONNX graph of a component and, if asked for, its engine."""
+        module = self.bundle.component(component, precision=self.request.precision)
+        graph = self._ensure(component, module.signature, batch, None, lambda path: export_onnx(module, batch, path))
+        yield graph
+        if self.request.flavour is not None:
+            file = graph.artefact.files[0]
+            bound = self._engine_build(self.request.flavour, file.sha256)
+            build = partial(self._engine, self.folder / file.name, module.signature, self.request.flavour)
+            yield self._ensure(component, module.signature, batch, bound, build)
+
+    def _ensure(
+        self,
+        component: Component,
+        signature: Signature,
+        batch: Batch,
+        engine: EngineBuild | None,
+        build: Callable[[Path], list[Path]],
+    ) -> Outcome:
+        """The artefact as it is if it is fresh, else built and in the manifest."""
+        kind: Kind = "onnx" if engine is None else self.request.flavour.target  # type: ignore[union-attr]
+        current = self.manifest.find(component, self.request.precision, batch, kind)
+        reason = self._stale(current, engine)
+        if current is not None and reason is None:
+            return Outcome(current, built=False, reason="fresh")
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix=BUILDING, dir=self.folder) as temporary:
+            suffix = "onnx" if engine is None else f"{kind}.engine"
+            name = f"{component}.{self.request.precision}.{batch}.{uuid.uuid4().hex[:8]}.{suffix}"
+            files = build(Path(temporary) / name)
+            artefact = Artefact(
+                component=component,
+                precision=self.request.precision,
+                batch=batch,
+                kind=kind,
+                files=tuple(File.of(path) for path in files),
+                weights_sha256=self.bundle.component_fingerprint(component),
+                inputs=tuple(signature.describe(port) for port in signature.inputs),
+                outputs=tuple(signature.describe(port) for port in signature.outputs),
+                opset=OPSET,
+                torch=torch.__version__,
+                build_seconds=round(time.perf_counter() - started, 3),
+                date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                engine=engine,
+            )
+            for path in files:
+                path.rename(self.folder / path.name)
+        self.manifest = self.manifest.replacing(artefact)
+        write_manifest(self.folder, self.manifest)
+        self._sweep()
+        return Outcome(artefact, built=True, reason=reason or "")
+
+    def _stale(self, artefact: Artefact | None, wanted: EngineBuild | None) -> str | None:
+        """Why an artefact has to be built; None when it need not."""
+        if artefact is None:
+            return "not built yet"
+        if self.request.force:
+            return "--force"
+        ok, reason = freshness(artefact, self.folder, self.bundle)
+        if not ok:
+            return reason
+        if artefact.opset != OPSET:
+            return f"{artefact.name} has opset {artefact.opset}, wanted is {OPSET}"
+        built = artefact.engine
+        if built is None or wanted is None:
+            return None
+        differences = [
+            f"{key} was {getattr(built, key)!r} and is {value!r}"
+            for key, value in dataclasses.asdict(wanted).items()
+            if getattr(built, key) != value and key != "driver"
+        ]
+        return "; ".join(differences) or None
+
+    def _engine_build(self, flavour: Flavour, onnx_sha256: str) -> EngineBuild:
+        """What an engine of this request is bound to."""
+        options, gpu = self.request.options, self.gpu
+        at_hand = gpu if flavour.target == "tensorrt" else None
+        capabilities = (at_hand.compute_capability,) if at_hand else options.compute_capabilities
+        return EngineBuild(
+            version=flavour.version,
+            onnx_sha256=onnx_sha256,
+            flags=options.flags,
+            compute_capabilities=() if options.hardware_compatible else capabilities,
+            gpu=at_hand.name if at_hand and not options.hardware_compatible else None,
+            driver=at_hand.driver if at_hand else None,
+        )
+
+    def _engine(self, source: Path, signature: Signature, flavour: Flavour, path: Path) -> list[Path]:
+        options, report = self.request.options, path.with_name(path.name + ".layers.json")
+        engine = build_engine(source, signature, flavour, options, self.timing_cache, self.on_progress)
+        path.write_bytes(engine)
+        if not self.request.report:
+            return [path]
+        report.write_text(layer_report(engine, flavour), "utf-8")
+        return [path, report]
+
+    def _manifest(self) -> Manifest:
+        try:
+            return read_manifest(self.folder, self.bundle)
+        except UserError:
+            if not self.request.force:
+                raise
+            return Manifest(self.bundle.config.name)
+
+    def _sweep(self) -> None:
+        """Removes artefacts that the manifest no longer names, and what an interrupted export left."""
+        named = {file.name for artefact in self.manifest.artefacts for file in artefact.files}
+        for path in self.folder.iterdir():
+            if path.name.startswith(BUILDING):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name.split(".")[0] in COMPONENTS and path.name not in named:
+                path.unlink(missing_ok=True)

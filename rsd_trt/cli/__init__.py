@@ -1,0 +1,47 @@
+"""The command line. Commands parse, call once and print: the result to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+from rsd_trt import __version__
+from rsd_trt.cli import bundles, deploy, evaluate
+from rsd_trt.errors import UserError, did_you_mean
+
+
+class Cli(click.Group):
+    """Prints user errors as one line with exit code 1; offers the nearest command for a wrong name."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+            ctx.exit(1)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="rsd-trt")
+@click.option("-v", "--verbose", is_flag=True, help="Show what the library logs, down to details.")
+def main(verbose: bool) -> None:
+    """Deploy Residual Speculative Decoding robot policies, and prove that the deployment is right.
+
+    A policy is a bundle: one folder with its configuration, weights and tokenizer. BUNDLE is
+    bundles/untrained where a command is not given one.
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+for command in (*bundles.COMMANDS, *deploy.COMMANDS, *evaluate.COMMANDS):
+    main.add_command(command)

@@ -1,0 +1,105 @@
+"""What the commands share: options, progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rsd_trt.config import DEFAULT_BUNDLE, DEFAULT_ENGINES, PRECISIONS
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from rsd_trt.eval.results import Episode
+    from rsd_trt.export.run import Outcome
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout instead.")
+device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
+precision_option = click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of draft and head."
+)
+engines_option = click.option(
+    "--engines", type=click.Path(path_type=Path), default=DEFAULT_ENGINES, show_default=True, help="Folder of exports."
+)
+
+
+class EpisodeProgress:
+    """A progress bar on stderr: episodes, success so far, policy time per action."""
+
+    def __enter__(self) -> EpisodeProgress:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.episodes: list[Episode] = []
+        self.progress = Progress(
+            TextColumn("episodes"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=Console(stderr=True),
+        )
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def start(self, total: int, done: list[Episode]) -> None:
+        self.episodes = done
+        self.bar = self.progress.add_task("", total=total, completed=len(done), figures="")
+
+    def add(self, episode: Episode) -> None:
+        self.episodes.append(episode)
+        done = [e for e in self.episodes if e.error is None]
+        steps = sum(e.steps for e in done)
+        ms = sum(query.ms for e in done for query in e.queries) / steps if steps else float("nan")
+        errors = len(self.episodes) - len(done)
+        figures = f"success {sum(e.success for e in done)}/{len(done)}, {ms:.2f} ms/action"
+        figures += f", {errors} errors" if errors else ""
+        self.progress.update(self.bar, advance=1, figures=figures)
+
+
+def show(*tables: RenderableType) -> None:
+    """Prints to stdout; wide where the output is not a terminal, so that nothing is cut."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in tables:
+        console.print(table)
+
+
+def note_untrained(trained: bool) -> None:
+    if not trained:
+        click.echo("note: the bundle is UNTRAINED (random weights): a success rate of 0 is what it must give")
+
+
+class BuildProgress:
+    """A progress bar on stderr: artefacts, and how far the one under way is."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def __enter__(self) -> BuildProgress:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("exports"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[now]}"), console=Console(stderr=True))
+        self.bar = self.progress.add_task("", total=self.total, now="")
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def step(self, phase: str, done: int, total: int) -> None:
+        self.progress.update(self.bar, now=f"{phase} {done}/{total}")
+
+    def add(self, outcome: Outcome) -> None:
+        now = f"{outcome.artefact.name}: {'built' if outcome.built else 'fresh'}"
+        self.progress.update(self.bar, advance=1, now=now)

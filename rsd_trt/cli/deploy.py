@@ -1,0 +1,252 @@
+"""Commands that export a bundle, prove the export equal, and time it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from rsd_trt.cli.console import (
+    BuildProgress,
+    bundle_argument,
+    device_option,
+    engines_option,
+    json_option,
+    precision_option,
+    show,
+)
+from rsd_trt.config import COMPONENTS, DEFAULT_ENGINES, Component, Precision
+from rsd_trt.errors import UserError
+
+if TYPE_CHECKING:
+    from rsd_trt.flavour import Flavour
+
+ExportTarget = Literal["auto", "tensorrt", "rtx", "onnx"]
+
+
+def split_list(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """`a,b` -> (a, b); nothing -> ()."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if value else ()
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default=DEFAULT_ENGINES, show_default=True, help="Folder."
+)
+@click.option("--component", type=click.Choice(COMPONENTS), multiple=True, help="Only this one; may be repeated.")
+@precision_option
+@click.option(
+    "--target",
+    type=click.Choice(["auto", "tensorrt", "rtx", "onnx"]),
+    default="auto",
+    show_default=True,
+    help="Engines to build beside ONNX. auto: what is installed and can build here, else none; onnx: none.",
+)
+@click.option("--compute-capability", callback=split_list, help="rtx: GPUs to build for, as in 8.9,12.0. [all]")
+@click.option("--version-compatible", is_flag=True, help="tensorrt: engines that later versions can load.")
+@click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines that run on Ampere GPUs and later.")
+@click.option("--report", is_flag=True, help="Write the engine inspector's layers beside each engine (needs the GPU).")
+@click.option("--force", is_flag=True, help="Build everything again, fresh or not.")
+@json_option
+def export(
+    bundle: Path,
+    out: Path,
+    component: tuple[Component, ...],
+    precision: Precision,
+    target: ExportTarget,
+    compute_capability: tuple[str, ...],
+    version_compatible: bool,
+    hardware_compatible: bool,
+    report: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export draft, head, decoder and the fused accept and chain to ONNX and TensorRT engines.
+
+    Writes OUT/<bundle>/ with a manifest. What is fresh is kept.
+
+    \b
+    Example: rsd-trt export --target rtx --compute-capability 8.9,12.0
+    """
+    from rsd_trt.bundle import Bundle
+    from rsd_trt.export.run import ExportRequest, export_bundle
+    from rsd_trt.export.to_engine import EngineOptions
+
+    options = EngineOptions(compute_capability, version_compatible, hardware_compatible)
+    request = ExportRequest(
+        engines=out,
+        components=component or COMPONENTS,
+        precision=precision,
+        flavour=choose_flavour(target),
+        options=options,
+        force=force,
+        report=report,
+    )
+    opened = Bundle.open(bundle)
+    with BuildProgress(2 * len(request.components) * (2 if request.flavour else 1)) as progress:
+        outcomes = export_bundle(opened, request, progress.add, progress.step)
+    rows = [
+        {
+            "artefact": outcome.artefact.name,
+            "built": outcome.built,
+            "reason": outcome.reason,
+            "seconds": outcome.artefact.build_seconds,
+            "files": [str(out / opened.config.name / file.name) for file in outcome.artefact.files],
+        }
+        for outcome in outcomes
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from rsd_trt.tables import outcomes_table
+
+    show(outcomes_table(rows))
+    click.echo(f"manifest: {out / opened.config.name / 'manifest.json'}")
+
+
+def choose_flavour(target: ExportTarget) -> Flavour | None:
+    """The TensorRT to build with; `auto` takes none, and says so, where none can build."""
+    from rsd_trt import host
+    from rsd_trt.flavour import find_flavour
+
+    if target == "onnx":
+        return None
+    if target != "auto":
+        return find_flavour(target)
+    candidates: tuple[Literal["tensorrt", "rtx"], ...] = ("tensorrt", "rtx") if host.gpu() else ("rtx",)
+    problems = []
+    for candidate in candidates:
+        try:
+            return find_flavour(candidate)
+        except UserError as error:
+            problems.append(str(error))
+    click.echo(f"ONNX only: {' '.join(problems)}", err=True)
+    return None
+
+
+@click.command()
+@bundle_argument
+@click.option("--backend", callback=split_list, default="graph,ort,trt", show_default=True, help="Backends to check.")
+@click.option("-n", "--rows", type=click.IntRange(1), default=64, show_default=True, help="Inputs.")
+@click.option(
+    "--hidden",
+    type=click.Path(path_type=Path),
+    help="safetensors with recorded hidden states. [default: the bundle's, else seeded ones]",
+)
+@precision_option
+@device_option
+@engines_option
+@json_option
+def verify(
+    bundle: Path,
+    backend: tuple[str, ...],
+    rows: int,
+    hidden: Path | None,
+    precision: Precision,
+    device: str,
+    engines: Path,
+    as_json: bool,
+) -> None:
+    """Compare every component on every backend with PyTorch: errors, token flips, decisions, actions.
+
+    Exit code 1 if a tolerance is exceeded, or nothing could be measured.
+
+    \b
+    Example: rsd-trt verify --backend ort --json
+    """
+    from rsd_trt.bundle import Bundle
+    from rsd_trt.eval import parity
+    from rsd_trt.runtime.backends import check_backend
+    from rsd_trt.runtime.policy import check_device
+
+    backends = [check_backend(name) for name in backend]
+    opened = Bundle.open(bundle)
+    found = parity.verify(opened, backends, check_device(device), precision, engines, rows, hidden)
+    results = [parity.to_json(result) for result in found]
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        from rsd_trt.tables import parity_table
+
+        show(parity_table([r for r in results if r["status"] != "not measured"]))
+        list_not_measured([r for r in results if r["status"] == "not measured"])
+    failed = [r for r in results if r["status"] == "failed"]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(results)} comparisons exceed their tolerance")
+    if all(r["status"] == "not measured" for r in results):
+        raise UserError("nothing could be measured")
+
+
+@click.command()
+@bundle_argument
+@click.option("--backend", callback=split_list, default="torch,graph,ort,trt", show_default=True, help="To time.")
+@click.option("--batch", callback=split_list, default="1", show_default=True, help="Batch sizes, as in 1,8.")
+@click.option("-n", "--samples", type=click.IntRange(2), default=300, show_default=True, help="Launches of each row.")
+@click.option("--warm-up", type=click.IntRange(1), default=50, show_default=True, help="Launches before them.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder.")
+@precision_option
+@device_option
+@engines_option
+@json_option
+def profile(
+    bundle: Path,
+    backend: tuple[str, ...],
+    batch: tuple[str, ...],
+    samples: int,
+    warm_up: int,
+    out: Path,
+    precision: Precision,
+    device: str,
+    engines: Path,
+    as_json: bool,
+) -> None:
+    """Time the components on every backend, in one run on the same inputs.
+
+    Writes OUT/profile.json with every raw sample and OUT/profile.png. On CUDA, ort is timed with and without its
+    CUDA graph.
+
+    \b
+    Example: rsd-trt profile --backend torch,ort --batch 1,8
+    """
+    from rsd_trt.bundle import Bundle
+    from rsd_trt.eval.latency import ProfileRequest, write_profile
+    from rsd_trt.runtime.backends import check_backend
+    from rsd_trt.runtime.policy import check_device
+
+    target = check_device(device)
+    variants = [(check_backend(name), True) for name in backend]
+    if target.type == "cuda" and "ort" in backend:
+        variants.insert([name for name, _ in variants].index("ort"), ("ort", False))
+    if not all(size.isdigit() and int(size) > 0 for size in batch):
+        raise click.UsageError(f"--batch {','.join(batch)} is not a list of sizes such as 1,8")
+    sizes = tuple(int(size) for size in batch)
+    request = ProfileRequest(tuple(variants), sizes, target, precision, engines, samples, warm_up)
+    report = write_profile(Bundle.open(bundle), request, out, shlex.join(["rsd-trt", *sys.argv[1:]]))
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    from rsd_trt.tables import latency_table
+
+    show(latency_table([r for r in report["rows"] if r["ms"]], f"ms, {report['boundary']}, n = {samples}"))
+    list_not_measured([r for r in report["rows"] if not r["ms"]])
+    click.echo(f"raw samples: {out / 'profile.json'}\nchart: {out / 'profile.png'}")
+
+
+def list_not_measured(rows: Sequence[Mapping[str, object]]) -> None:
+    """A line for each reason, with the rows that it left without figures."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        name = f"{row['backend']} {row.get('component') or row.get('what')}"
+        names = reasons.setdefault(str(row["reason"]), [])
+        names += [] if name in names else [name]
+    for reason, names in reasons.items():
+        click.echo(f"not measured: {', '.join(names)}: {reason}")
+
+
+COMMANDS = (export, verify, profile)

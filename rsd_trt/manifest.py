@@ -1,0 +1,208 @@
+"""What lies in an engine folder, what it was made from, and whether it may still be used.
+
+`engines/<bundle>/manifest.json` is the only thing that export and runtime share. Artefacts have names that are
+never used twice, so that a new manifest, renamed into place, switches from the old files to the new ones at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rsd_trt.bundle import Bundle, sha256
+from rsd_trt.config import Component, Precision, from_json
+from rsd_trt.errors import UserError
+from rsd_trt.host import Gpu
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+Batch = Literal["1", "dynamic"]
+Kind = Literal["onnx", "tensorrt", "rtx"]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of an artefact, beside the manifest."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        return cls(path.name, path.stat().st_size, sha256(path))
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """What an engine is bound to. Without `compute_capabilities` it is portable among those that RTX supports."""
+
+    version: str  # of TensorRT or TensorRT-RTX
+    onnx_sha256: str
+    flags: tuple[str, ...]
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None  # None: built ahead of time
+    driver: str | None
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """An ONNX graph or an engine of one component."""
+
+    component: Component
+    precision: Precision
+    batch: Batch
+    kind: Kind
+    files: tuple[File, ...]  # the graph or engine first, then external weights
+    weights_sha256: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    opset: int
+    torch: str
+    build_seconds: float
+    date: str  # UTC, ISO 8601
+    engine: EngineBuild | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: `accept fp32 batch 1 (onnx)`."""
+        return f"{self.component} {self.precision} batch {self.batch} ({self.kind})"
+
+    @property
+    def key(self) -> tuple[Component, Precision, Batch, Kind]:
+        return self.component, self.precision, self.batch, self.kind
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All artefacts of a bundle, by key."""
+
+    bundle: str
+    artefacts: tuple[Artefact, ...] = ()
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise UserError(
+                f"the engine manifest has schema {self.schema_version}, this version reads {SCHEMA_VERSION}. "
+                "Rebuild: rsd-trt export --force"
+            )
+        for artefact in self.artefacts:
+            for file in artefact.files:
+                if Path(file.name).name != file.name or file.name in ("", ".", ".."):
+                    raise UserError(f"the engine manifest names a file outside its folder: {file.name!r}")
+
+    def find(self, component: Component, precision: Precision, batch: Batch, kind: Kind) -> Artefact | None:
+        key = (component, precision, batch, kind)
+        return next((artefact for artefact in self.artefacts if artefact.key == key), None)
+
+    def replacing(self, artefact: Artefact) -> Manifest:
+        """With `artefact` in place of the one that has its key."""
+        others = tuple(a for a in self.artefacts if a.key != artefact.key)
+        return dataclasses.replace(self, artefacts=tuple(sorted((*others, artefact), key=lambda a: a.key)))
+
+
+def folder_of(bundle: Bundle, engines: Path) -> Path:
+    """`engines/<bundle>/`."""
+    return engines / bundle.config.name
+
+
+def read_manifest(folder: Path, bundle: Bundle) -> Manifest:
+    """The folder's manifest; an empty one when there is none.
+
+    Raises:
+        UserError: it cannot be read, or is of another schema.
+    """
+    file = folder / MANIFEST
+    try:
+        return from_json(Manifest, json.loads(file.read_text("utf-8")), str(file))
+    except FileNotFoundError:
+        return Manifest(bundle.config.name)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Rebuild: rsd-trt export --force") from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replaces the folder's manifest in one step."""
+    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", "utf-8")
+        temporary.replace(folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def freshness(
+    artefact: Artefact, folder: Path, bundle: Bundle, version: str | None = None, gpu: Gpu | None = None
+) -> tuple[bool, str]:
+    """Whether an artefact is what the bundle needs, and the reason in one line.
+
+    `version` is that of the TensorRT that would load it, `gpu` the one that would run it; None: not checked.
+    Every byte is hashed: an engine is code, and is deserialised only if this says yes.
+    """
+    for file in artefact.files:
+        path = folder / file.name
+        if path.is_symlink() or not path.is_file():
+            return False, f"{path} is missing"
+        if (size := path.stat().st_size) != file.bytes:
+            return False, f"{path} has {size} bytes, the manifest says {file.bytes}"
+        if (digest := sha256(path)) != file.sha256:
+            return False, f"{path} has sha256 {digest[:8]}, the manifest says {file.sha256[:8]}"
+    weights = bundle.component_fingerprint(artefact.component)
+    if weights != artefact.weights_sha256:
+        return (
+            False,
+            f"{artefact.name} was built from weights {artefact.weights_sha256[:8]}, the bundle has {weights[:8]}",
+        )
+    engine = artefact.engine
+    if engine is not None and version is not None and version != engine.version:
+        return False, f"{artefact.name} was built by TensorRT {engine.version}, installed is {version}"
+    if engine is not None and gpu is not None:
+        if engine.gpu is not None and engine.gpu != gpu.name:
+            return False, f"{artefact.name} was built for {engine.gpu}, this is {gpu.name}"
+        if engine.compute_capabilities and gpu.compute_capability not in engine.compute_capabilities:
+            built = ", ".join(engine.compute_capabilities)
+            return False, f"{artefact.name} was built for compute capability {built}, this is {gpu.compute_capability}"
+    return True, "fresh"
+
+
+def usable(
+    bundle: Bundle,
+    engines: Path,
+    key: tuple[Component, Precision, Batch, Kind],
+    version: str | None = None,
+    gpu: Gpu | None = None,
+) -> tuple[Artefact, Path]:
+    """A fresh artefact and its first file.
+
+    Raises:
+        UserError: there is none, or it is not fresh; with the command that makes it.
+    """
+    folder = folder_of(bundle, engines)
+    component, precision, _, kind = key
+    target = "" if kind == "onnx" else f" --target {kind}"
+    remedy = f"rsd-trt export {bundle.path} --precision {precision}{target} -o {engines}"
+    artefact = read_manifest(folder, bundle).find(*key)
+    if artefact is None:
+        raise UserError(f"{folder} has no {component} {precision} batch {key[2]} ({kind}). Build it: {remedy}")
+    ok, reason = freshness(artefact, folder, bundle, version, gpu)
+    if not ok:
+        raise UserError(f"{reason}. Rebuild: {remedy}")
+    return artefact, folder / artefact.files[0].name
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One export at a time in a folder. A second one waits; the lock dies with its process."""
+    import fcntl
+
+    with (folder / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

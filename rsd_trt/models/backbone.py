@@ -1,0 +1,225 @@
+"""OpenVLA's architecture: two vision towers, a projector, Llama blocks. Run to any block, and resumed there.
+
+Parameter names follow OpenVLA's checkpoints, so that they load by key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsd_trt.config import PROPRIO_DIM, BackboneConfig, LanguageConfig
+from rsd_trt.models.vision import VisionTower
+
+
+@dataclass(frozen=True)
+class BackboneInputs:
+    """What the backbone reads.
+
+    pixels [B, images, towers, 3, S, S], normalised for each tower; tokens [B, P] int64, BOS first, padded on
+    the right; lengths [B] int64, real tokens of each row; proprio [B, 8], or None without a proprioception token.
+    """
+
+    pixels: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    proprio: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BackboneState:
+    """The residual stream after `block` blocks: all that is needed to go on. Owned by the caller."""
+
+    stream: Tensor  # [B, S, H]
+    last: Tensor  # [B] int64, the position of each row's last prompt token
+    block: int
+
+    def rows(self, index: Tensor) -> BackboneState:
+        """The state of some rows of the batch."""
+        return replace(self, stream=self.stream[index], last=self.last[index])
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the root mean square in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class CausalAttention(nn.Module):
+    """Causal multi-head self-attention with rotary position embeddings."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = nn.Linear(config.hidden, config.hidden, bias=False)
+        self.k_proj = nn.Linear(config.hidden, config.hidden, bias=False)
+        self.v_proj = nn.Linear(config.hidden, config.hidden, bias=False)
+        self.o_proj = nn.Linear(config.hidden, config.hidden, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        batch, length, hidden = x.shape
+        heads = (batch, length, self.heads, hidden // self.heads)
+        q, k, v = (p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True)
+        return self.o_proj(x.transpose(1, 2).reshape(batch, length, hidden))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden, config.intermediate, bias=False)
+        self.up_proj = nn.Linear(config.hidden, config.intermediate, bias=False)
+        self.down_proj = nn.Linear(config.intermediate, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    """A Llama block: attention and SwiGLU, each behind an RMSNorm."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden, config.rms_eps)
+        self.self_attn = CausalAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.rms_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Token embedding, blocks and final norm."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.blocks))
+        self.norm = RMSNorm(config.hidden, config.rms_eps)
+
+
+class Projector(nn.Module):
+    """Patch features -> embeddings, as OpenVLA's fused projector: three layers, the first four times as wide."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(features, 4 * features)
+        self.fc2 = nn.Linear(4 * features, hidden)
+        self.fc3 = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
+
+
+class ProprioProjector(nn.Module):
+    """The robot's own state -> one embedding, as OpenVLA-OFT's."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(PROPRIO_DIM, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Backbone(nn.Module):
+    """Images, prompt and proprioception -> the hidden state at the prompt's last position, after any block.
+
+    The sequence is: BOS, the patches of every image in a row, the proprioception token, the rest of the prompt.
+    Rows may have prompts of different lengths: they are padded on the right, and causal attention keeps the
+    padding out of every position that is read.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_backbone = nn.ModuleDict(
+            {
+                name: VisionTower(tower, config.image_size)
+                for name, tower in zip(("featurizer", "fused_featurizer"), config.towers, strict=True)
+            }
+        )
+        hidden = config.language.hidden
+        self.projector = Projector(sum(tower.width for tower in config.towers), hidden)
+        self.proprio_projector = ProprioProjector(hidden) if config.proprio else None
+        self.language_model = nn.ModuleDict({"model": Llama(config.language)})
+
+    @property
+    def llama(self) -> Llama:
+        model = self.language_model["model"]
+        assert isinstance(model, Llama)
+        return model
+
+    def embed(self, inputs: BackboneInputs) -> BackboneState:
+        """The embedded sequence: the state before block 1."""
+        images = inputs.pixels.shape[1]
+        features = torch.cat(
+            [
+                tower(inputs.pixels[:, :, i].flatten(0, 1))  # [B * images, P, width]
+                for i, tower in enumerate(self.vision_backbone.values())
+            ],
+            dim=-1,
+        )
+        patches = self.projector(features)  # [B * images, P, H]
+        patches = patches.view(len(inputs.tokens), images * patches.shape[1], -1)  # [B, images * P, H]
+        text = self.llama.embed_tokens(inputs.tokens)  # [B, P, H]
+        seen = [patches]
+        if self.proprio_projector is not None:
+            if inputs.proprio is None:
+                raise ValueError("this backbone has a proprioception token, and the inputs have no proprio")
+            seen.append(self.proprio_projector(inputs.proprio.to(patches.dtype))[:, None])
+        stream = torch.cat([text[:, :1], *seen, text[:, 1:]], dim=1)  # [B, S, H]
+        inserted = stream.shape[1] - text.shape[1]
+        return BackboneState(stream, inputs.lengths - 1 + inserted, block=0)
+
+    def run(self, inputs: BackboneInputs, until: int) -> BackboneState:
+        """The state after block `until` (1..N)."""
+        return self.resume(self.embed(inputs), until)
+
+    def resume(self, state: BackboneState, until: int) -> BackboneState:
+        """Goes on from `state` to block `until`; what is already computed is not computed again."""
+        blocks = self.config.language.blocks
+        if not state.block <= until <= blocks:
+            raise ValueError(f"cannot go from block {state.block} to block {until} of {blocks}")
+        stream = state.stream
+        rope = rope_tables(self.config.language, stream)
+        for layer in self.llama.layers[state.block : until]:
+            stream = layer(stream, rope)
+        return replace(state, stream=stream, block=until)
+
+    def hidden(self, state: BackboneState) -> Tensor:
+        """[B, H] at the last prompt position; the final norm is applied after block N only."""
+        last = state.stream[torch.arange(len(state.last), device=state.last.device), state.last]
+        return self.llama.norm(last) if state.block == self.config.language.blocks else last
+
+
+def rope_tables(config: LanguageConfig, stream: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, H / heads] of the rotary angles (Su et al. 2021), in the stream's dtype."""
+    width = config.hidden // config.heads
+    exponent = torch.arange(0, width, 2, device=stream.device, dtype=torch.float32) / width
+    positions = torch.arange(stream.shape[1], device=stream.device, dtype=torch.float32)
+    angles = torch.outer(positions, 1.0 / config.rope_theta**exponent).repeat(1, 2)
+    return angles.cos().to(stream.dtype), angles.sin().to(stream.dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the pairs (i, i + half) of x [B, heads, S, H / heads], as Llama's checkpoints expect."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

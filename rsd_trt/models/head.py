@@ -1,0 +1,115 @@
+"""The main head: a hidden state -> logits of all RFSQ layers L0..L{L-1}.
+
+Module names follow the three head classes of the original experiment, so that their checkpoints load.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rsd_trt.config import Dims, HeadConfig
+from rsd_trt.models.signature import Exportable, Port, Signature
+
+HIDDEN = Port("hidden", ("B", "H"))
+CONDITION = Port("condition", ("B", "T", "D", "C"), "int64")
+
+
+class Head(Exportable):
+    """What the three heads share: their dimensions and their signature.
+
+    They take and give float32, whatever the precision of their weights.
+    """
+
+    def __init__(self, dims: Dims, hidden: int, conditioned: bool = False) -> None:
+        super().__init__()
+        self.dims = dims
+        self.conditioned = conditioned
+        self.signature = Signature(
+            inputs=(HIDDEN, CONDITION) if conditioned else (HIDDEN,),
+            outputs=(Port("logits", ("B", "L", "T*D", "K")),),
+            sizes={
+                "H": hidden,
+                "T": dims.T,
+                "D": dims.D,
+                "C": dims.C,
+                "L": dims.L,
+                "T*D": dims.T * dims.D,
+                "K": dims.K,
+            },
+        )
+
+    def classify(self, x: Tensor, classifiers: nn.ModuleList) -> Tensor:
+        """x [B, width], one classifier a layer -> logits [B, L, T*D, K]."""
+        logits = torch.stack([classifier(x) for classifier in classifiers], dim=1).float()  # [B, L, T*D*K]
+        return logits.view(len(x), self.dims.L, self.dims.T * self.dims.D, self.dims.K)
+
+    def cast(self, hidden: Tensor) -> Tensor:
+        """The hidden state in the weights' precision."""
+        return hidden.to(next(self.parameters()).dtype)
+
+
+class RFSQHead(Head):
+    """hidden [B, H] -> logits [B, L, T*D, K], through one shared feature layer."""
+
+    def __init__(self, config: HeadConfig, dims: Dims, hidden: int, conditioned: bool = False) -> None:
+        super().__init__(dims, hidden, conditioned)
+        self.feature_proj = _project(hidden, config.feature)
+        self.layer_heads = nn.ModuleList(
+            nn.Sequential(*_project(config.feature, config.width), nn.Linear(config.width, dims.T * dims.D * dims.K))
+            for _ in range(dims.L)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.classify(self.feature_proj(self.cast(hidden)), self.layer_heads)
+
+
+class ConditionedRFSQHead(RFSQHead):
+    """hidden [B, H], condition [B, T, D, C] (the draft's tokens) -> logits [B, L, T*D, K].
+
+    Non-obvious: it predicts L0..L{C-1} mostly by copying its condition, so its agreement with the draft is no
+    evidence that the draft is right.
+    """
+
+    def __init__(self, config: HeadConfig, dims: Dims, hidden: int) -> None:
+        super().__init__(config, dims, hidden, conditioned=True)
+        self.token_embedding = nn.Embedding(dims.K, config.embedding)
+        self.token_proj = _project(dims.T * dims.D * dims.C * config.embedding, config.feature)
+        self.fusion = _project(2 * config.feature, config.feature)
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        tokens = self.token_proj(self.token_embedding(condition).flatten(1))  # [B, feature]
+        x = self.fusion(torch.cat([self.feature_proj(self.cast(hidden)), tokens], dim=-1))  # [B, feature]
+        return self.classify(x, self.layer_heads)
+
+
+class RFSQClassificationHead(Head):
+    """hidden [B, H] -> logits [B, L, T*D, K], with one deep classifier a layer and nothing shared."""
+
+    def __init__(self, config: HeadConfig, dims: Dims, hidden: int) -> None:
+        super().__init__(dims, hidden)
+        self.classification_heads = nn.ModuleList(
+            nn.Sequential(
+                *_project(hidden, config.width),
+                *_project(config.width, config.width // 2),
+                nn.Linear(config.width // 2, dims.T * dims.D * dims.K),
+            )
+            for _ in range(dims.L)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.classify(self.cast(hidden), self.classification_heads)
+
+
+def build_head(config: HeadConfig, dims: Dims, hidden: int) -> Head:
+    """The head of `config.kind`."""
+    classes: dict[str, type[Head]] = {
+        "rfsq": RFSQHead,
+        "conditioned": ConditionedRFSQHead,
+        "classification": RFSQClassificationHead,
+    }
+    return classes[config.kind](config, dims, hidden)  # type: ignore[arg-type]
+
+
+def _project(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.LayerNorm(outputs))

@@ -1,0 +1,166 @@
+"""Results as tables for a terminal. They are built here and printed by the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from rich.table import Table
+
+from rsd_trt.eval.compare import FIGURES
+
+Json = Mapping[str, object]
+
+
+def bundle_table(description: Json) -> Table:
+    """`rsd-trt info`."""
+    table = Table(title=f"{description['path']}  ({_trained(description['trained'])})", show_header=True)
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("MB", justify="right")
+    table.add_column("sha256")
+    table.add_column("inputs -> outputs")
+    parts = cast(Mapping[str, "Json | None"], description["parts"])
+    for name, part in parts.items():
+        if part is None:
+            table.add_row(name, "absent")
+            continue
+        inputs, outputs = cast(Sequence[str], part["inputs"]), cast(Sequence[str], part["outputs"])
+        ports = f"{', '.join(inputs)} -> {', '.join(outputs)}" if inputs else ""
+        size = f"{cast(int, part['bytes']) / 1e6:.1f}"
+        table.add_row(name, f"{part['parameters']:,}", size, str(part["sha256"])[:12], ports.replace("[", r"\["))
+    return table
+
+
+def conventions_table(description: Json) -> Table:
+    """Every convention of the bundle's `dims`, `rsd` and `control` sections, a line each."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    config = cast(Mapping[str, Json], description["config"])
+    table.add_row("protocol", str(description["protocol"]))
+    for section in ("dims", "rsd", "control"):
+        for key, value in config[section].items():
+            table.add_row(f"{section}.{key}", repr(value).replace("[", r"\["))
+    table.add_row("codec.scale", str(config["codec"]["scale"]))
+    table.add_row("codec round-trip MSE", f"{description['round_trip_mse']}")
+    return table
+
+
+def artefacts_table(description: Json) -> Table:
+    """`rsd-trt info`: what has been exported, and whether it may still be used."""
+    table = Table(title="exports" if description["exports"] else "nothing exported yet: rsd-trt export")
+    table.add_column("artefact")
+    table.add_column("MB", justify="right")
+    table.add_column("state")
+    for row in cast(Sequence[Json], description["exports"]):
+        table.add_row(str(row["artefact"]), f"{cast(int, row['bytes']) / 1e6:.1f}", str(row["reason"]))
+    return table
+
+
+def outcomes_table(rows: Sequence[Json]) -> Table:
+    """`rsd-trt export`: what was built, what was kept, and why."""
+    table = Table()
+    table.add_column("artefact")
+    table.add_column("state")
+    table.add_column("build s", justify="right")
+    for row in rows:
+        state = f"built: {row['reason']}" if row["built"] else "fresh"
+        table.add_row(str(row["artefact"]), state, f"{row['seconds']:.1f}")
+    return table
+
+
+def parity_table(results: Sequence[Json]) -> Table:
+    """`rsd-trt verify`: a row for each component, backend and variant."""
+    table = Table(title="against eager PyTorch in float32")
+    for name in ("component", "backend", "batch"):
+        table.add_column(name)
+    for name in ("max abs", "p99 abs", "cosine", "worst token flips", "decision flips", "action max abs"):
+        table.add_column(name, justify="right")
+    table.add_column("result")
+    for row in results:
+        start = [str(row["component"]), f"{row['backend']} {row['precision']}", str(row["batch"])]
+        flips = cast("Sequence[float] | None", row["flips"])
+        table.add_row(
+            *start,
+            f"{row['max_abs']:.2g}",
+            f"{row['p99_abs']:.2g}",
+            f"{row['cosine']:.6f}",
+            "-" if flips is None else f"{max(flips):.3%} (L{flips.index(max(flips))})",
+            "-" if row["decision_flips"] is None else f"{row['decision_flips']:.2%}",
+            "-" if row["action_max_abs"] is None else f"{row['action_max_abs']:.2g}",
+            "passed" if row["status"] == "passed" else f"FAILED: {'; '.join(cast(Sequence[str], row['exceeded']))}",
+        )
+    return table
+
+
+def latency_table(rows: Sequence[Json], title: str) -> Table:
+    """`rsd-trt profile`: milliseconds of one launch."""
+    table = Table(title=title)
+    for name in ("what", "backend", "batch"):
+        table.add_column(name)
+    for name in ("p50", "p90", "p95", "p99", "max", "vs eager", "GPU allocations"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        start = [str(row["what"]), str(row["variant"]), str(row["batch"])]
+        ms = cast("Mapping[str, float]", row["ms"])
+        speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+        figures = (f"{ms[key]:.3f}" for key in ("p50", "p90", "p95", "p99", "max"))
+        allocations = "-" if row["allocations"] is None else str(row["allocations"])
+        table.add_row(*start, *figures, speedup, allocations)
+    return table
+
+
+def summary_table(summary: Json) -> Table:
+    """`rsd-trt eval`: a row for each task, and the run's figures below."""
+    settings = cast(Json, summary["settings"])
+    table = Table(title=f"{settings['suite']}, {settings['mode']}, {settings['backend']} on {settings['device']}")
+    table.add_column("task")
+    table.add_column("success", justify="right")
+    table.add_column("95% interval", justify="right")
+    for task in cast(Sequence[Json], summary["task_results"]):
+        errors = f", {task['errors']} errors" if task["errors"] else ""
+        table.add_row(
+            f"{task['task_id']}  {task['task_description']}",
+            f"{task['successes']}/{task['episodes']}{errors}",
+            _interval(task["success_interval"]),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{summary['total_successes']}/{summary['total_episodes']}",
+        _interval(summary["final_success_interval"]),
+    )
+    return table
+
+
+def figures_table(summaries: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """The figures of one or more runs, a column each."""
+    table = Table()
+    table.add_column("")
+    for name in summaries:
+        table.add_column(name, justify="right")
+    for key, label, unit in FIGURES:
+        values = [figures.get(key) for figures in summaries.values()]
+        table.add_row(label, *(_number(value, unit) for value in values))
+    return table
+
+
+def _trained(trained: object) -> str:
+    return "trained" if trained else "UNTRAINED: its actions mean nothing"
+
+
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    if unit == "%":
+        return f"{value:.1%}"
+    if not unit and value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.{2 if value < 100 else 1}f} {unit}".strip()
+
+
+def _interval(interval: object) -> str:
+    if not isinstance(interval, Sequence):
+        return "-"
+    return f"{interval[0]:.0%} .. {interval[1]:.0%}"

@@ -1,0 +1,1 @@
+"""Stage 2: run a policy. Sessions launch the parts; `speculate` decides; `policy` joins them."""

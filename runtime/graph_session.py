@@ -1,0 +1,26 @@
+"""A component as one CUDA graph of its PyTorch module."""
+
+from __future__ import annotations
+
+import torch
+
+from rsd_trt.models.signature import Exportable
+from rsd_trt.runtime.session import BufferedSession, Buffers, Launch, capture
+
+
+class GraphSession(BufferedSession):
+    """Replays the module's kernels from a CUDA graph, one graph for each batch size."""
+
+    def __init__(self, module: Exportable, device: torch.device) -> None:
+        super().__init__(module.signature, device)
+        self.module = module
+
+    def prepare(self, buffers: Buffers, batch: int) -> Launch:
+        def launch() -> None:
+            outputs = self.module(*buffers.inputs.values())
+            values = outputs if isinstance(outputs, tuple) else (outputs,)
+            for buffer, value in zip(buffers.outputs.values(), values, strict=True):
+                buffer.copy_(value)
+
+        with torch.inference_mode():
+            return capture(launch, self.device).replay

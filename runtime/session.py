@@ -1,0 +1,131 @@
+"""One protocol for every way of running a part, its reference implementation, and what the fast ones share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rsd_trt.models.signature import BATCH, Exportable, Signature
+
+Tensors = Mapping[str, Tensor]
+
+
+class Session(Protocol):
+    """Runs one component."""
+
+    signature: Signature
+
+    def run(self, inputs: Tensors) -> dict[str, Tensor]:
+        """Inputs and outputs by port name, on the session's device.
+
+        The returned tensors belong to the session: the next `run` may overwrite them.
+        """
+        ...
+
+
+class TorchSession:
+    """Eager PyTorch: the slow twin that every other backend is checked against."""
+
+    def __init__(self, module: Exportable) -> None:
+        self.module = module
+        self.signature = module.signature
+
+    def run(self, inputs: Tensors) -> dict[str, Tensor]:
+        check_inputs(self.signature, inputs)
+        with torch.inference_mode():
+            outputs = self.module(*(inputs[port.name] for port in self.signature.inputs))
+        values = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {port.name: value for port, value in zip(self.signature.outputs, values, strict=True)}
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Tensors at fixed addresses for one batch size."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+    @classmethod
+    def allocate(cls, signature: Signature, batch: int, device: torch.device) -> Buffers:
+        inputs, outputs = (
+            {
+                port.name: torch.zeros(signature.shape(port, batch), dtype=getattr(torch, port.dtype), device=device)
+                for port in ports
+            }
+            for ports in (signature.inputs, signature.outputs)
+        )
+        return cls(inputs, outputs)
+
+
+class BufferedSession:
+    """A session that launches on fixed buffers: allocated and prepared at a batch size's first run, reused after.
+
+    Subclasses implement `prepare`, which returns what launches one batch size.
+    """
+
+    def __init__(self, signature: Signature, device: torch.device) -> None:
+        self.signature = signature
+        self.device = device
+        self._prepared: dict[int, tuple[Buffers, Launch]] = {}
+
+    def run(self, inputs: Tensors) -> dict[str, Tensor]:
+        check_inputs(self.signature, inputs)
+        batch = batch_size(self.signature, inputs)
+        if batch not in self._prepared:
+            buffers = Buffers.allocate(self.signature, batch, self.device)
+            self._prepared[batch] = buffers, self.prepare(buffers, batch)
+        buffers, launch = self._prepared[batch]
+        for name, buffer in buffers.inputs.items():
+            buffer.copy_(inputs[name], non_blocking=True)
+        launch()
+        return buffers.outputs
+
+    def prepare(self, buffers: Buffers, batch: int) -> Launch:
+        """What reads `buffers.inputs` and fills `buffers.outputs`, in the order of torch's current stream."""
+        raise NotImplementedError
+
+
+class Launch(Protocol):
+    """Enqueues one run."""
+
+    def __call__(self) -> None: ...
+
+
+def batch_size(signature: Signature, inputs: Tensors) -> int:
+    """The rows of a run's inputs."""
+    return next(len(inputs[port.name]) for port in signature.inputs if port.dims[0] == BATCH)
+
+
+def check_inputs(signature: Signature, inputs: Tensors) -> None:
+    """Compares names, shapes and dtypes with the signature.
+
+    Raises:
+        ValueError: the port, what it got and what it takes. A caller's bug, so not a `UserError`.
+    """
+    names = [port.name for port in signature.inputs]
+    if set(inputs) != set(names):
+        raise ValueError(f"inputs {sorted(inputs)} are not the ports {names}")
+    batch = batch_size(signature, inputs)
+    for port in signature.inputs:
+        value = inputs[port.name]
+        if tuple(value.shape) != signature.shape(port, batch) or value.dtype != getattr(torch, port.dtype):
+            raise ValueError(f"{signature.describe(port)} got {list(value.shape)} {value.dtype}")
+
+
+def capture(launch: Launch, device: torch.device, warm_up: int = 3) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `launch`, after runs that let it allocate and choose kernels."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            launch()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph

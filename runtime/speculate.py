@@ -1,0 +1,104 @@
+"""The decisions of residual speculative decoding, as pure functions on tensors.
+
+The rule. A *plan* is the action chunk that the main head gave at the last full pass. At each query the draft,
+which reads an early hidden state of a fresh image, guesses a coarse chunk from now on. It is laid beside what
+is left of the plan, step by step. The *prefix* is the number of leading steps that
+
+1. agree: every arm dimension within its tolerance and the same gripper sign (rule `actions`), or a large
+   enough share of equal coarse tokens (rule `tokens`), and
+2. keep the gripper as it was at the step before: a switch is decided by the main head alone.
+
+At least one step: the query is *accepted* and commits the plan's actions, as many as the prefix has and at
+most `n_action_steps`; the rest of the backbone is not run. None: the query is *rejected*, the rest of the
+backbone is run, and the main head makes a new plan, of which the prefix that the draft agrees with is
+committed, and at least one action. After `refresh - 1` accepted queries in a row a full pass is due.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rsd_trt.config import ARM_DIMS
+
+# How a query went. The first three tested a live plan; the others had to be full passes, and say why.
+Route = Literal["accepted", "partial", "rejected", "start", "exhausted", "gripper", "refresh", "full"]
+
+
+def remaining(chunk: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of chunks [B, T, ...] after `cursor` [B] steps -> (shifted chunk, its length [B]).
+
+    The shifted chunk has T steps; those past its length repeat the last one and mean nothing.
+    """
+    steps = chunk.shape[1]
+    index = (cursor[:, None] + torch.arange(steps, device=chunk.device)).clamp(max=steps - 1)  # [B, T]
+    index = index.view(*index.shape, *(1,) * (chunk.dim() - 2)).expand_as(chunk)
+    return chunk.gather(1, index), steps - cursor
+
+
+def agreeing_token_steps(draft: Tensor, plan: Tensor, share: float) -> Tensor:
+    """Steps where at least `share` of the coarse tokens [B, T, D, C] are equal -> [B, T] bool."""
+    return (draft == plan).float().mean((2, 3)) >= share
+
+
+def gripper_holds(plan: Tensor, before: Tensor) -> Tensor:
+    """Steps of a plan [B, T, A] whose gripper sign is that of the step before -> [B, T] bool.
+
+    `before` [B]: the gripper command before the plan's first step.
+    """
+    closed = plan[..., ARM_DIMS] > 0  # [B, T]
+    previous = torch.cat([(before > 0)[:, None], closed[:, :-1]], dim=1)
+    return closed == previous
+
+
+def agreeing_prefix(passes: Tensor, length: Tensor) -> Tensor:
+    """The number of leading steps [B, T] that pass, at most `length` [B] -> [B] int64."""
+    return torch.minimum(passes.long().cumprod(1).sum(1), length)
+
+
+def commit_accepted(prefix: int, n_action_steps: int) -> int:
+    """Actions that an accepted query commits."""
+    return min(prefix, n_action_steps)
+
+
+def commit_full(prefix: int, n_action_steps: int) -> int:
+    """Actions that a full pass commits: the agreeing prefix, at least one."""
+    return max(1, min(prefix, n_action_steps))
+
+
+def refresh_due(accepted_in_a_row: int, refresh: int) -> bool:
+    """Whether the next query has to be a full pass: every `refresh`-th one at the latest is."""
+    return accepted_in_a_row + 1 >= refresh
+
+
+def route_tested(prefix: int, left: int, n_action_steps: int) -> Route:
+    """How a query went that tested a live plan with `left` steps left."""
+    if prefix == 0:
+        return "rejected"
+    return "accepted" if prefix >= min(left, n_action_steps) else "partial"
+
+
+@dataclass
+class Acceptance:
+    """Counts of the queries that tested a live plan. Their shares add up to 1."""
+
+    accepted: int = 0
+    partial: int = 0
+    rejected: int = 0
+
+    def add(self, route: Route) -> None:
+        """Counts a query; routes that tested nothing are not counted."""
+        if route in ("accepted", "partial", "rejected"):
+            setattr(self, route, getattr(self, route) + 1)
+
+    def rates(self) -> dict[str, float | None]:
+        """The shares under the original experiment's names; None when no plan was ever tested."""
+        tested = self.accepted + self.partial + self.rejected
+        return {
+            "draft_acceptance_rate": self.accepted / tested if tested else None,
+            "partial_acceptance_rate": self.partial / tested if tested else None,
+            "full_rejection_rate": self.rejected / tested if tested else None,
+        }

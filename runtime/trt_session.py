@@ -1,0 +1,48 @@
+"""A component as a TensorRT or TensorRT-RTX engine. Short, since both bindings have the same names here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rsd_trt.errors import UserError
+from rsd_trt.flavour import Flavour
+from rsd_trt.models.signature import Signature
+from rsd_trt.runtime.session import BufferedSession, Buffers, Launch, capture
+
+
+class TrtSession(BufferedSession):
+    """Runs an engine on torch tensors by address, from a CUDA graph for each batch size.
+
+    The caller has checked the engine's hash and the GPU: an engine is code.
+
+    Raises:
+        UserError: the engine cannot be loaded, or its ports are not the signature's.
+    """
+
+    def __init__(self, engine: Path, signature: Signature, device: torch.device, flavour: Flavour) -> None:
+        super().__init__(signature, device)
+        trt = flavour.module
+        self.logger = trt.Logger(trt.Logger.ERROR)
+        self.runtime = trt.Runtime(self.logger)
+        self.engine = self.runtime.deserialize_cuda_engine(engine.read_bytes())
+        if self.engine is None:
+            raise UserError(f"{flavour.target} {flavour.version} cannot load {engine}. Rebuild: rsd-trt export --force")
+        ports = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        wanted = [port.name for port in (*signature.inputs, *signature.outputs)]
+        if sorted(ports) != sorted(wanted):
+            raise UserError(f"{engine} has the ports {ports}, not {wanted}. Rebuild: rsd-trt export --force")
+
+    def prepare(self, buffers: Buffers, batch: int) -> Launch:
+        context = self.engine.create_execution_context()
+        for name, tensor in buffers.inputs.items():
+            context.set_input_shape(name, tuple(tensor.shape))
+        for name, tensor in {**buffers.inputs, **buffers.outputs}.items():
+            context.set_tensor_address(name, tensor.data_ptr())
+
+        def launch() -> None:
+            if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+                raise RuntimeError("TensorRT could not enqueue the engine")
+
+        return capture(launch, self.device).replay

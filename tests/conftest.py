@@ -1,0 +1,67 @@
+"""Shared fixtures: a tiny bundle, observations that fit it, and modules with weights that hide no mistake."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rsd_trt.bundle import Bundle, initialise
+from rsd_trt.config import PROPRIO_DIM, ControlConfig
+from rsd_trt.runtime.observation import Observation
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny bundle of seed 0. Read only: a test that writes takes `bundle_copy`."""
+    return initialise(tmp_path_factory.mktemp("bundles") / "tiny", "tiny", seed=0).path
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny_bundle: Path) -> Bundle:
+    """The tiny bundle, opened."""
+    return Bundle.open(tiny_bundle)
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle's folder, to be damaged."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def observe() -> Callable[..., Observation]:
+    """observe(control, seed=0, instruction="pick up the bowl") -> a random observation."""
+
+    def make(control: ControlConfig, seed: int = 0, instruction: str = "pick up the bowl") -> Observation:
+        random = np.random.default_rng(seed)
+        shape = (len(control.cameras), control.camera_size, control.camera_size, 3)
+        return Observation(
+            images=random.integers(0, 256, shape, dtype=np.uint8),
+            proprio=random.uniform(-1, 1, PROPRIO_DIM).astype(np.float32),
+            instruction=instruction,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[..., None]:
+    """randomise(module, seed=0) gives norms, scales and biases random weights too, so that none of them is idle."""
+
+    def fill(module: nn.Module, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+    return fill

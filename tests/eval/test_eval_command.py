@@ -1,0 +1,71 @@
+"""`rsd-trt eval` and `compare` on real LIBERO episodes with an untrained bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from rsd_trt.cli import main
+
+EPISODE = ("--tasks", "3", "--trials", "1", "--max-steps", "8", "--n-action-steps", "2")
+
+
+def rsd_trt(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.libero
+def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
+    for mode in ("baseline", "rsd", "shadow"):
+        result = rsd_trt("eval", tiny_bundle, "--mode", mode, "--out", tmp_path, "--json", *EPISODE)
+        assert result.exit_code == 0, result.output
+        summary = json.loads(result.stdout)
+        assert summary == json.loads((tmp_path / f"libero_spatial_{mode}_results.json").read_text())
+        assert (summary["total_episodes"], summary["errors"], summary["steps"]) == (1, 0, 8)
+        assert summary["settings"]["protocol"] == "oft"
+        assert summary["use_speculative_decoding"] == (mode == "rsd")
+        assert sum(summary["routes"].values()) == summary["queries"]
+    files = [tmp_path / f"libero_spatial_{mode}_results.json" for mode in ("baseline", "rsd")]
+    result = rsd_trt("compare", *files, "--json")
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["figures"]) == {"baseline", "rsd"}
+
+
+@pytest.mark.libero
+def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("eval", tiny_bundle, "--mode", "baseline", "--out", tmp_path, *EPISODE)
+    first = rsd_trt(*arguments, "--video")
+    assert first.exit_code == 0, first.output
+    assert "UNTRAINED" in first.stdout
+    videos = list((tmp_path / "videos" / "libero_spatial_baseline").iterdir())
+    assert [video.name for video in videos] == ["task3_trial0_failure.mp4"]
+    episodes = tmp_path / "libero_spatial_baseline_episodes.jsonl"
+    before = episodes.read_text()
+    assert rsd_trt(*arguments).exit_code == 0
+    assert episodes.read_text() == before
+    refused = rsd_trt(*arguments, "--seed", 8)
+    assert refused.exit_code == 1
+    assert "seed is 7 there and 8 here" in refused.stderr
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "10"), "libero_spatial has tasks 0..9, not 10"),
+        (("--trials", "51"), "libero_spatial has 50 initial states for task 0, not 51"),
+        (("--suite", "libero_space"), "did you mean"),
+        (("--backend", "tensor"), "backend 'tensor' is unknown"),
+        (("--device", "cuda:9"), "device 'cuda:9' cannot be used"),
+        (("--n-action-steps", "9"), "a chunk has 1..8 steps"),
+    ],
+)
+def test_bad_requests_are_one_line(tiny_bundle: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = rsd_trt("eval", tiny_bundle, "--out", tmp_path, *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,86 @@
+"""LIBERO's real simulator against OpenVLA-OFT's protocol, written out plainly."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import closing
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rsd_trt.config import ControlConfig
+from rsd_trt.errors import UserError
+from rsd_trt.eval.simulator import IDLE, Simulator, axis_angle, choose_gl, open_suite
+
+SMALL = ControlConfig(camera_size=64)
+ACTION = np.array([0.3, -0.2, 0.1, 0.0, 0.1, 0.0, 1.0], np.float32)
+HALF = np.sqrt(0.5)
+
+
+@pytest.mark.parametrize(
+    ("quaternion", "expected"),
+    [
+        ([0, 0, 0, 1], [0, 0, 0]),
+        ([0, 0, 0, -1], [0, 0, 0]),
+        ([HALF, 0, 0, HALF], [np.pi / 2, 0, 0]),
+        ([-HALF, 0, 0, -HALF], [np.pi / 2, 0, 0]),
+        ([0, HALF, 0, -HALF], [0, -np.pi / 2, 0]),
+        ([0, 0, 1, 0], [0, 0, np.pi]),
+    ],
+)
+def test_axis_angle(quaternion: list[float], expected: list[float]) -> None:
+    assert axis_angle(np.array(quaternion, float)) == pytest.approx(np.array(expected), abs=1e-12)
+
+
+def test_no_opengl_is_one_line_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    with pytest.raises(UserError, match="apt-get install libegl1"):
+        choose_gl()
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    with pytest.raises(UserError, match="apt-get install libosmesa6"):
+        choose_gl()
+
+
+def test_unknown_suite() -> None:
+    with pytest.raises(UserError, match="did you mean 'libero_spatial'"):
+        open_suite("libero_spacial")
+
+
+def oft_trials(count: int) -> list[tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]]:
+    """(image, simulator state, end-effector position) after settling and three actions, for the first trials."""
+    benchmark = open_suite("libero_spatial")
+    from libero.libero.envs import OffScreenRenderEnv
+
+    env = OffScreenRenderEnv(bddl_file_name=benchmark.get_task_bddl_file_path(4), camera_heights=64, camera_widths=64)
+    env.seed(0)
+    found = []
+    for state in benchmark.get_task_init_states(4)[:count]:
+        env.reset()
+        env.set_init_state(state)
+        for action in [IDLE] * 10 + [ACTION] * 3:
+            observation, *_ = env.step(list(action))
+        found.append((observation["agentview_image"], env.get_sim_state(), observation["robot0_eef_pos"]))
+    env.close()
+    return found
+
+
+@pytest.mark.libero
+def test_trials_are_openvla_ofts_in_any_order() -> None:
+    expected = oft_trials(3)
+    with closing(Simulator("libero_spatial", 4, SMALL)) as simulator:
+        for trial in (2, 0, 1):
+            simulator.reset(trial)
+            for i in range(3):
+                simulator.step(ACTION, render=i == 2)
+            image, state, position = expected[trial]
+            observation = simulator.observation()
+            assert np.array_equal(observation.images[0], image)
+            assert np.array_equal(simulator._env.get_sim_state(), state)
+            assert np.array_equal(observation.proprio[:3], position.astype(np.float32))
+    images = [image for image, _, _ in expected]
+    assert not np.array_equal(images[0], images[1])

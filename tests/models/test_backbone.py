@@ -1,0 +1,189 @@
+"""The backbone against transformers' Llama, and its two promises: resuming and padding change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from rsd_trt.config import PROPRIO_DIM, preset
+from rsd_trt.models.backbone import Backbone, BackboneInputs, BackboneState
+
+TINY = preset("tiny", "tiny").backbone
+N = TINY.language.blocks
+PATCHES = (TINY.image_size // TINY.towers[0].patch) ** 2
+
+
+# Some of the keys of OpenVLA's checkpoint.
+OPENVLA = {
+    "language_model.model.embed_tokens.weight": (32064, 4096),
+    "language_model.model.layers.31.self_attn.q_proj.weight": (4096, 4096),
+    "language_model.model.layers.31.self_attn.o_proj.weight": (4096, 4096),
+    "language_model.model.layers.31.mlp.gate_proj.weight": (11008, 4096),
+    "language_model.model.layers.31.mlp.down_proj.weight": (4096, 11008),
+    "language_model.model.layers.31.input_layernorm.weight": (4096,),
+    "language_model.model.layers.31.post_attention_layernorm.weight": (4096,),
+    "language_model.model.norm.weight": (4096,),
+    "projector.fc1.weight": (8704, 2176),
+    "projector.fc2.weight": (4096, 8704),
+    "projector.fc3.bias": (4096,),
+    "vision_backbone.featurizer.cls_token": (1, 1, 1024),
+    "vision_backbone.featurizer.reg_token": (1, 4, 1024),
+    "vision_backbone.featurizer.pos_embed": (1, 256, 1024),
+    "vision_backbone.featurizer.patch_embed.proj.weight": (1024, 3, 14, 14),
+    "vision_backbone.featurizer.blocks.22.attn.qkv.weight": (3072, 1024),
+    "vision_backbone.featurizer.blocks.22.ls2.scale_factor": (1024,),
+    "vision_backbone.fused_featurizer.pos_embed": (1, 256, 1152),
+    "vision_backbone.fused_featurizer.blocks.25.mlp.fc1.weight": (4304, 1152),
+}
+
+
+def make_inputs(lengths: list[int], images: int = 2, proprio: bool = True, seed: int = 0) -> BackboneInputs:
+    generator = torch.Generator().manual_seed(seed)
+    rows, size = len(lengths), TINY.image_size
+    return BackboneInputs(
+        pixels=torch.randn(rows, images, len(TINY.towers), 3, size, size, generator=generator),
+        tokens=torch.randint(1, TINY.language.vocab, (rows, max(lengths)), generator=generator),
+        lengths=torch.tensor(lengths),
+        proprio=torch.randn(rows, PROPRIO_DIM, generator=generator) if proprio else None,
+    )
+
+
+def one_row(inputs: BackboneInputs, row: int) -> BackboneInputs:
+    """The row alone, without its padding."""
+    assert inputs.proprio is not None
+    pick, length = slice(row, row + 1), int(inputs.lengths[row])
+    return BackboneInputs(inputs.pixels[pick], inputs.tokens[pick, :length], inputs.lengths[pick], inputs.proprio[pick])
+
+
+@pytest.fixture(scope="module")
+def backbone(randomise: Callable[..., None]) -> Backbone:
+    module = Backbone(TINY)
+    randomise(module)
+    return module.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def counted(backbone: Backbone) -> Iterator[list[int]]:
+    """The Llama blocks that run, in order."""
+    ran: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda *_, block=block: ran.append(block))
+        for block, layer in enumerate(backbone.llama.layers, start=1)
+    ]
+    yield ran
+    for hook in hooks:
+        hook.remove()
+
+
+def llama_oracle(backbone: Backbone, stream: Tensor) -> list[Tensor]:
+    """transformers' hidden states for an embedded sequence, with this backbone's weights copied by key."""
+    from transformers import LlamaConfig, LlamaModel
+
+    language = backbone.config.language
+    oracle = LlamaModel(
+        LlamaConfig(
+            hidden_size=language.hidden,
+            intermediate_size=language.intermediate,
+            num_hidden_layers=language.blocks,
+            num_attention_heads=language.heads,
+            vocab_size=language.vocab,
+            rms_norm_eps=language.rms_eps,
+        )
+    ).eval()
+    oracle.load_state_dict(backbone.llama.state_dict())
+    with torch.no_grad():
+        return list(oracle(inputs_embeds=stream, output_hidden_states=True).hidden_states)
+
+
+@pytest.mark.parametrize(("images", "tokens"), [(1, 3), (2, 20)])
+def test_every_hidden_state_equals_transformers(backbone: Backbone, images: int, tokens: int) -> None:
+    inputs = make_inputs([tokens, tokens], images)
+    stream = backbone.embed(inputs).stream
+    assert stream.shape == (2, 1 + images * PATCHES + 1 + tokens - 1, TINY.language.hidden)
+    expected = llama_oracle(backbone, stream)
+    for k in range(1, N):
+        torch.testing.assert_close(backbone.run(inputs, until=k).stream, expected[k], rtol=0, atol=1e-5)
+    final = backbone.llama.norm(backbone.run(inputs, until=N).stream)
+    torch.testing.assert_close(final, expected[N], rtol=0, atol=1e-5)
+
+
+def test_the_final_norm_comes_after_the_last_block_only(backbone: Backbone) -> None:
+    inputs = make_inputs([5, 5])
+    early, late = backbone.run(inputs, until=N - 1), backbone.run(inputs, until=N)
+    assert torch.equal(backbone.hidden(early), early.stream[:, -1])
+    assert torch.equal(backbone.hidden(late), backbone.llama.norm(late.stream[:, -1]))
+
+
+def test_the_sequence_is_bos_then_patches_then_proprio_then_prompt(backbone: Backbone) -> None:
+    inputs = make_inputs([4])
+    assert inputs.proprio is not None
+    both = backbone.embed(inputs).stream[0]
+    words = backbone.llama.embed_tokens(inputs.tokens)[0]
+    assert torch.equal(both[0], words[0])
+    assert torch.equal(both[-3:], words[1:])
+    torch.testing.assert_close(both[-4], backbone.proprio_projector(inputs.proprio)[0])
+    for i in range(2):
+        alone = dataclasses.replace(inputs, pixels=inputs.pixels[:, i : i + 1])
+        patches = slice(1 + i * PATCHES, 1 + (i + 1) * PATCHES)
+        torch.testing.assert_close(both[patches], backbone.embed(alone).stream[0, 1 : 1 + PATCHES])
+
+
+def test_each_tower_reads_its_own_pixels(backbone: Backbone) -> None:
+    inputs = make_inputs([2], images=1)
+    pixels = inputs.pixels[0]  # [1, towers, 3, S, S]
+    features = [tower(pixels[:, i]) for i, tower in enumerate(backbone.vision_backbone.values())]
+    expected = backbone.projector(torch.cat(features, dim=-1))[0]
+    torch.testing.assert_close(backbone.embed(inputs).stream[0, 1 : 1 + PATCHES], expected)
+
+
+@pytest.mark.parametrize("k", range(N + 1))
+def test_resuming_equals_one_run_and_repeats_no_block(backbone: Backbone, counted: list[int], k: int) -> None:
+    inputs = make_inputs([6, 6])
+    prefix = backbone.run(inputs, until=k)
+    assert (prefix.block, counted) == (k, list(range(1, k + 1)))
+    resumed = backbone.resume(prefix, until=N)
+    assert (resumed.block, counted) == (N, list(range(1, N + 1)))
+    assert torch.equal(resumed.stream, backbone.run(inputs, until=N).stream)
+
+
+@pytest.mark.parametrize(("block", "until"), [(2, 1), (0, N + 1), (N, N + 1)])
+def test_there_is_no_way_back_nor_beyond(backbone: Backbone, block: int, until: int) -> None:
+    state = BackboneState(torch.zeros(1, 2, TINY.language.hidden), torch.tensor([1]), block)
+    with pytest.raises(ValueError, match=f"cannot go from block {block} to block {until} of {N}"):
+        backbone.resume(state, until)
+
+
+def test_padding_changes_nothing(backbone: Backbone) -> None:
+    inputs = make_inputs([3, 9, 6])
+    for k in (1, N):
+        together = backbone.hidden(backbone.run(inputs, until=k))
+        for row in range(3):
+            alone = backbone.hidden(backbone.run(one_row(inputs, row), until=k))
+            torch.testing.assert_close(together[row], alone[0], rtol=0, atol=2e-6)
+
+
+def test_some_rows_go_on_without_the_others(backbone: Backbone) -> None:
+    inputs = make_inputs([3, 9, 6])
+    prefix = backbone.run(inputs, until=1)
+    index = torch.tensor([2, 0])
+    some = backbone.hidden(backbone.resume(prefix.rows(index), until=N))
+    everything = backbone.hidden(backbone.resume(prefix, until=N))
+    torch.testing.assert_close(some, everything[index], rtol=0, atol=2e-6)
+
+
+def test_without_a_proprioception_token(backbone: Backbone) -> None:
+    blind = Backbone(dataclasses.replace(TINY, proprio=False))
+    assert not [name for name in blind.state_dict() if "proprio" in name]
+    assert blind.embed(make_inputs([4], proprio=False)).stream.shape[1] == 1 + 2 * PATCHES + 3
+    with pytest.raises(ValueError, match="no proprio"):
+        backbone.embed(make_inputs([4], proprio=False))
+
+
+def test_names_and_shapes_are_openvlas() -> None:
+    with torch.device("meta"):
+        state = Backbone(preset("openvla-7b", "name").backbone).state_dict()
+    assert OPENVLA.items() <= {key: tuple(value.shape) for key, value in state.items()}.items()

@@ -1,0 +1,124 @@
+"""The import rule, and what imports must not do."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rsd_trt
+
+PACKAGE = Path(rsd_trt.__file__).parent
+# A module imports from its own line and the lines above it. Stages of one line do not import each other.
+LAYERS = (
+    {"__init__", "errors", "config", "host"},
+    {"models"},
+    {"bundle", "flavour", "manifest", "info"},
+    {"export", "runtime"},
+    {"eval", "tables"},
+    {"reference"},
+    {"cli"},
+)
+APART = {"export", "runtime"}
+NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "transformers"}
+WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "flavour", "host", "info", "manifest", "tables"}
+
+
+def python_files() -> Iterator[Path]:
+    """Every module, through the links to the stages' folders too."""
+    folders = [PACKAGE]
+    while folders:
+        for path in sorted(folders.pop().iterdir()):
+            if path.is_dir():
+                folders.append(path)
+            elif path.suffix == ".py":
+                yield path
+
+
+def part_of(path: Path) -> str:
+    """The module or folder right below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+MODULES = [pytest.param(path, id=path.relative_to(PACKAGE).as_posix()) for path in python_files()]
+
+
+def imported(nodes: Iterator[ast.AST]) -> set[str]:
+    """The dotted names that import statements name; `from a import b` names `a.b`."""
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def run_at_import(body: list[ast.stmt]) -> Iterator[ast.AST]:
+    """The statements that run when a module is imported: no function bodies, nothing for type checkers only."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from run_at_import(node.orelse)
+            continue
+        yield node
+        yield from run_at_import([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)])
+        if isinstance(node, ast.Try):
+            yield from run_at_import([statement for handler in node.handlers for statement in handler.body])
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_the_import_rule(path: Path) -> None:
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    part = part_of(path)
+    assert part in level, f"put {part} into LAYERS"
+    for name in imported(ast.walk(ast.parse(path.read_text("utf-8")))):
+        package, _, rest = name.partition(".")
+        if package != "rsd_trt":
+            continue
+        target = rest.partition(".")[0]
+        target = target if target in level else "__init__"  # a name of the package itself, such as its version
+        assert level[target] <= level[part], f"{part} imports {target}"
+        assert part == target or not {part, target} <= APART, f"{part} imports {target}"
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_optional_packages_are_imported_where_they_are_needed(path: Path) -> None:
+    banned = NEVER_AT_THE_TOP | ({"torch"} if part_of(path) in WITHOUT_TORCH else set())
+    names = imported(run_at_import(ast.parse(path.read_text("utf-8")).body))
+    assert not banned & {name.partition(".")[0] for name in names}
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_importing_everything_has_no_side_effect() -> None:
+    names = [".".join(("rsd_trt", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in python_files()]
+    names = [name.removesuffix(".__init__") for name in names]
+    code = (
+        "import importlib, logging, os\n"
+        "environment = dict(os.environ)\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "assert dict(os.environ) == environment, 'the environment changed'\n"
+        "assert not logging.getLogger().handlers, 'logging was set up'\n"
+    )
+    done = python(code)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["init", "--help"], ["eval", "--help"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from rsd_trt.cli import main\n"
+        f"main({arguments!r}, standalone_mode=False)\n"
+        "assert not {'torch', 'numpy', 'rich', 'safetensors'} & set(sys.modules)\n"
+    )
+    assert python(code).stdout
