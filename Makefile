@@ -24,6 +24,9 @@ demo: setup $(BUNDLE) ## Drive real LIBERO episodes, baseline and RSD, and compa
 	$(RSD_TRT) eval $(BUNDLE) --mode rsd $(DEMO)
 	$(RSD_TRT) compare results/demo/libero_spatial_baseline_results.json results/demo/libero_spatial_rsd_results.json
 
+export: setup $(BUNDLE) ## Export the bundle to ONNX and engines
+	$(RSD_TRT) export $(BUNDLE) -o engines/
+
 test: setup ## Run all tests
 	.venv/bin/pytest
 

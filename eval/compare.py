@@ -14,7 +14,7 @@ Json = Mapping[str, object]
 # What must be equal; the mode is what may differ.
 SAME = (
     *("suite", "tasks", "trials", "backend", "precision", "backbone", "device", "protocol", "max_steps"),
-    *("n_action_steps", "seed", "bundle_sha256"),
+    *("n_action_steps", "seed", "bundle_sha256", "exports_sha256", "hardware", "versions"),
 )
 # (key of the summary, label, unit)
 FIGURES = (
@@ -27,6 +27,7 @@ FIGURES = (
     ("queries", "queries", ""),
     ("full_passes", "full passes", ""),
     ("actions_per_query", "actions per query", ""),
+    ("steps_per_second", "steps per second, simulation included", ""),
     ("rsd_stats.draft_acceptance_rate", "accepted", "%"),
     ("rsd_stats.partial_acceptance_rate", "partially accepted", "%"),
     ("rsd_stats.full_rejection_rate", "rejected", "%"),
@@ -43,7 +44,11 @@ def read(path: Path) -> Json:
         data = json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("settings"), dict) or "episodes" not in data:
+    episodes = data.get("episodes") if isinstance(data, dict) else None
+    whole = isinstance(episodes, list) and all(
+        isinstance(e, dict) and {"task_id", "trial"} <= e.keys() for e in episodes
+    )
+    if not whole or not isinstance(data.get("settings"), dict):
         raise UserError(f"{path} is not a results file of rsd-trt eval (it has no settings and episodes)")
     return data
 
@@ -66,6 +71,8 @@ def compare(a: Json, b: Json) -> Comparison:
     """
     left, right = a["settings"], b["settings"]
     assert isinstance(left, Mapping) and isinstance(right, Mapping)
+    if absent := [key for key in ("mode", *SAME) if key not in left or key not in right]:
+        raise UserError(f"these runs cannot be compared: a results file lacks the settings {', '.join(absent)}")
     different = [
         f"{key} is {left.get(key)!r} and {right.get(key)!r}" for key in SAME if left.get(key) != right.get(key)
     ]

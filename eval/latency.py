@@ -28,6 +28,7 @@ from rsd_trt.manifest import Batch
 from rsd_trt.runtime.backends import Backend, Launcher
 from rsd_trt.runtime.session import Session
 
+SPIN_UP_SECONDS = 1.0
 BOUNDARY = "inputs and outputs on the device, clocks synchronised, one launch a sample"
 PAIR = "accept + chain"  # what a rejected query launches beside the backbone
 TEXTBOOK = "draft + head + decoder, with host decisions"  # what the pair replaces
@@ -47,6 +48,7 @@ class Timing:
     ms: tuple[float, ...]  # raw samples, in order
     allocations: int | None  # of GPU memory through torch during the samples; None on the CPU
     reason: str | None = None  # why there are no samples: not measured
+    grown: int | None = None  # bytes of GPU memory taken during the samples, by anybody; None on the CPU
 
     @property
     def variant(self) -> str:
@@ -81,11 +83,19 @@ def profile(bundle: Bundle, request: ProfileRequest) -> Iterator[Timing]:
     prefix, final = hidden_states(bundle, rows, None, device)
     tolerance = torch.tensor(bundle.config.rsd.tolerance, device=device)
     case = make_case(Launcher(bundle, "torch", device), prefix, final, tolerance)
+    _spin_up(Launcher(bundle, "torch", device).open("chain", "dynamic"), case.inputs["chain"])
     for batch in request.batches:
         inputs = {component: _first_rows(case.inputs[component], batch) for component in COMPONENTS}
         for backend, graph in request.variants:
             launcher = Launcher(bundle, backend, device, request.precision, request.engines, graph)
             yield from _variant(launcher, batch, inputs, request)
+
+
+def _spin_up(session: Session, inputs: dict[str, Tensor]) -> None:
+    """Keeps the device busy until its clocks have risen, so that the first row is not slower than the others."""
+    until = time.perf_counter() + SPIN_UP_SECONDS
+    while time.perf_counter() < until:
+        session.run(inputs)
 
 
 def _first_rows(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
@@ -100,8 +110,8 @@ def _variant(
     graph = launcher.device.type == "cuda" and launcher.backend != "torch" and launcher.cuda_graph
 
     def row(what: str, run: Callable[[], object] | None, reason: str | None = None) -> Timing:
-        samples, allocations = time_calls(run, request) if run else ((), None)
-        return Timing(what, launcher.backend, launcher.precision, batch, graph, samples, allocations, reason)
+        samples, allocations, grown = time_calls(run, request) if run else ((), None, None)
+        return Timing(what, launcher.backend, launcher.precision, batch, graph, samples, allocations, reason, grown)
 
     sessions: dict[Component, Session] = {}
     for component in COMPONENTS:
@@ -120,11 +130,12 @@ def _variant(
 
         yield row(PAIR, pair)
     if launcher.backend == "torch":
-        yield row(TEXTBOOK, lambda: textbook(sessions, inputs, request))
+        share = launcher.bundle.config.rsd.token_share
+        yield row(TEXTBOOK, lambda: textbook(sessions, inputs, share))
 
 
 def textbook(
-    sessions: dict[Component, Session], inputs: dict[Component, dict[str, Tensor]], request: ProfileRequest
+    sessions: dict[Component, Session], inputs: dict[Component, dict[str, Tensor]], token_share: float
 ) -> object:
     """Three separate modules with the accept/reject decision on the host, as the original experiment runs them."""
     draft = sessions["draft"].run(inputs["draft"])["logits"].argmax(-1).cpu()  # [B, C, T*D]
@@ -133,11 +144,12 @@ def textbook(
     decoder = sessions["decoder"]
     shape = decoder.signature.shape(decoder.signature.inputs[0], len(head))  # [B, T, D, L]
     tokens = head.view(shape[0], shape[3], shape[1], shape[2]).permute(0, 2, 3, 1)
-    return bool(share > 0.7), decoder.run({"tokens": tokens})["actions"].cpu()
+    return bool(share >= token_share), decoder.run({"tokens": tokens})["actions"].cpu()
 
 
-def time_calls(run: Callable[[], object], request: ProfileRequest) -> tuple[tuple[float, ...], int | None]:
-    """Milliseconds of each call after the warm-up, and the GPU allocations that they made."""
+def time_calls(run: Callable[[], object], request: ProfileRequest) -> tuple[tuple[float, ...], int | None, int | None]:
+    """Milliseconds of each call after the warm-up, the allocations that they made through torch, and the bytes by
+    which the GPU's used memory grew (that counts ONNX Runtime's and TensorRT's own too)."""
     cuda = request.device.type == "cuda"
 
     def synchronise() -> None:
@@ -150,6 +162,7 @@ def time_calls(run: Callable[[], object], request: ProfileRequest) -> tuple[tupl
     with torch.inference_mode():
         for _ in range(request.warm_up):
             run()
+        free = torch.cuda.mem_get_info(request.device)[0] if cuda else 0
         before, samples = allocations(), []
         for _ in range(request.samples):
             synchronise()
@@ -157,14 +170,16 @@ def time_calls(run: Callable[[], object], request: ProfileRequest) -> tuple[tupl
             run()
             synchronise()
             samples.append((time.perf_counter() - started) * 1e3)
-        made = allocations() - before
-    return tuple(samples), made if cuda else None
+        if not cuda:
+            return tuple(samples), None, None
+        return tuple(samples), allocations() - before, free - torch.cuda.mem_get_info(request.device)[0]
 
 
 def speedups(timings: Sequence[Timing]) -> dict[Key, float]:
-    """p50 of eager PyTorch over p50 of each row, for what both have measured."""
+    """p50 of eager PyTorch over p50 of each row. The pair is compared with the textbook sequence that it replaces."""
     medians = {timing.key: p["p50"] for timing in timings if (p := percentiles(timing.ms))}
     eager = {(what, batch): ms for (what, variant, batch), ms in medians.items() if variant == "torch"}
+    eager |= {(PAIR, batch): ms for (what, batch), ms in eager.items() if what == TEXTBOOK}
     return {(w, v, b): eager[w, b] / ms for (w, v, b), ms in medians.items() if (w, b) in eager}
 
 
@@ -185,9 +200,11 @@ def write_profile(bundle: Bundle, request: ProfileRequest, out: Path, command: s
     """Times everything, and writes `profile.json` and `profile.png` into `out`.
 
     Raises:
-        UserError: `out` cannot be written, or matplotlib is not installed.
+        UserError: no backend runs here, `out` cannot be written, or matplotlib is not installed.
     """
     timings = list(profile(bundle, request))
+    if not any(timing.ms for timing in timings):
+        raise UserError(f"nothing could be measured: {timings[0].reason if timings else 'no backend is given'}")
     faster = speedups(timings)
     hardware = host.hardware(str(request.device))
     report = Report(

@@ -13,17 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsd_trt.config import Dims, from_json
+from rsd_trt.config import Dims
 from rsd_trt.errors import UserError
 from rsd_trt.eval.statistics import percentiles, wilson
-from rsd_trt.runtime.policy import Query
+from rsd_trt.jsonio import from_json
+from rsd_trt.runtime.plan import Query
 from rsd_trt.runtime.speculate import Acceptance
 
 Json = dict[str, object]
-ENVIRONMENT_KEYS = (
-    "hardware",
-    "versions",
-)  # of the settings: recorded, and free to differ when a run resumes
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,11 @@ class EpisodeLog:
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
+    def lacks(self, task: int, trial: int) -> bool:
+        """Whether a trial has still to be run: it is absent, or ended in an error."""
+        episode = self.episodes.get((task, trial))
+        return episode is None or episode.error is not None
+
     def append(self, episode: Episode) -> None:
         """Stores an episode for good: it is on the disk when this returns."""
         with self.path.open("a", encoding="utf-8") as stream:
@@ -99,18 +101,18 @@ class EpisodeLog:
         self.episodes[episode.key] = episode
 
     def _resume(self) -> None:
-        text = self.path.read_text("utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
-        lines = whole.splitlines()
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave half a line
         try:
+            lines = whole.decode("utf-8").splitlines()
             stored = json.loads(lines[0])
             episodes = [from_json(Episode, json.loads(line), str(self.path)) for line in lines[1:]]
-        except (IndexError, json.JSONDecodeError) as error:
+        except (IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"{self.path} is not an episode file ({error}). Start over: --fresh") from None
         if difference := _differences(stored, self.settings):
             raise UserError(f"{self.path} is of another run: {difference}. Another --out, or start over: --fresh")
-        if whole != text:
-            write_atomically(self.path, whole)
+        if whole != data:
+            write_atomically(self.path, whole.decode("utf-8"))
         self.episodes = {episode.key: episode for episode in episodes}
 
 
@@ -191,13 +193,10 @@ def _token_agreement(queries: Sequence[QueryRecord]) -> list[float] | None:
     return [sum(layer) / len(rows) for layer in zip(*rows, strict=True)] if rows else None
 
 
-def _differences(stored: object, wanted: Json) -> str:
-    """Every setting that differs, with both values; empty when none does."""
-    if not isinstance(stored, dict):
-        return f"its first line is {stored!r}"
-    keys = [key for key in {**wanted, **stored} if key not in ENVIRONMENT_KEYS]
-    return ", ".join(
-        f"{key} is {stored.get(key)!r} there and {wanted.get(key)!r} here"
-        for key in keys
-        if stored.get(key) != wanted.get(key)
-    )
+def _differences(stored: object, wanted: object, path: str = "") -> str:
+    """Every setting that differs, by its path and with both values; empty when none does."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        keys = {**wanted, **stored}
+        found = (_differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key) for key in keys)
+        return ", ".join(text for text in found if text)
+    return "" if stored == wanted else f"{path or 'its first line'} is {stored!r} there and {wanted!r} here"

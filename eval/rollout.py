@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.errors import missing_extra
+from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.eval.results import Episode, QueryRecord
 from rsd_trt.eval.simulator import Simulator
 from rsd_trt.runtime.policy import Policy
@@ -53,22 +53,25 @@ def run_episode(
                     frames.append(simulator.frame())
                 if success:
                     break
+    except UserError:
+        raise
     except Exception as exception:  # whatever breaks inside the simulator costs this episode, not the run
         log.exception("task %d, trial %d broke", task, trial)
         error = f"{type(exception).__name__}: {exception}"
     return Episode(task, trial, success, step, time.perf_counter() - started, tuple(queries), error)
 
 
-def write_video(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
-    """An MP4 (H.264) at the control rate; frames [S, S, 3] uint8.
-
-    Raises:
-        UserError: imageio-ffmpeg is not installed.
-    """
+def check_video_writer() -> None:
+    """Raises UserError unless videos can be written."""
     try:
-        import imageio_ffmpeg
+        import imageio_ffmpeg  # noqa: F401
     except ImportError:
         raise missing_extra("imageio-ffmpeg", "libero") from None
+
+
+def write_video(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
+    """An MP4 (H.264) at the control rate; frames [S, S, 3] uint8."""
+    import imageio_ffmpeg
 
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width, _ = frames[0].shape

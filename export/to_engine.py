@@ -92,12 +92,15 @@ def build_engine(
     else:
         _set_compatibility(trt, config, options)
         cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        if not config.set_timing_cache(cache, ignore_mismatch=False):  # it is of another GPU or another TensorRT
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(f"{flavour.target} {flavour.version} cannot build {onnx}: {'; '.join(messages[-3:])}")
     if flavour.target == "tensorrt":
-        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        temporary = timing_cache.with_name(f".{timing_cache.name}")
+        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+        temporary.replace(timing_cache)
     return bytes(plan)
 
 
@@ -106,6 +109,7 @@ def layer_report(engine: bytes, flavour: Flavour) -> str:
     trt = flavour.module
     messages: list[str] = []
     runtime = trt.Runtime(_logger(trt, messages))
+    runtime.engine_host_code_allowed = True  # of the engine just built
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
         raise UserError(f"the engine cannot be loaded for a report: {'; '.join(messages[-3:])}")

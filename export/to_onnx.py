@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -29,17 +30,19 @@ def export_onnx(module: Exportable, batch: Batch, path: Path) -> list[Path]:
         import onnx
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
-        raise missing_extra(str(error.name), "cpu") from None
+        raise missing_extra(str(error.name), "export") from None
 
     signature = module.signature
-    dynamic = {port.name: {0: BATCH} if BATCH in port.dims else None for port in signature.inputs}
+    shapes = [{0: BATCH} if BATCH in port.dims else None for port in signature.inputs]
+    # By parameter, since the exporter wants the shapes of `*condition` as one tuple.
+    dynamic = tuple(inspect.signature(module.forward).bind(*shapes).arguments.values())
     with quiet_exporter():
         program = torch.onnx.export(
             module,
             tuple(example_inputs(signature, 1 if batch == "1" else TRACE_BATCH).values()),
             input_names=[port.name for port in signature.inputs],
             output_names=[port.name for port in signature.outputs],
-            dynamic_shapes=tuple(dynamic.values()) if batch == "dynamic" else None,
+            dynamic_shapes=dynamic if batch == "dynamic" else None,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -74,7 +77,7 @@ def _check(path: Path) -> None:
 
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise UserError(f"{path} is not valid ONNX: {error}") from None
     model = onnx.load(str(path), load_external_data=False)
     opsets = {entry.domain: entry.version for entry in model.opset_import}

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.config import BundleConfig, Component, Precision, Size, from_json, preset, to_json
+from rsd_trt.config import FORMAT_VERSION, BundleConfig, Component, Precision
 from rsd_trt.errors import UserError
+from rsd_trt.jsonio import from_json, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 HIDDEN_STATES = "hidden_states.safetensors"  # optional: recorded on LIBERO, for `rsd-trt verify`
 PARTS = ("backbone", "draft", "head", "codec")
+COMPONENT_VERSION = 1  # to be raised when a component computes something else from the same weights
 LISTED_KEYS = 10  # of each kind, in the error about a file that does not fit
 BOS = "<s>"
 
@@ -63,6 +65,9 @@ class Bundle:
             raise UserError(f"{path} is not a bundle ({CONFIG} is missing). Make one: rsd-trt init {path}") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UserError(f"{file} has format_version {version}, this version reads {FORMAT_VERSION}: update rsd-trt")
         return cls(path, from_json(BundleConfig, data, str(file)))
 
     def file(self, part: str) -> Path:
@@ -168,7 +173,7 @@ class Bundle:
         parts = {"draft": ["draft"], "head": ["head"], "decoder": ["codec"]}
         parts |= {"accept": ["draft", "codec"], "chain": ["head", "codec"]}
         config = to_json(self.config)
-        facts: dict[str, object] = {}
+        facts: dict[str, object] = {"maths": COMPONENT_VERSION}
         for part in parts[name]:
             file = self.file(part)
             if (weights := self.digest(file.name)) is None:
@@ -176,7 +181,8 @@ class Bundle:
             facts[part] = [weights, config[part]]
         control = to_json(self.config.control)
         facts |= {"dims": config["dims"], "hidden": self.config.hidden}
-        facts |= {key: control[key] for key in ("gripper", "action_quantiles")}
+        if name in ("accept", "chain"):
+            facts |= {key: control[key] for key in ("gripper", "action_quantiles")}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
@@ -294,69 +300,3 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True) -> Bundle:
-    """Writes an untrained bundle with seeded random weights.
-
-    Raises:
-        UserError: `path` exists, or the disk is too small.
-    """
-    import torch
-
-    from rsd_trt.models.backbone import Backbone
-    from rsd_trt.models.codec import Codec
-    from rsd_trt.models.draft import DraftModel
-    from rsd_trt.models.head import build_head
-
-    config = preset(size, name=path.name)
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "draft": lambda: DraftModel(config.draft, config.dims, config.hidden),
-        "head": lambda: build_head(config.head, config.dims, config.hidden),
-        "codec": lambda: Codec(config.codec, config.dims),
-    }
-    dtype = getattr(torch, config.backbone.dtype)
-    if with_backbone:
-        builders["backbone"] = lambda: _in_dtype(dtype, lambda: Backbone(config.backbone))
-    with torch.device("meta"):
-        needed = sum(size_in_bytes(build()) for build in builders.values())
-    _check_disk(path, needed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = {part: build() for part, build in builders.items()}
-    return save(path, config, parts, byte_tokenizer())
-
-
-def byte_tokenizer() -> Tokenizer:
-    """BOS and one token for every byte: covers any instruction, and needs no training."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {BOS: 0} | {character: i for i, character in enumerate(alphabet, start=1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    return tokenizer
-
-
-def size_in_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and stored buffers."""
-    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
-
-
-def _in_dtype(dtype: torch.dtype, build: Callable[[], nn.Module]) -> nn.Module:
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return build()
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _check_disk(path: Path, needed: int) -> None:
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")

@@ -1,4 +1,4 @@
-"""Every number and convention of a policy: frozen dataclasses, their JSON form, and the size presets.
+"""Every number and convention of a policy, as frozen dataclasses.
 
 This is the only place where a dimension is written. A bundle's `config.json` is one `BundleConfig`.
 """
@@ -6,16 +6,12 @@ This is the only place where a dimension is written. A bundle's `config.json` is
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from rsd_trt.errors import UserError, did_you_mean
+from rsd_trt.errors import UserError
 
 FORMAT_VERSION = 1
 PROPRIO_DIM = 8  # end-effector position 3, axis-angle 3, gripper joints 2
@@ -94,7 +90,6 @@ class DraftConfig:
     """The draft: one transformer layer and a classifier for each coarse RFSQ layer."""
 
     width: int = 512
-    heads: int = 8
     mlp_width: int = 2048
     positions: int = 256  # rows of the position encoding on disk; the sequence has length 1
 
@@ -213,6 +208,16 @@ class BundleConfig:
         _require(dims.C <= dims.L, f"dims.C {dims.C} is more than dims.L {dims.L}")
         _require(dims.A == ARM_DIMS + 1, f"dims.A {dims.A} must be {ARM_DIMS + 1}: six of the arm, one gripper")
         control = self.control
+        _require(
+            self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() and self.name[0] not in ".-",
+            f"name {self.name!r} must be letters, digits, '-', '_' and '.': it names the folder of the exports",
+        )
+        _require(control.camera_size > 0, f"control.camera_size {control.camera_size} must be positive")
+        _require(control.settle_steps >= 0, f"control.settle_steps {control.settle_steps} must be at least 0")
+        _require(
+            all(steps > 0 for steps in control.max_steps.values()),
+            f"control.max_steps {control.max_steps} must be positive",
+        )
         _require(0 < control.center_crop <= 1, f"control.center_crop {control.center_crop} is not in (0, 1]")
         _require(bool(control.cameras), "control.cameras is empty; name at least one camera")
         _require("{instruction}" in control.prompt, f"control.prompt {control.prompt!r} lacks {{instruction}}")
@@ -275,164 +280,6 @@ def protocol_name(control: ControlConfig) -> str:
     return next((name for name in PROTOCOLS if with_protocol(control, name) == control), "custom")
 
 
-def preset(size: Size, name: str) -> BundleConfig:
-    """The configuration of an untrained bundle. `reference` is sized for two CPU cores and 40 MB."""
-    if size == "openvla-7b":
-        return BundleConfig(
-            name=name,
-            trained=False,
-            backbone=BackboneConfig(
-                towers=(
-                    _dino_tower(width=1024, blocks=23, heads=16, mlp_width=4096, patch=14, layer_scale=True),
-                    _siglip_tower(width=1152, blocks=26, heads=16, mlp_width=4304, patch=14),
-                ),
-                language=LanguageConfig(hidden=4096, intermediate=11008, blocks=32, heads=32, vocab=32064),
-                image_size=224,
-                dtype="bfloat16",
-            ),
-            rsd=RsdConfig(draft_block=8),
-            control=ControlConfig(cameras=("agentview_image",), center_crop=0.9, suffix_token=29871, gripper="openvla"),
-        )
-    if size == "reference":
-        return BundleConfig(
-            name=name,
-            trained=False,
-            backbone=BackboneConfig(
-                towers=(
-                    _dino_tower(width=192, blocks=5, heads=3, mlp_width=768, patch=16, layer_scale=True),
-                    _siglip_tower(width=192, blocks=5, heads=3, mlp_width=768, patch=16),
-                ),
-                language=LanguageConfig(hidden=256, intermediate=688, blocks=12, heads=4, vocab=320),
-                image_size=128,
-                proprio=True,
-            ),
-            rsd=RsdConfig(draft_block=3),
-            draft=DraftConfig(width=256, heads=4, mlp_width=1024, positions=1),
-            head=HeadConfig(feature=512, width=256),
-        )
-    return BundleConfig(
-        name=name,
-        trained=False,
-        backbone=BackboneConfig(
-            towers=(
-                _dino_tower(width=32, blocks=2, heads=2, mlp_width=64, patch=16, layer_scale=True),
-                _siglip_tower(width=24, blocks=2, heads=2, mlp_width=40, patch=16),
-            ),
-            language=LanguageConfig(hidden=32, intermediate=88, blocks=4, heads=4, vocab=320),
-            image_size=32,
-            proprio=True,
-        ),
-        rsd=RsdConfig(draft_block=1),
-        draft=DraftConfig(width=16, heads=2, mlp_width=32, positions=1),
-        head=HeadConfig(feature=32, width=16, embedding=4),
-    )
-
-
-def _dino_tower(*, width: int, blocks: int, heads: int, mlp_width: int, patch: int, layer_scale: bool) -> TowerConfig:
-    """DINOv2 with four registers, normalised with ImageNet's statistics."""
-    return TowerConfig(
-        width=width,
-        blocks=blocks,
-        heads=heads,
-        mlp_width=mlp_width,
-        patch=patch,
-        prefix_tokens=5,
-        layer_scale=layer_scale,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-    )
-
-
-def _siglip_tower(*, width: int, blocks: int, heads: int, mlp_width: int, patch: int) -> TowerConfig:
-    """SigLIP: no prefix tokens, no LayerScale, pixels scaled to [-1, 1]."""
-    return TowerConfig(
-        width=width,
-        blocks=blocks,
-        heads=heads,
-        mlp_width=mlp_width,
-        patch=patch,
-        prefix_tokens=0,
-        layer_scale=False,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-    )
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-# --- JSON ---------------------------------------------------------------------------------------------
-
-ConfigT = TypeVar("ConfigT")
-
-
-def to_json(config: object) -> dict[str, object]:
-    """The dataclass as plain JSON values (tuples become lists)."""
-    data: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
-    return data
-
-
-def from_json(cls: type[ConfigT], data: object, where: str) -> ConfigT:
-    """Builds `cls` from JSON values.
-
-    Raises:
-        UserError: an unknown key (with a did-you-mean), a missing key, or a value of another type; `where`
-            names the file, and the message the key's path in it.
-    """
-    return typing.cast(ConfigT, _build(cls, data, where, ""))
-
-
-def _build(kind: object, value: object, where: str, path: str) -> object:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _build_dataclass(kind, value, where, path)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _build(next(a for a in arguments if a is not type(None)), value, where, path)
-    if origin is Literal:
-        if value in arguments and isinstance(value, str):
-            return value
-        raise UserError(f"{where}: {path} is {value!r}{did_you_mean(str(value), map(str, arguments))}")
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise UserError(f"{where}: {path} has {len(value)} entries, not {len(arguments)}")
-        return tuple(_build(arguments[0], entry, where, f"{path}[{i}]") for i, entry in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _build(arguments[1], entry, where, f"{path}.{key}") for key, entry in value.items()}
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not abs(value) <= sys.float_info.max:  # infinity, NaN, or a whole number that is too large
-            raise UserError(f"{where}: {path} is {value!r}, not a finite number")
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not {_describe(kind)}")
-
-
-def _build_dataclass(cls: type, value: object, where: str, path: str) -> object:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not an object")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    prefix = f"{path}." if path else ""
-    for key in value:
-        if key not in fields:
-            raise UserError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), fields)}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in value:
-            raise UserError(f"{where}: the key {prefix}{name} is missing")
-    built = {key: _build(hints[key], entry, where, f"{prefix}{key}") for key, entry in value.items()}
-    try:
-        return cls(**built)
-    except UserError as error:  # from __post_init__, which does not know the file
-        raise UserError(f"{where}: {error}") from None
-
-
-def _describe(kind: object) -> str:
-    origin = typing.get_origin(kind)
-    names: dict[object, str] = {tuple: "a list", dict: "an object", int: "a whole number", float: "a number"}
-    names |= {str: "a string", bool: "true or false"}
-    return names.get(origin or kind, str(kind))

@@ -10,6 +10,10 @@ class UserError(Exception):
     """One line that names the thing, both values and the remedy. The CLI prints it and exits with 1."""
 
 
+class Unavailable(UserError):
+    """This machine cannot do it: a package, a provider or a GPU is missing. Nothing is wrong with the user's files."""
+
+
 class PolicyFault(UserError):
     """The policy produced something that must not reach a robot (NaN, infinity). Ends that episode."""
 
@@ -21,6 +25,6 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f" (one of: {', '.join(names)})"
 
 
-def missing_extra(package: str, extra: str) -> UserError:
+def missing_extra(package: str, extra: str) -> Unavailable:
     """The error for an optional dependency that is not installed."""
-    return UserError(f"{package} is not installed. Install it: pip install 'rsd-trt[{extra}]'")
+    return Unavailable(f"{package} is not installed. Install it: pip install 'rsd-trt[{extra}]'")

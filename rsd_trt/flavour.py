@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from rsd_trt.errors import UserError
+from rsd_trt.errors import Unavailable
 from rsd_trt.host import Gpu
 
 Target = Literal["tensorrt", "rtx"]
 MODULES: dict[Target, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EXTRAS: dict[Target, str] = {"tensorrt": "trt", "rtx": "rtx"}
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT-RTX builds for and runs on
+# What TensorRT-RTX builds for and runs on, but for 7.5: it has no float32 matrix product there, and the codec has one.
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class Flavour:
         return str(self.module.__version__)
 
     def check_runs_on(self, gpu: Gpu | None) -> None:
-        """Raises UserError unless this flavour runs on `gpu`."""
+        """Raises Unavailable unless this flavour runs on `gpu`."""
         if gpu is None:
-            raise UserError("TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort")
+            raise Unavailable("TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort")
         if self.target == "rtx" and gpu.compute_capability not in RTX_CAPABILITIES:
-            raise UserError(
+            raise Unavailable(
                 f"TensorRT-RTX {self.version} runs on compute capability {', '.join(RTX_CAPABILITIES)}; "
                 f"{gpu.name} has {gpu.compute_capability}. Use: --backend ort, or pip install 'rsd-trt[trt]'"
             )
@@ -42,7 +43,7 @@ def find_flavour(target: Target | None = None) -> Flavour:
     """The TensorRT asked for, or the first one installed.
 
     Raises:
-        UserError: it is not installed, or its libraries cannot be loaded.
+        Unavailable: it is not installed, or its libraries cannot be loaded.
     """
     wanted: tuple[Target, ...] = (target,) if target else ("tensorrt", "rtx")
     problems = []
@@ -52,4 +53,24 @@ def find_flavour(target: Target | None = None) -> Flavour:
         except ImportError as error:
             problems.append(f"{MODULES[name]} cannot be imported ({error})")
     extras = " or ".join(f"'rsd-trt[{EXTRAS[name]}]'" for name in wanted)
-    raise UserError(f"{'; '.join(problems)}. Install it: pip install {extras}")
+    raise Unavailable(f"{'; '.join(problems)}. Install it: pip install {extras}")
+
+
+def runnable_flavour(gpu: Gpu | None) -> Flavour:
+    """The installed TensorRT that runs on `gpu`; of two, the full TensorRT.
+
+    Raises:
+        Unavailable: there is none; with the reason for each that is installed.
+    """
+    first, problems = find_flavour(), []
+    for name in MODULES if gpu is not None else (first.target,):
+        try:
+            flavour = find_flavour(name)
+        except Unavailable:
+            continue
+        try:
+            flavour.check_runs_on(gpu)
+            return flavour
+        except Unavailable as error:
+            problems.append(str(error))
+    raise Unavailable(" ".join(problems))

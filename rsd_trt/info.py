@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rsd_trt.bundle import PARTS, Bundle
-from rsd_trt.config import protocol_name, to_json
+from rsd_trt.config import protocol_name
+from rsd_trt.jsonio import to_json
 from rsd_trt.manifest import folder_of, freshness, read_manifest
 
 Json = dict[str, object]

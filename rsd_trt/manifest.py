@@ -9,19 +9,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from rsd_trt.bundle import Bundle, sha256
-from rsd_trt.config import Component, Precision, from_json
+from rsd_trt.config import Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.host import Gpu
+from rsd_trt.jsonio import from_json
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+REMEDY = "rsd-trt export --force"
 
 Batch = Literal["1", "dynamic"]
 Kind = Literal["onnx", "tensorrt", "rtx"]
@@ -91,10 +95,11 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
             raise UserError(
-                f"the engine manifest has schema {self.schema_version}, this version reads {SCHEMA_VERSION}. "
-                "Rebuild: rsd-trt export --force"
+                f"the engine manifest has schema {self.schema_version}, this version reads {SCHEMA_VERSION}"
             )
         for artefact in self.artefacts:
+            if not artefact.files or (artefact.engine is None) != (artefact.kind == "onnx"):
+                raise UserError(f"the engine manifest is incomplete: {artefact.name} lacks its files or its build")
             for file in artefact.files:
                 if Path(file.name).name != file.name or file.name in ("", ".", ".."):
                     raise UserError(f"the engine manifest names a file outside its folder: {file.name!r}")
@@ -125,13 +130,15 @@ def read_manifest(folder: Path, bundle: Bundle) -> Manifest:
         return from_json(Manifest, json.loads(file.read_text("utf-8")), str(file))
     except FileNotFoundError:
         return Manifest(bundle.config.name)
+    except UserError as error:
+        raise UserError(f"{error}. Rebuild: {REMEDY}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}. Rebuild: rsd-trt export --force") from None
+        raise UserError(f"{file} cannot be read: {error}. Rebuild: {REMEDY}") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replaces the folder's manifest in one step."""
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    """Replaces the folder's manifest in one step. The caller holds the folder's lock."""
+    temporary = folder / f".{MANIFEST}"
     try:
         temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", "utf-8")
         temporary.replace(folder / MANIFEST)
@@ -149,7 +156,9 @@ def freshness(
     """
     for file in artefact.files:
         path = folder / file.name
-        if path.is_symlink() or not path.is_file():
+        if path.is_symlink():
+            return False, f"{path} is a symbolic link, not the file that was built"
+        if not path.is_file():
             return False, f"{path} is missing"
         if (size := path.stat().st_size) != file.bytes:
             return False, f"{path} has {size} bytes, the manifest says {file.bytes}"
@@ -162,7 +171,8 @@ def freshness(
             f"{artefact.name} was built from weights {artefact.weights_sha256[:8]}, the bundle has {weights[:8]}",
         )
     engine = artefact.engine
-    if engine is not None and version is not None and version != engine.version:
+    portable = engine is not None and "version_compatible" in engine.flags
+    if engine is not None and version is not None and version != engine.version and not portable:
         return False, f"{artefact.name} was built by TensorRT {engine.version}, installed is {version}"
     if engine is not None and gpu is not None:
         if engine.gpu is not None and engine.gpu != gpu.name:
@@ -204,5 +214,9 @@ def locked(folder: Path) -> Iterator[None]:
     import fcntl
 
     with (folder / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another export is at work in %s: waiting for it", folder)
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield

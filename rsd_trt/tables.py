@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from rich.markup import escape
 from rich.table import Table
 
 from rsd_trt.eval.compare import FIGURES
@@ -14,7 +15,7 @@ Json = Mapping[str, object]
 
 def bundle_table(description: Json) -> Table:
     """`rsd-trt info`."""
-    table = Table(title=f"{description['path']}  ({_trained(description['trained'])})", show_header=True)
+    table = Table(title=f"{escape(str(description['path']))}  ({_trained(description['trained'])})", show_header=True)
     table.add_column("part")
     table.add_column("parameters", justify="right")
     table.add_column("MB", justify="right")
@@ -99,15 +100,15 @@ def latency_table(rows: Sequence[Json], title: str) -> Table:
     table = Table(title=title)
     for name in ("what", "backend", "batch"):
         table.add_column(name)
-    for name in ("p50", "p90", "p95", "p99", "max", "vs eager", "GPU allocations"):
+    for name in ("p50", "p90", "p95", "p99", "max", "vs eager", "GPU bytes grown"):
         table.add_column(name, justify="right")
     for row in rows:
         start = [str(row["what"]), str(row["variant"]), str(row["batch"])]
         ms = cast("Mapping[str, float]", row["ms"])
         speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
         figures = (f"{ms[key]:.3f}" for key in ("p50", "p90", "p95", "p99", "max"))
-        allocations = "-" if row["allocations"] is None else str(row["allocations"])
-        table.add_row(*start, *figures, speedup, allocations)
+        grown = "-" if row["grown"] is None else str(row["grown"])
+        table.add_row(*start, *figures, speedup, grown)
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +12,8 @@ import torch
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import DEFAULT_ENGINES, Component, Precision
-from rsd_trt.errors import UserError, did_you_mean
-from rsd_trt.flavour import find_flavour
+from rsd_trt.errors import Unavailable, UserError, did_you_mean
+from rsd_trt.flavour import runnable_flavour
 from rsd_trt.manifest import Batch, usable
 from rsd_trt.runtime.session import Session, TorchSession
 
@@ -31,6 +31,7 @@ class Launcher:
     precision: Precision = "fp32"
     engines: Path = DEFAULT_ENGINES
     cuda_graph: bool = True  # `ort` alone can do without
+    opened: dict[str, str] = field(default_factory=dict)  # sha256 of every export that a session was opened on
 
     def open(self, component: Component, batch: Batch) -> Session:
         """A session for one row, or for any number of them.
@@ -43,7 +44,7 @@ class Launcher:
             return TorchSession(self.bundle.component(component, device, precision))
         if self.backend == "graph":
             if device.type != "cuda":
-                raise UserError(f"backend graph needs a CUDA device, not {device}. Use: --backend torch or ort")
+                raise Unavailable(f"backend graph needs a CUDA device, not {device}. Use: --backend torch or ort")
             from rsd_trt.runtime.graph_session import GraphSession
 
             return GraphSession(self.bundle.component(component, device, precision), device)
@@ -51,14 +52,16 @@ class Launcher:
         if self.backend == "ort":
             from rsd_trt.runtime.ort_session import OrtSession
 
-            _, file = usable(self.bundle, self.engines, (component, precision, batch, "onnx"))
+            artefact, file = usable(self.bundle, self.engines, (component, precision, batch, "onnx"))
+            self.opened[component] = artefact.files[0].sha256
             return OrtSession(file, signature, device, self.cuda_graph)
         from rsd_trt.runtime.trt_session import TrtSession
 
-        flavour, gpu = find_flavour(), host.gpu() if device.type == "cuda" else None
-        flavour.check_runs_on(gpu)
+        gpu = host.gpu(str(device)) if device.type == "cuda" else None
+        flavour = runnable_flavour(gpu)
         key = (component, precision, batch, flavour.target)
-        _, file = usable(self.bundle, self.engines, key, flavour.version, gpu)
+        artefact, file = usable(self.bundle, self.engines, key, flavour.version, gpu)
+        self.opened[component] = artefact.files[0].sha256
         return TrtSession(file, signature, device, flavour)
 
 

@@ -1,9 +1,10 @@
-"""A component as one CUDA graph of its PyTorch module."""
+"""A component as one CUDA graph of its PyTorch module, with the classifiers stacked."""
 
 from __future__ import annotations
 
 import torch
 
+from rsd_trt.models.classifiers import stacked
 from rsd_trt.models.signature import Exportable
 from rsd_trt.runtime.session import BufferedSession, Buffers, Launch, capture
 
@@ -13,14 +14,14 @@ class GraphSession(BufferedSession):
 
     def __init__(self, module: Exportable, device: torch.device) -> None:
         super().__init__(module.signature, device)
-        self.module = module
+        self.module = stacked(module)
 
     def prepare(self, buffers: Buffers, batch: int) -> Launch:
         def launch() -> None:
             outputs = self.module(*buffers.inputs.values())
             values = outputs if isinstance(outputs, tuple) else (outputs,)
-            for buffer, value in zip(buffers.outputs.values(), values, strict=True):
-                buffer.copy_(value)
+            # What the captured run writes to is at a fixed address too: the outputs need no copy.
+            buffers.outputs.update(zip(buffers.outputs, values, strict=True))
 
         with torch.inference_mode():
             return capture(launch, self.device).replay

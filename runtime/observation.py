@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig
+from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import BackboneInputs
 
 
@@ -85,7 +86,11 @@ class Preprocessor:
         return ((x - self._mean) / self._std).to(self.dtype)
 
     def prompt_tokens(self, instruction: str) -> list[int]:
-        """The prompt's token ids, BOS first."""
+        """The prompt's token ids, BOS first.
+
+        Raises:
+            UserError: an id that the backbone does not know.
+        """
         if instruction not in self._prompts:
             text = instruction.lower() if self.control.lowercase else instruction
             ids = list(self.tokenizer.encode(self.control.prompt.replace("{instruction}", text)).ids)
@@ -93,8 +98,9 @@ class Preprocessor:
             if suffix is not None and ids[-1] != suffix:
                 ids.append(suffix)
             if max(ids) >= self.backbone.language.vocab:
-                raise ValueError(
-                    f"the tokenizer gives id {max(ids)}, the backbone knows {self.backbone.language.vocab} tokens"
+                raise UserError(
+                    f"tokenizer.json or control.suffix_token gives the id {max(ids)}, "
+                    f"backbone.language.vocab is {self.backbone.language.vocab}: the bundle does not fit together"
                 )
             self._prompts[instruction] = ids
         return self._prompts[instruction]

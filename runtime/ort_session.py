@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rsd_trt.errors import UserError, missing_extra
+from rsd_trt.errors import Unavailable, missing_extra
 from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.session import BufferedSession, Buffers, Launch
 
@@ -22,7 +22,7 @@ class OrtSession(BufferedSession):
     with torch's current stream, so that no call waits on the host.
 
     Raises:
-        UserError: ONNX Runtime is not installed, cannot run the graph, or did not take the provider asked for.
+        Unavailable: ONNX Runtime is not installed, cannot run the graph, or did not take the provider asked for.
     """
 
     def __init__(self, onnx: Path, signature: Signature, device: torch.device, cuda_graph: bool = True) -> None:
@@ -33,9 +33,15 @@ class OrtSession(BufferedSession):
         except ImportError:
             raise missing_extra("onnxruntime", "cuda" if cuda else "cpu") from None
         onnxruntime.set_default_logger_severity(LOG_ERRORS)
+        provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
+        remedy = f"Install it: pip install 'rsd-trt[{'cuda' if cuda else 'cpu'}]'"
+        if provider not in onnxruntime.get_available_providers():
+            raise Unavailable(
+                f"onnxruntime {onnxruntime.__version__} has no {provider} (it has "
+                f"{', '.join(onnxruntime.get_available_providers())}). {remedy}"
+            )
         self.cuda_graph = cuda and cuda_graph
         self.stream = torch.cuda.Stream(device) if cuda else None
-        provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
         options: dict[str, str] = {}
         if self.stream is not None:
             onnxruntime.preload_dlls()
@@ -45,11 +51,6 @@ class OrtSession(BufferedSession):
                 "user_compute_stream": str(self.stream.cuda_stream),
                 "enable_cuda_graph": str(int(self.cuda_graph)),
             }
-        if provider not in onnxruntime.get_available_providers():
-            raise UserError(
-                f"onnxruntime {onnxruntime.__version__} has no {provider} (it has "
-                f"{', '.join(onnxruntime.get_available_providers())}). Install it: pip install 'rsd-trt[cuda]'"
-            )
         session_options = onnxruntime.SessionOptions()
         session_options.log_severity_level = LOG_ERRORS
         # Spinning threads would take the cores from the backbone, which runs next.
@@ -59,10 +60,10 @@ class OrtSession(BufferedSession):
                 str(onnx), session_options, providers=[(provider, options)], enable_fallback=False
             )
         except Exception as error:  # the library's exceptions share no base class
-            raise UserError(f"onnxruntime {onnxruntime.__version__} cannot run {onnx}: {error}") from None
+            raise Unavailable(f"onnxruntime {onnxruntime.__version__} cannot run {onnx}: {error}") from None
         active = self.session.get_providers()[0]
         if active != provider:
-            raise UserError(f"onnxruntime took {active} instead of {provider} for {onnx}.")
+            raise Unavailable(f"onnxruntime took {active} instead of {provider}, which cannot be loaded. {remedy}")
         self.new_run_options = onnxruntime.RunOptions
 
     def prepare(self, buffers: Buffers, batch: int) -> Launch:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from rsd_trt.models.backbone import Backbone, BackboneState
 from rsd_trt.models.fused import agreeing_steps
 from rsd_trt.runtime.backends import Launcher, check_backend
 from rsd_trt.runtime.observation import Observation, Preprocessor
+from rsd_trt.runtime.plan import Draft, Plan, Query, judge
 from rsd_trt.runtime.session import Session
 from rsd_trt.runtime.speculate import (
     Route,
@@ -30,7 +30,6 @@ from rsd_trt.runtime.speculate import (
     commit_accepted,
     commit_full,
     gripper_holds,
-    refresh_due,
     remaining,
     route_tested,
 )
@@ -38,61 +37,6 @@ from rsd_trt.runtime.speculate import (
 log = logging.getLogger(__name__)
 
 DRAFT_FAULT = "the draft's logits or actions are not finite"
-Verdict = Literal["true_accept", "false_accept", "true_reject", "false_reject"]
-
-
-@dataclass(frozen=True)
-class Query:
-    """One query's outcome.
-
-    actions [n, A] float32 in environment units, owned by the caller; n is 0 when `fault` says why.
-    prefix: leading steps on which draft and plan agree (the live plan's if one was tested, else the new one's);
-    None without a draft. ms: synchronised time of the whole batch. token_agreement: share of equal draft and
-    main tokens for each coarse layer, where both were computed. verdict: shadow mode only.
-    """
-
-    actions: NDArray[np.float32]
-    route: Route
-    prefix: int | None = None
-    token_agreement: tuple[float, ...] | None = None
-    verdict: Verdict | None = None
-    fault: str | None = None
-    ms: float = 0.0
-
-    @property
-    def full_pass(self) -> bool:
-        """Whether the whole backbone was run."""
-        return self.route not in ("accepted", "partial") or self.verdict is not None
-
-
-@dataclass
-class Plan:
-    """What a slot remembers between queries. Without actions there is no live plan."""
-
-    actions: Tensor | None = None  # [T, A]
-    tokens: Tensor | None = None  # [T, D, L]
-    grippers: tuple[bool, ...] = ()  # closed or not, for each step: known without asking the device
-    cursor: int = 0
-    accepted_in_a_row: int = 0
-
-    def forced(self, refresh: int, steps: int) -> Route | None:
-        """Why the next query has to be a full pass, or None if the draft may decide."""
-        if self.actions is None:
-            return "start"
-        if self.cursor >= steps:
-            return "exhausted"
-        if self.grippers[self.cursor] != self.grippers[self.cursor - 1]:
-            return "gripper"
-        return "refresh" if refresh_due(self.accepted_in_a_row, refresh) else None
-
-
-@dataclass(frozen=True)
-class Draft:
-    """The draft's guess for a batch: tokens [B, T, D, C], actions [B, T, A], finite [B]."""
-
-    tokens: Tensor
-    actions: Tensor
-    finite: Tensor
 
 
 class Policy:
@@ -100,7 +44,8 @@ class Policy:
 
     Modes: `baseline` runs the whole backbone at every query and commits `n_action_steps` of the main head's
     plan. `rsd` is the loop that `rsd_trt.runtime.speculate` describes. `shadow` acts as `baseline` and records
-    what `rsd` would have decided. A conditioned head is fed the draft's tokens in `rsd` and zeros otherwise.
+    what `rsd` would decide about what is left of the plan of the query before (it does not follow `rsd`'s own
+    older plans, nor its refresh). A conditioned head is fed the draft's tokens in `rsd` and zeros otherwise.
     """
 
     def __init__(
@@ -126,7 +71,10 @@ class Policy:
         self._device = preprocess.device
         self._tolerance = torch.tensor(config.rsd.tolerance, device=self._device)
         self._plans = [Plan() for _ in range(slots)]
-        if mode != "baseline" and config.rsd.draft_block == config.backbone.language.blocks:
+        self.exports: dict[str, str] = {}  # sha256 of the exports that run components, by component
+        self.hidden_states: list[tuple[Tensor, Tensor]] | None = None  # set to a list: `shadow` records into it
+        self._textbook = config.rsd.draft_block == config.backbone.language.blocks  # the draft reads the last block
+        if mode != "baseline" and self._textbook:
             log.warning(
                 "rsd.draft_block is %d, the backbone's last: an accepted query costs as much as a full one",
                 config.rsd.draft_block,
@@ -162,11 +110,12 @@ class Policy:
             n_action_steps,
             slots,
         )
+        policy.exports = launcher.opened
         policy.warm_up()
         return policy
 
     def warm_up(self, queries: int = 3) -> None:
-        """Full passes on a black image, so that the first real query is as fast as the others."""
+        """Full passes on a black image: for one row, kernels are chosen and buffers made before the first query."""
         control = self.config.control
         side = control.camera_size
         black = Observation(
@@ -224,7 +173,7 @@ class Policy:
         routes: dict[int, Route] = {}
         for row, plan in enumerate(plans):
             if not finite[row]:
-                queries[row] = self._fault("start", DRAFT_FAULT, prefix, row)
+                queries[row] = self._fault("fault", DRAFT_FAULT, prefix, row)
             elif (reason := forced[row]) is not None:
                 routes[row] = reason
             else:
@@ -251,7 +200,7 @@ class Policy:
         actions = plan.actions[plan.cursor : plan.cursor + count]
         plan.cursor += count
         plan.accepted_in_a_row += 1
-        return Query(actions.cpu().numpy().copy(), route, prefix)
+        return Query(actions.cpu().numpy().copy(), route, prefix, full_pass=self._textbook)
 
     def _full(
         self, state: BackboneState, plans: list[Plan], routes: Sequence[Route], draft: Draft | None
@@ -309,6 +258,8 @@ class Policy:
         before = [Plan(plan.actions, plan.tokens, plan.grippers, plan.cursor) for plan in plans]
         by_draft = self._agreement_with_plans(draft.tokens, draft.actions, before)
         state = self._backbone.resume(prefix, until=self.config.backbone.language.blocks)
+        if self.hidden_states is not None:
+            self.hidden_states.append((self._backbone.hidden(prefix).cpu(), self._backbone.hidden(state).cpu()))
         queries = self._full(state, plans, [reason or "rejected" for reason in forced], None)
         fresh = [
             (plan.tokens, plan.actions) if query.fault is None else (None, None)
@@ -364,20 +315,13 @@ class Policy:
         hidden = self._backbone.hidden(state)[row]
         if not bool(torch.isfinite(hidden).all()):
             message = f"the hidden state after block {state.block} is not finite"
-        return Query(np.zeros((0, self.config.dims.A), np.float32), route, fault=message)
+        full_pass = state.block == self.config.backbone.language.blocks
+        return Query(np.zeros((0, self.config.dims.A), np.float32), route, fault=message, full_pass=full_pass)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-
-def judge(committed: int, by_main: int) -> Verdict:
-    """Whether a decision was right: `committed` steps of the old plan (0: rejected) against the `by_main` leading
-    steps of it that the main head's new plan confirms."""
-    if committed == 0:
-        return "false_reject" if by_main > 0 else "true_reject"
-    return "true_accept" if by_main >= committed else "false_accept"
 
 
 def check_device(device: str) -> torch.device:
@@ -390,7 +334,11 @@ def check_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
+        if target.type not in ("cpu", "cuda"):
+            raise UserError(f"device {device!r} is not supported. Use: --device cpu or cuda")
         torch.zeros(1, device=target)
+        if target.type == "cuda":
+            torch.cuda.set_device(target)  # graphs are captured, and engines loaded, on the current device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}. Try: --device cpu") from None
     return target

@@ -11,7 +11,8 @@ is left of the plan, step by step. The *prefix* is the number of leading steps t
 At least one step: the query is *accepted* and commits the plan's actions, as many as the prefix has and at
 most `n_action_steps`; the rest of the backbone is not run. None: the query is *rejected*, the rest of the
 backbone is run, and the main head makes a new plan, of which the prefix that the draft agrees with is
-committed, and at least one action. After `refresh - 1` accepted queries in a row a full pass is due.
+committed, and at least one action. After `refresh - 1` accepted queries in a row a full pass is due: with
+`refresh` 1 every query is one, and with one action a query the loop then acts exactly as the baseline.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from rsd_trt.config import ARM_DIMS
 
-# How a query went. The first three tested a live plan; the others had to be full passes, and say why.
-Route = Literal["accepted", "partial", "rejected", "start", "exhausted", "gripper", "refresh", "full"]
+# How a query went. The first three tested a live plan; the next five had to be full passes, and say why; a fault of
+# the draft ended the query before either.
+Route = Literal["accepted", "partial", "rejected", "start", "exhausted", "gripper", "refresh", "full", "fault"]
 
 
 def remaining(chunk: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from rsd_trt.config import MAX_BATCH
 from rsd_trt.errors import UserError
 from rsd_trt.flavour import Flavour
 from rsd_trt.models.signature import Signature
@@ -26,6 +27,7 @@ class TrtSession(BufferedSession):
         trt = flavour.module
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
+        self.runtime.engine_host_code_allowed = True  # version-compatible engines bring their own runtime
         self.engine = self.runtime.deserialize_cuda_engine(engine.read_bytes())
         if self.engine is None:
             raise UserError(f"{flavour.target} {flavour.version} cannot load {engine}. Rebuild: rsd-trt export --force")
@@ -37,7 +39,8 @@ class TrtSession(BufferedSession):
     def prepare(self, buffers: Buffers, batch: int) -> Launch:
         context = self.engine.create_execution_context()
         for name, tensor in buffers.inputs.items():
-            context.set_input_shape(name, tuple(tensor.shape))
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise UserError(f"the engine does not take {batch} rows in {name}; exports take 1..{MAX_BATCH}")
         for name, tensor in {**buffers.inputs, **buffers.outputs}.items():
             context.set_tensor_address(name, tensor.data_ptr())
 

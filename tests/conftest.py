@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from rsd_trt.bundle import Bundle, initialise
-from rsd_trt.config import PROPRIO_DIM, ControlConfig
+from rsd_trt.bundle import Bundle
+from rsd_trt.config import PROPRIO_DIM, ControlConfig, Precision
+from rsd_trt.initialise import initialise
 from rsd_trt.runtime.observation import Observation
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -36,6 +38,20 @@ def bundle(tiny_bundle: Path) -> Bundle:
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle's folder, to be damaged."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def exported(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision], Path]:
+    """exported(precision) -> an engines folder with the tiny bundle's ONNX graphs, exported once. Read only."""
+    from rsd_trt.export.run import ExportRequest, export_bundle
+
+    @functools.cache
+    def export(precision: Precision) -> Path:
+        folder = tmp_path_factory.mktemp(precision)
+        export_bundle(bundle, ExportRequest(folder, precision=precision), lambda _: None, lambda *_: None)
+        return folder
+
+    return export
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from rsd_trt.bundle import CONFIG, PARTS, TOKENIZER, Bundle, byte_tokenizer, initialise, save
-from rsd_trt.config import preset
+from rsd_trt.bundle import CONFIG, PARTS, TOKENIZER, Bundle, save
 from rsd_trt.errors import UserError
 from rsd_trt.info import describe
+from rsd_trt.initialise import byte_tokenizer, initialise
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.draft import DraftModel
 from rsd_trt.models.head import RFSQHead
+from rsd_trt.presets import preset
 
 FILES = {CONFIG, TOKENIZER, *(f"{part}.safetensors" for part in PARTS)}
 CONFIGURATION = preset("tiny", "tiny")

@@ -8,20 +8,10 @@ from typing import Any
 
 import pytest
 
-from rsd_trt.config import (
-    PROTOCOLS,
-    SIZES,
-    BundleConfig,
-    ControlConfig,
-    Quantiles,
-    Size,
-    from_json,
-    preset,
-    protocol_name,
-    to_json,
-    with_protocol,
-)
+from rsd_trt.config import PROTOCOLS, SIZES, BundleConfig, ControlConfig, Quantiles, Size, protocol_name, with_protocol
 from rsd_trt.errors import UserError, did_you_mean, missing_extra
+from rsd_trt.jsonio import from_json, to_json
+from rsd_trt.presets import preset
 
 Path = tuple[str | int, ...]
 
@@ -82,7 +72,7 @@ def test_openvla_preset_has_the_published_numbers() -> None:
         (("backbone",), "langauge", "language"),
         (("backbone", "towers", 0), "widht", "width"),
         (("backbone", "language"), "hiden", "hidden"),
-        (("draft",), "head", "heads"),
+        (("draft",), "wdith", "width"),
         (("head",), "embeding", "embedding"),
         (("codec",), "scales", "scale"),
         (("rsd",), "tolerence", "tolerance"),

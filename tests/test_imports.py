@@ -15,9 +15,9 @@ import rsd_trt
 PACKAGE = Path(rsd_trt.__file__).parent
 # A module imports from its own line and the lines above it. Stages of one line do not import each other.
 LAYERS = (
-    {"__init__", "errors", "config", "host"},
+    {"__init__", "errors", "config", "jsonio", "presets", "host"},
     {"models"},
-    {"bundle", "flavour", "manifest", "info"},
+    {"bundle", "initialise", "flavour", "manifest", "info"},
     {"export", "runtime"},
     {"eval", "tables"},
     {"reference"},
@@ -25,7 +25,8 @@ LAYERS = (
 )
 APART = {"export", "runtime"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "transformers"}
-WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "flavour", "host", "info", "manifest", "tables"}
+WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "flavour", "host", "info", "initialise"}
+WITHOUT_TORCH |= {"jsonio", "manifest", "presets", "tables"}
 
 
 def python_files() -> Iterator[Path]:

@@ -14,7 +14,7 @@ from rsd_trt.config import DEFAULT_BUNDLE, SIZES, Size
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
 @click.option("--size", type=click.Choice(SIZES), default="reference", show_default=True, help="Size preset.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random weights.")
 @click.option("--without-backbone", is_flag=True, help="Write draft, head and codec only (7B: saves 15 GB).")
 def init(path: Path, size: Size, seed: int, without_backbone: bool) -> None:
     """Write an UNTRAINED bundle with random weights, to try the tools on.
@@ -22,7 +22,7 @@ def init(path: Path, size: Size, seed: int, without_backbone: bool) -> None:
     \b
     Example: rsd-trt init bundles/tiny --size tiny --seed 0
     """
-    from rsd_trt.bundle import initialise
+    from rsd_trt.initialise import initialise
 
     bundle = initialise(path, size, seed, with_backbone=not without_backbone)
     click.echo(f"{bundle.path}: size {size}, seed {seed}, UNTRAINED (its actions mean nothing)")

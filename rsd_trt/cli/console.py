@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rsd_trt.export.run import Outcome
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout instead.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout instead.")
 device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 precision_option = click.option(
     "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of draft and head."
@@ -43,7 +43,6 @@ class EpisodeProgress:
             TextColumn("{task.fields[figures]}"),
             console=Console(stderr=True),
         )
-        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,6 +50,7 @@ class EpisodeProgress:
 
     def start(self, total: int, done: list[Episode]) -> None:
         self.episodes = done
+        self.progress.start()
         self.bar = self.progress.add_task("", total=total, completed=len(done), figures="")
 
     def add(self, episode: Episode) -> None:

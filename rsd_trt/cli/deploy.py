@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rsd_trt.flavour import Flavour
 
 ExportTarget = Literal["auto", "tensorrt", "rtx", "onnx"]
+MIN_ROWS = 64  # fewer inputs prove little
 
 
 def split_list(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -43,7 +45,7 @@ def split_list(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @precision_option
 @click.option(
     "--target",
-    type=click.Choice(["auto", "tensorrt", "rtx", "onnx"]),
+    type=click.Choice(typing.get_args(ExportTarget)),
     default="auto",
     show_default=True,
     help="Engines to build beside ONNX. auto: what is installed and can build here, else none; onnx: none.",
@@ -133,7 +135,7 @@ def choose_flavour(target: ExportTarget) -> Flavour | None:
 @click.command()
 @bundle_argument
 @click.option("--backend", callback=split_list, default="graph,ort,trt", show_default=True, help="Backends to check.")
-@click.option("-n", "--rows", type=click.IntRange(1), default=64, show_default=True, help="Inputs.")
+@click.option("-n", "--rows", type=click.IntRange(MIN_ROWS), default=MIN_ROWS, show_default=True, help="Inputs.")
 @click.option(
     "--hidden",
     type=click.Path(path_type=Path),
@@ -174,11 +176,12 @@ def verify(
     else:
         from rsd_trt.tables import parity_table
 
-        show(parity_table([r for r in results if r["status"] != "not measured"]))
-        list_not_measured([r for r in results if r["status"] == "not measured"])
+        show(parity_table([r for r in results if "exceeded" in r]))
+        list_reasons("not measured", [r for r in results if r["status"] == "not measured"])
+        list_reasons("FAILED", [r for r in results if r["status"] == "failed" and "reason" in r])
     failed = [r for r in results if r["status"] == "failed"]
     if failed:
-        raise UserError(f"{len(failed)} of {len(results)} comparisons exceed their tolerance")
+        raise UserError(f"{len(failed)} of {len(results)} comparisons failed")
     if all(r["status"] == "not measured" for r in results):
         raise UserError("nothing could be measured")
 
@@ -223,7 +226,7 @@ def profile(
     variants = [(check_backend(name), True) for name in backend]
     if target.type == "cuda" and "ort" in backend:
         variants.insert([name for name, _ in variants].index("ort"), ("ort", False))
-    if not all(size.isdigit() and int(size) > 0 for size in batch):
+    if not batch or not all(size.isdecimal() and int(size) > 0 for size in batch):
         raise click.UsageError(f"--batch {','.join(batch)} is not a list of sizes such as 1,8")
     sizes = tuple(int(size) for size in batch)
     request = ProfileRequest(tuple(variants), sizes, target, precision, engines, samples, warm_up)
@@ -234,11 +237,11 @@ def profile(
     from rsd_trt.tables import latency_table
 
     show(latency_table([r for r in report["rows"] if r["ms"]], f"ms, {report['boundary']}, n = {samples}"))
-    list_not_measured([r for r in report["rows"] if not r["ms"]])
+    list_reasons("not measured", [r for r in report["rows"] if not r["ms"]])
     click.echo(f"raw samples: {out / 'profile.json'}\nchart: {out / 'profile.png'}")
 
 
-def list_not_measured(rows: Sequence[Mapping[str, object]]) -> None:
+def list_reasons(what: str, rows: Sequence[Mapping[str, object]]) -> None:
     """A line for each reason, with the rows that it left without figures."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
@@ -246,7 +249,7 @@ def list_not_measured(rows: Sequence[Mapping[str, object]]) -> None:
         names = reasons.setdefault(str(row["reason"]), [])
         names += [] if name in names else [name]
     for reason, names in reasons.items():
-        click.echo(f"not measured: {', '.join(names)}: {reason}")
+        click.echo(f"{what}: {', '.join(names)}: {reason}")
 
 
 COMMANDS = (export, verify, profile)

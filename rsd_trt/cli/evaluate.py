@@ -23,6 +23,8 @@ from rsd_trt.cli.console import (
 from rsd_trt.config import MODES, PROTOCOLS, SUITES, Mode, Precision
 from rsd_trt.errors import UserError
 
+MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
+
 
 class TaskList(click.ParamType["tuple[int, ...] | None"]):
     """`0,3` or `0-4` or `all` -> task numbers, without repeats, in order."""
@@ -40,7 +42,7 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
         try:
             for part in str(value).split(","):
                 first, _, last = part.partition("-")
-                tasks.update(range(int(first), int(last or first) + 1))
+                tasks.update(range(int(first), min(int(last or first), MAX_TASK) + 1))
         except ValueError:
             self.fail(f"{value!r} is not a list such as 0,3 or 0-4 or all", param, ctx)
         if not tasks:
@@ -67,12 +69,19 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
     help="oft: OpenVLA-OFT's; seed: the original experiment's. [default: the bundle's control]",
 )
 @click.option("--max-steps", type=click.IntRange(1), help="Of an episode. [default: the protocol's for the suite]")
-@click.option("--seed", type=int, default=7, show_default=True, help="Of every random generator.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=7, show_default=True, help="Of every random generator."
+)
 @precision_option
 @engines_option
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming the run in --out.")
 @click.option("--video", is_flag=True, help="Record an MP4 of every episode (renders every step: slower).")
+@click.option(
+    "--record-hidden",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --mode shadow: write the hidden states to this safetensors file, for verify --hidden.",
+)
 @json_option
 def evaluate(
     bundle: Path,
@@ -91,6 +100,7 @@ def evaluate(
     out: Path,
     fresh: bool,
     video: bool,
+    record_hidden: Path | None,
     as_json: bool,
 ) -> None:
     """Drive LIBERO episodes with a bundle and write OUT/SUITE_MODE_results.json.
@@ -100,6 +110,8 @@ def evaluate(
     \b
     Example: rsd-trt eval --suite libero_spatial --tasks 0,3 --trials 2 --mode rsd
     """
+    if record_hidden is not None and mode != "shadow":
+        raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
     from rsd_trt.eval.run import EvalRequest
     from rsd_trt.eval.run import evaluate as run
 
@@ -118,6 +130,7 @@ def evaluate(
         out=out,
         fresh=fresh,
         video=video,
+        record_hidden=record_hidden,
         precision=precision,
         engines=engines,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rsd_trt.config import Dims, DraftConfig
+from rsd_trt.models.classifiers import Classifiers
 from rsd_trt.models.signature import Exportable, Port, Signature
 
 
@@ -76,7 +77,7 @@ class DraftModel(Exportable):
         self.input_projection = nn.Linear(hidden, config.width)
         self.decoder = DraftDecoder(config)
         half = config.width // 2
-        self.classification_heads = nn.ModuleList(
+        self.classification_heads = Classifiers(
             nn.Sequential(
                 nn.Linear(config.width, half),
                 nn.GELU(),
@@ -93,5 +94,5 @@ class DraftModel(Exportable):
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = self.decoder(self.input_projection(hidden.to(self.input_projection.weight.dtype)))  # [B, width]
-        logits = torch.stack([head(x) for head in self.classification_heads], dim=1).float()  # [B, C, T*D*K]
+        logits = self.classification_heads(x).float()  # [B, C, T*D*K]
         return logits.view(len(hidden), self.dims.C, self.dims.T * self.dims.D, self.dims.K)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rsd_trt.config import Dims, HeadConfig
+from rsd_trt.models.classifiers import Classifiers
 from rsd_trt.models.signature import Exportable, Port, Signature
 
 HIDDEN = Port("hidden", ("B", "H"))
@@ -39,9 +40,9 @@ class Head(Exportable):
             },
         )
 
-    def classify(self, x: Tensor, classifiers: nn.ModuleList) -> Tensor:
+    def classify(self, x: Tensor, classifiers: Classifiers) -> Tensor:
         """x [B, width], one classifier a layer -> logits [B, L, T*D, K]."""
-        logits = torch.stack([classifier(x) for classifier in classifiers], dim=1).float()  # [B, L, T*D*K]
+        logits = classifiers(x).float()  # [B, L, T*D*K]
         return logits.view(len(x), self.dims.L, self.dims.T * self.dims.D, self.dims.K)
 
     def cast(self, hidden: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class RFSQHead(Head):
     def __init__(self, config: HeadConfig, dims: Dims, hidden: int, conditioned: bool = False) -> None:
         super().__init__(dims, hidden, conditioned)
         self.feature_proj = _project(hidden, config.feature)
-        self.layer_heads = nn.ModuleList(
+        self.layer_heads = Classifiers(
             nn.Sequential(*_project(config.feature, config.width), nn.Linear(config.width, dims.T * dims.D * dims.K))
             for _ in range(dims.L)
         )
@@ -88,7 +89,7 @@ class RFSQClassificationHead(Head):
 
     def __init__(self, config: HeadConfig, dims: Dims, hidden: int) -> None:
         super().__init__(dims, hidden)
-        self.classification_heads = nn.ModuleList(
+        self.classification_heads = Classifiers(
             nn.Sequential(
                 *_project(hidden, config.width),
                 *_project(config.width, config.width // 2),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from rsd_trt.errors import UserError
-from rsd_trt.eval.compare import compare, read
+from rsd_trt.eval.compare import SAME, compare, read
 
 
 def results(mode: str, ms: float, **settings: object) -> dict[str, object]:
     return {
-        "settings": {"mode": mode, "suite": "libero_spatial", "backend": "torch", "trained": True, **settings},
+        "settings": {**dict.fromkeys(SAME, 0), "mode": mode, "backend": "torch", "trained": True, **settings},
         "episodes": [{"task_id": 0, "trial": 0, "error": None}],
         "avg_inference_time_ms": ms,
         "query_ms": {"p50": ms},
@@ -29,7 +29,14 @@ def test_speedup_is_policy_time_per_action() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("backend", "ort"), ("protocol", "seed"), ("n_action_steps", 4), ("max_steps", 9), ("bundle_sha256", "ff")],
+    [
+        ("backend", "ort"),
+        ("protocol", "seed"),
+        ("n_action_steps", 4),
+        ("max_steps", 9),
+        ("bundle_sha256", "ff"),
+        ("hardware", {}),
+    ],
 )
 def test_other_conditions_are_refused(key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"cannot be compared: {key} is .* and {value!r}"):
@@ -48,7 +55,9 @@ def test_the_same_mode_twice_is_refused() -> None:
         compare(results("rsd", 30.0), results("rsd", 20.0))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": 3, "episodes": []}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"settings": 3, "episodes": []}', '{"settings": {}, "episodes": [1]}', "\x00"]
+)
 def test_foreign_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(text)
@@ -60,3 +69,8 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(json.dumps(results("rsd", 1.0)))
     assert read(path) == results("rsd", 1.0)
+
+
+def test_absent_settings_are_refused() -> None:
+    with pytest.raises(UserError, match="lacks the settings suite"):
+        compare({"settings": {"mode": "baseline"}, "episodes": []}, {"settings": {"mode": "rsd"}, "episodes": []})

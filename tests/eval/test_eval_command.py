@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from rsd_trt.cli import main
 
@@ -19,8 +21,10 @@ def rsd_trt(*arguments: object) -> Result:
 
 @pytest.mark.libero
 def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden.safetensors"
     for mode in ("baseline", "rsd", "shadow"):
-        result = rsd_trt("eval", tiny_bundle, "--mode", mode, "--out", tmp_path, "--json", *EPISODE)
+        record = ("--record-hidden", hidden) if mode == "shadow" else ()
+        result = rsd_trt("eval", tiny_bundle, "--mode", mode, "--out", tmp_path, "--json", *record, *EPISODE)
         assert result.exit_code == 0, result.output
         summary = json.loads(result.stdout)
         assert summary == json.loads((tmp_path / f"libero_spatial_{mode}_results.json").read_text())
@@ -28,6 +32,8 @@ def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
         assert summary["settings"]["protocol"] == "oft"
         assert summary["use_speculative_decoding"] == (mode == "rsd")
         assert sum(summary["routes"].values()) == summary["queries"]
+    states = load_file(hidden)
+    assert states["prefix"].shape == states["final"].shape == (summary["queries"], 32)
     files = [tmp_path / f"libero_spatial_{mode}_results.json" for mode in ("baseline", "rsd")]
     result = rsd_trt("compare", *files, "--json")
     assert result.exit_code == 0, result.output
@@ -69,3 +75,19 @@ def test_bad_requests_are_one_line(tiny_bundle: Path, tmp_path: Path, arguments:
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_are_recorded_in_shadow_mode_only(tiny_bundle: Path, tmp_path: Path) -> None:
+    result = rsd_trt("eval", tiny_bundle, "--mode", "rsd", "--record-hidden", tmp_path / "h")
+    assert result.exit_code == 2
+    assert "--record-hidden needs --mode shadow" in result.stderr
+
+
+def test_without_libero_the_install_line_is_told(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "libero", None)
+    monkeypatch.setitem(sys.modules, "libero.libero", None)
+    result = rsd_trt("eval", tiny_bundle, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "LIBERO is not installed. Install it: pip install 'rsd-trt[libero]'" in result.stderr

@@ -32,8 +32,11 @@ def test_log_resumes_where_it_stopped(tmp_path: Path) -> None:
     log = EpisodeLog(path, SETTINGS, fresh=False)
     log.append(episode(0, 0))
     log.append(episode(0, 1, success=True))
-    again = EpisodeLog(path, {**SETTINGS, "versions": {"torch": "2"}}, fresh=False)
+    again = EpisodeLog(path, SETTINGS, fresh=False)
     assert again.episodes == log.episodes
+    assert (again.lacks(0, 1), again.lacks(0, 2)) == (False, True)
+    again.append(episode(0, 2, error="the GL context is lost"))
+    assert again.lacks(0, 2)
     assert again.episodes[0, 1] == episode(0, 1, success=True)
 
 
@@ -49,18 +52,20 @@ def test_half_a_line_is_dropped(tmp_path: Path) -> None:
 def test_other_settings_are_refused_with_both(tmp_path: Path) -> None:
     path = tmp_path / "episodes.jsonl"
     EpisodeLog(path, SETTINGS, fresh=False).append(episode(0, 0))
+    with pytest.raises(UserError, match=r"versions.torch is '1' there and '2' here"):
+        EpisodeLog(path, {**SETTINGS, "versions": {"torch": "2"}}, fresh=False)
     with pytest.raises(UserError, match="seed is 7 there and 8 here"):
         EpisodeLog(path, {**SETTINGS, "seed": 8}, fresh=False)
     assert not EpisodeLog(path, {**SETTINGS, "seed": 8}, fresh=True).episodes
 
 
-@pytest.mark.parametrize("text", ["", "not json\n", "[1]\n", "{}\n{}\n", '{"a": 1}\n{"task_id": 1}\n'])
+@pytest.mark.parametrize("text", ["", "not json\n", "[1]\n", "\udcff\n", "{}\n{}\n", '{"a": 1}\n{"task_id": 1}\n'])
 def test_foreign_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "episodes.jsonl"
-    path.write_text(text)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"episodes\.jsonl"):
         EpisodeLog(path, SETTINGS, fresh=False)
-    assert path.read_text() == text
+    assert path.read_bytes() == text.encode("utf-8", "surrogateescape")
 
 
 def test_summary() -> None:
@@ -108,7 +113,7 @@ def test_write_atomically_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_episode_survives_json() -> None:
-    from rsd_trt.config import from_json
+    from rsd_trt.jsonio import from_json
 
     stored = json.loads(json.dumps(dataclasses.asdict(episode(1, 2, error="x"))))
     assert from_json(Episode, stored, "file") == episode(1, 2, error="x")

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from rsd_trt.eval.rollout import run_episode, write_video
 from rsd_trt.eval.simulator import Simulator
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.policy import Policy, Query
+from rsd_trt.runtime.plan import Query
+from rsd_trt.runtime.policy import Policy
 
 
 class FakePolicy:

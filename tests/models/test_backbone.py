@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsd_trt.config import PROPRIO_DIM, preset
+from rsd_trt.config import PROPRIO_DIM
 from rsd_trt.models.backbone import Backbone, BackboneInputs, BackboneState
+from rsd_trt.presets import preset
 
 TINY = preset("tiny", "tiny").backbone
 N = TINY.language.blocks

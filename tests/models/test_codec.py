@@ -12,9 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rsd_trt.bundle import byte_tokenizer, save
-from rsd_trt.config import CodecConfig, Dims, preset
+from rsd_trt.bundle import save
+from rsd_trt.config import CodecConfig, Dims
+from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.models.codec import Codec, Decoder, Quantiser, QuantiserLayer
+from rsd_trt.presets import preset
 
 DIMS = Dims()
 SCALES = ("static", "plain", "layernorm")

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rsd_trt.config import ARM_DIMS, CodecConfig, ControlConfig, DraftConfig, HeadConfig, Quantiles, preset
+from rsd_trt.config import ARM_DIMS, CodecConfig, ControlConfig, DraftConfig, HeadConfig, Quantiles
 from rsd_trt.models.codec import Codec, Decoder
 from rsd_trt.models.draft import DraftModel
 from rsd_trt.models.fused import Accept, ActionTransform, Chain, agreeing_steps, all_finite, most_likely
 from rsd_trt.models.head import build_head
+from rsd_trt.presets import preset
 from rsd_trt.runtime.session import TorchSession
 
 NAN, INF = float("nan"), float("inf")
@@ -108,7 +109,7 @@ class Parts:
     def __init__(self, kind: str, randomise: Callable[..., None]) -> None:
         config = HeadConfig(kind=kind, feature=8, width=6, embedding=4)  # type: ignore[arg-type]
         control = ControlConfig(action_quantiles=QUANTILES, gripper="openvla")
-        self.draft = DraftModel(DraftConfig(width=8, heads=2, mlp_width=16, positions=1), DIMS, HIDDEN)
+        self.draft = DraftModel(DraftConfig(width=8, mlp_width=16, positions=1), DIMS, HIDDEN)
         self.head = build_head(config, DIMS, HIDDEN)
         self.codec, self.transform = Codec(CodecConfig(), DIMS), ActionTransform(control, DIMS)
         for seed, part in enumerate((self.draft, self.head, self.codec)):

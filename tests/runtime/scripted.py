@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, Mode, RsdConfig, preset
+from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, Mode, RsdConfig
 from rsd_trt.models.backbone import BackboneState
 from rsd_trt.models.fused import agreeing_steps, all_finite
+from rsd_trt.presets import preset
 from rsd_trt.runtime.policy import Policy
 
 DIMS = Dims(T=6, D=2, L=3, C=2, K=3)

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from rsd_trt.bundle import byte_tokenizer
-from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig, Quantiles, preset
+from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig, Quantiles
+from rsd_trt.errors import UserError
+from rsd_trt.initialise import byte_tokenizer
+from rsd_trt.presets import preset
 from rsd_trt.runtime.observation import Observation, Preprocessor
 
 TINY = preset("tiny", "tiny").backbone
@@ -109,7 +111,7 @@ def test_the_suffix_token_is_added_unless_it_is_there(suffix: int | str | None, 
 
 
 def test_a_token_that_the_backbone_does_not_know() -> None:
-    with pytest.raises(ValueError, match="id 320, the backbone knows 320 tokens"):
+    with pytest.raises(UserError, match=r"gives the id 320, backbone\.language\.vocab is 320"):
         preprocessor(ControlConfig(suffix_token=320)).prompt_tokens("go")
 
 

@@ -17,7 +17,8 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.config import ARM_DIMS, MODES, Mode
 from rsd_trt.errors import PolicyFault, UserError
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.policy import Policy, Query, Verdict, check_device, judge
+from rsd_trt.runtime.plan import Query, Verdict, judge
+from rsd_trt.runtime.policy import Policy, check_device
 from rsd_trt.runtime.speculate import Acceptance, Route
 
 T = DIMS.T
@@ -181,6 +182,7 @@ def test_shadow_acts_as_the_baseline(script: list[Frame]) -> None:
         (STILL, STILL, "accepted", "true_accept"),
         (STILL, AWAY, "accepted", "false_accept"),
         (STILL, [(0, OPEN), *AWAY[1:]], "accepted", "false_accept"),
+        (STILL, [*STILL[:2], *AWAY[2:]], "accepted", "true_accept"),
         ([(0, OPEN), *AWAY[1:]], [(0, OPEN), *AWAY[1:]], "partial", "true_accept"),
         (AWAY, AWAY, "rejected", "true_reject"),
         (AWAY, STILL, "rejected", "false_reject"),

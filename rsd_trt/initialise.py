@@ -1,0 +1,87 @@
+"""Untrained bundles, to try the tools on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rsd_trt.bundle import Bundle, save
+from rsd_trt.config import Size
+from rsd_trt.errors import UserError
+from rsd_trt.presets import preset
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from torch import nn
+
+BOS = "<s>"
+
+
+def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True) -> Bundle:
+    """Writes an untrained bundle with seeded random weights.
+
+    Raises:
+        UserError: `path` exists, or the disk is too small.
+    """
+    import torch
+
+    from rsd_trt.models.backbone import Backbone
+    from rsd_trt.models.codec import Codec
+    from rsd_trt.models.draft import DraftModel
+    from rsd_trt.models.head import build_head
+
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name).lstrip("-.")
+    config = preset(size, name=name or size)
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "draft": lambda: DraftModel(config.draft, config.dims, config.hidden),
+        "head": lambda: build_head(config.head, config.dims, config.hidden),
+        "codec": lambda: Codec(config.codec, config.dims),
+    }
+    dtype = getattr(torch, config.backbone.dtype)
+    if with_backbone:
+        builders["backbone"] = lambda: _in_dtype(dtype, lambda: Backbone(config.backbone))
+    with torch.device("meta"):
+        needed = sum(size_in_bytes(build()) for build in builders.values())
+    _check_disk(path, needed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {part: build() for part, build in builders.items()}
+    return save(path, config, parts, byte_tokenizer())
+
+
+def byte_tokenizer() -> Tokenizer:
+    """BOS and one token for every byte: covers any instruction, and needs no training."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {BOS: 0} | {character: i for i, character in enumerate(alphabet, start=1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return tokenizer
+
+
+def size_in_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and stored buffers."""
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
+
+
+def _in_dtype(dtype: torch.dtype, build: Callable[[], nn.Module]) -> nn.Module:
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return build()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _check_disk(path: Path, needed: int) -> None:
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")

@@ -1,0 +1,85 @@
+"""Frozen dataclasses to JSON values and back, strictly: an unknown key or another type is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Literal, TypeVar
+
+from rsd_trt.errors import UserError, did_you_mean
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_json(config: object) -> dict[str, object]:
+    """The dataclass as plain JSON values (tuples become lists)."""
+    data: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
+    return data
+
+
+def from_json(cls: type[ConfigT], data: object, where: str) -> ConfigT:
+    """Builds `cls` from JSON values.
+
+    Raises:
+        UserError: an unknown key (with a did-you-mean), a missing key, or a value of another type; `where`
+            names the file, and the message the key's path in it.
+    """
+    return typing.cast(ConfigT, _build(cls, data, where, ""))
+
+
+def _build(kind: object, value: object, where: str, path: str) -> object:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_dataclass(kind, value, where, path)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value, where, path)
+    if origin is Literal:
+        if value in arguments and isinstance(value, str):
+            return value
+        raise UserError(f"{where}: {path} is {value!r}{did_you_mean(str(value), map(str, arguments))}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise UserError(f"{where}: {path} has {len(value)} entries, not {len(arguments)}")
+        return tuple(_build(arguments[0], entry, where, f"{path}[{i}]") for i, entry in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _build(arguments[1], entry, where, f"{path}.{key}") for key, entry in value.items()}
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:  # infinity, NaN, or a whole number that is too large
+            raise UserError(f"{where}: {path} is {value!r}, not a finite number")
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not {_describe(kind)}")
+
+
+def _build_dataclass(cls: type, value: object, where: str, path: str) -> object:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not an object")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), fields)}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in value:
+            raise UserError(f"{where}: the key {prefix}{name} is missing")
+    built = {key: _build(hints[key], entry, where, f"{prefix}{key}") for key, entry in value.items()}
+    try:
+        return cls(**built)
+    except UserError as error:  # from __post_init__, which does not know the file
+        raise UserError(f"{where}: {error}") from None
+
+
+def _describe(kind: object) -> str:
+    origin = typing.get_origin(kind)
+    names: dict[object, str] = {tuple: "a list", dict: "an object", int: "a whole number", float: "a number"}
+    names |= {str: "a string", bool: "true or false"}
+    return names.get(origin or kind, str(kind))

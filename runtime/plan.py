@@ -1,0 +1,73 @@
+"""What a query gives, what a slot remembers between queries, and whether a decision was right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsd_trt.runtime.speculate import Route, refresh_due
+
+Verdict = Literal["true_accept", "false_accept", "true_reject", "false_reject"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query's outcome.
+
+    actions [n, A] float32 in environment units, owned by the caller; n is 0 when `fault` says why.
+    prefix: leading steps on which draft and plan agree (the live plan's if one was tested, else the new one's);
+    None without a draft. ms: synchronised time of the whole batch. token_agreement: share of equal draft and
+    main tokens for each coarse layer, where both were computed. verdict: shadow mode only.
+    full_pass: whether the whole backbone was run.
+    """
+
+    actions: NDArray[np.float32]
+    route: Route
+    prefix: int | None = None
+    token_agreement: tuple[float, ...] | None = None
+    verdict: Verdict | None = None
+    fault: str | None = None
+    full_pass: bool = True
+    ms: float = 0.0
+
+
+@dataclass
+class Plan:
+    """What a slot remembers between queries. Without actions there is no live plan."""
+
+    actions: Tensor | None = None  # [T, A]
+    tokens: Tensor | None = None  # [T, D, L]
+    grippers: tuple[bool, ...] = ()  # closed or not, for each step: known without asking the device
+    cursor: int = 0
+    accepted_in_a_row: int = 0
+
+    def forced(self, refresh: int, steps: int) -> Route | None:
+        """Why the next query has to be a full pass, or None if the draft may decide."""
+        if self.actions is None:
+            return "start"
+        if self.cursor >= steps:
+            return "exhausted"
+        if self.grippers[self.cursor] != self.grippers[self.cursor - 1]:
+            return "gripper"
+        return "refresh" if refresh_due(self.accepted_in_a_row, refresh) else None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The draft's guess for a batch: tokens [B, T, D, C], actions [B, T, A], finite [B]."""
+
+    tokens: Tensor
+    actions: Tensor
+    finite: Tensor
+
+
+def judge(committed: int, by_main: int) -> Verdict:
+    """Whether a decision was right: `committed` steps of the old plan (0: rejected) against the `by_main` leading
+    steps of it that the main head's new plan confirms."""
+    if committed == 0:
+        return "false_reject" if by_main > 0 else "true_reject"
+    return "true_accept" if by_main >= committed else "false_accept"

@@ -1,0 +1,173 @@
+"""ONNX Runtime on the CPU: equal to PyTorch, on buffers that stay, and clear where it cannot run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.config import COMPONENTS, MAX_BATCH, Component
+from rsd_trt.errors import UserError
+from rsd_trt.eval.parity import Case, hidden_states, make_case
+from rsd_trt.manifest import Batch, usable
+from rsd_trt.runtime.backends import Launcher
+from rsd_trt.runtime.ort_session import OrtSession
+from rsd_trt.runtime.session import Session, TorchSession
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def case(bundle: Bundle) -> Case:
+    """Inputs of MAX_BATCH rows for every component."""
+    prefix, final = hidden_states(bundle, MAX_BATCH, None, CPU)
+    return make_case(Launcher(bundle, "torch", CPU), prefix, final, torch.tensor(bundle.config.rsd.tolerance))
+
+
+@pytest.fixture(scope="module")
+def open_ort(bundle: Bundle, exported: Callable[..., Path]) -> Callable[..., Session]:
+    """open_ort(component, batch="dynamic") -> a session of the exported tiny bundle."""
+
+    def make(component: Component, batch: Batch = "dynamic") -> Session:
+        return Launcher(bundle, "ort", CPU, engines=exported("fp32")).open(component, batch)
+
+    return make
+
+
+def rows(case: Case, component: Component, start: int, stop: int) -> dict[str, Tensor]:
+    return {name: x if name == "tolerance" else x[start:stop] for name, x in case.inputs[component].items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        exact = {"atol": 0.0, "rtol": 0.0}
+        torch.testing.assert_close(
+            found[name], value, **({"atol": 1e-5, "rtol": 0.0} if value.is_floating_point() else exact)
+        )
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_component_equals_pytorch_at_any_batch_size(
+    bundle: Bundle, case: Case, open_ort: Callable[..., Session], component: Component
+) -> None:
+    session, reference = open_ort(component), TorchSession(bundle.component(component))
+    single = open_ort(component, "1")
+    for start, stop in ((0, 1), (1, 4), (0, MAX_BATCH), (40, 43), (63, 64)):
+        inputs = rows(case, component, start, stop)
+        expected = reference.run(inputs)
+        assert_equal(session.run(inputs), expected)
+        if stop - start == 1:
+            assert_equal(single.run(inputs), expected)
+
+
+def test_agreement_is_no_constant(case: Case, open_ort: Callable[..., Session]) -> None:
+    """The inputs above try both sides of the decision."""
+    agreement = open_ort("chain").run(case.inputs["chain"])["agreement"]
+    assert agreement.any()
+    assert not agreement.all()
+
+
+def test_buffers_are_reused(case: Case, open_ort: Callable[..., Session]) -> None:
+    session = open_ort("accept")
+    first = session.run(rows(case, "accept", 0, 3))
+    before = {name: value.clone() for name, value in first.items()}
+    session.run(rows(case, "accept", 0, 5))  # another size has buffers of its own
+    assert_equal(first, before)
+    second = session.run(rows(case, "accept", 3, 6))
+    assert {name: x.data_ptr() for name, x in second.items()} == {name: x.data_ptr() for name, x in first.items()}
+    assert not torch.equal(first["actions"], before["actions"]), "the second run did not overwrite the first"
+    inputs = rows(case, "accept", 0, 3)
+    kept = inputs["hidden"].clone()
+    assert_equal(session.run(inputs), before)
+    assert torch.equal(inputs["hidden"], kept)
+
+
+@pytest.mark.parametrize(
+    ("component", "inputs", "message"),
+    [
+        ("draft", {"hidden": torch.zeros(2, 31)}, r"hidden \[B, H=32\] float32 got \[2, 31\] torch.float32"),
+        ("draft", {"hidden": torch.zeros(2, 32).half()}, r"hidden \[B, H=32\] float32 got \[2, 32\] torch.float16"),
+        ("draft", {"hiden": torch.zeros(2, 32)}, r"inputs \['hiden'\] are not the ports \['hidden'\]"),
+        ("decoder", {"tokens": torch.zeros(1, 8, 16, 8)}, r"tokens .* int64 got \[1, 8, 16, 8\] torch.float32"),
+        ("decoder", {"tokens": torch.zeros(1, 8, 16, 3).long()}, r"tokens .* got \[1, 8, 16, 3\] torch.int64"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    open_ort: Callable[..., Session], component: Component, inputs: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_ort(component).run(inputs)
+
+
+@pytest.fixture
+def graph(bundle: Bundle, exported: Callable[..., Path]) -> Path:
+    return usable(bundle, exported("fp32"), ("draft", "fp32", "1", "onnx"))[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "message"),
+    [
+        (
+            "cpu",
+            ["AzureExecutionProvider"],
+            "has no CPUExecutionProvider (it has AzureExecutionProvider). Install it: pip install 'rsd-trt[cpu]'",
+        ),
+        (
+            "cuda",
+            ["AzureExecutionProvider", "CPUExecutionProvider"],
+            "has no CUDAExecutionProvider (it has AzureExecutionProvider, CPUExecutionProvider). "
+            "Install it: pip install 'rsd-trt[cuda]'",
+        ),
+    ],
+)
+def test_a_missing_provider_is_told(
+    bundle: Bundle,
+    graph: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    available: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    with pytest.raises(UserError) as error:
+        OrtSession(graph, bundle.component("draft").signature, torch.device(device))
+    assert str(error.value) == f"onnxruntime {onnxruntime.__version__} {message}"
+
+
+def test_a_provider_that_was_not_taken_is_told(bundle: Bundle, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when CUDA's libraries cannot be loaded: ONNX Runtime then goes on with the CPU."""
+    other = SimpleNamespace(get_providers=lambda: ["AzureExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: other)
+    with pytest.raises(UserError) as error:
+        OrtSession(graph, bundle.component("draft").signature, CPU)
+    assert str(error.value) == (
+        "onnxruntime took AzureExecutionProvider instead of CPUExecutionProvider, which cannot be loaded. "
+        "Install it: pip install 'rsd-trt[cpu]'"
+    )
+
+
+def test_what_onnxruntime_cannot_load_is_one_line(bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "graph.onnx"
+    file.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="INVALID_PROTOBUF") as error:
+        OrtSession(file, bundle.component("draft").signature, CPU)
+    assert str(error.value).startswith(f"onnxruntime {onnxruntime.__version__} cannot run {file}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_onnxruntime_that_is_not_installed_is_told(
+    bundle: Bundle, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for device, extra in (("cpu", "cpu"), ("cuda", "cuda")):
+        with pytest.raises(UserError) as error:
+            OrtSession(graph, bundle.component("draft").signature, torch.device(device))
+        assert str(error.value) == f"onnxruntime is not installed. Install it: pip install 'rsd-trt[{extra}]'"
