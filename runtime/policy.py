@@ -337,7 +337,7 @@ def check_device(device: str) -> torch.device:
         if target.type not in ("cpu", "cuda"):
             raise UserError(f"device {device!r} is not supported. Use: --device cpu or cuda")
         torch.zeros(1, device=target)
-        if target.type == "cuda":
+        if target.type == "cuda" and target.index is not None:
             torch.cuda.set_device(target)  # graphs are captured, and engines loaded, on the current device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}. Try: --device cpu") from None

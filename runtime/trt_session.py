@@ -38,6 +38,10 @@ class TrtSession(BufferedSession):
 
     def prepare(self, buffers: Buffers, batch: int) -> Launch:
         context = self.engine.create_execution_context()
+        if context is None:
+            raise UserError(
+                "TensorRT cannot make an execution context: out of GPU memory? Free some, or use --backend ort"
+            )
         for name, tensor in buffers.inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise UserError(f"the engine does not take {batch} rows in {name}; exports take 1..{MAX_BATCH}")

@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 import tensorrt_rtx
 
-from rsd_trt.errors import UserError
-from rsd_trt.flavour import MODULES, RTX_CAPABILITIES, Flavour, Target, find_flavour
+from rsd_trt.errors import Unavailable, UserError
+from rsd_trt.flavour import MODULES, RTX_CAPABILITIES, Flavour, Target, find_flavour, runnable_flavour
 from rsd_trt.host import Gpu
 
 ADA = Gpu("NVIDIA RTX 4090", "8.9", "600.1")
@@ -103,6 +103,32 @@ def test_where_a_flavour_runs(target: Target, gpu: Gpu | None, message: str | No
     with pytest.raises(UserError) as error:
         flavour.check_runs_on(gpu)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpu", "found"),
+    [
+        (("tensorrt", "rtx"), ADA, "tensorrt"),
+        (("rtx",), ADA, "rtx"),
+        (("tensorrt", "rtx"), HOPPER, "tensorrt"),
+        ((), ADA, "tensorrt cannot be imported (No module named 'tensorrt'); tensorrt_rtx cannot be imported "),
+        ((), None, "tensorrt cannot be imported (No module named 'tensorrt'); tensorrt_rtx cannot be imported "),
+        (("rtx",), None, "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),
+        (("tensorrt", "rtx"), None, "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),
+        (("rtx",), HOPPER, "TensorRT-RTX 1.2.3 runs on compute capability 8.0, "),
+    ],
+)
+def test_the_first_flavour_that_runs_on_the_gpu_is_taken(
+    installed: tuple[Target, ...], gpu: Gpu | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, *installed)
+    monkeypatch.setattr(Flavour, "version", "1.2.3")
+    if found in MODULES:
+        assert runnable_flavour(gpu).target == found
+        return
+    with pytest.raises(Unavailable) as error:
+        runnable_flavour(gpu)
+    assert str(error.value).startswith(found)
 
 
 def test_the_capabilities_are_those_of_the_installed_rtx() -> None:

@@ -20,6 +20,7 @@ from rsd_trt.eval.parity import (
     Case,
     NotMeasured,
     Parity,
+    flags_nan,
     hidden_states,
     make_case,
     measure,
@@ -29,7 +30,7 @@ from rsd_trt.eval.parity import (
 )
 from rsd_trt.export.to_onnx import export_onnx
 from rsd_trt.manifest import Batch
-from rsd_trt.models.signature import Exportable
+from rsd_trt.models.signature import Exportable, Signature
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.ort_session import OrtSession
 from rsd_trt.runtime.session import TorchSession
@@ -190,6 +191,54 @@ def test_decisions_behind_the_first_disagreement_do_not_count(reference: Referen
     assert len(stopped)
     found["agreement"][stopped, 1:] = ~found["agreement"][stopped, 1:]
     assert reference.compare("chain", found).decision_flips == 0
+
+
+def test_with_the_rule_tokens_decisions_are_those_of_token_shares(reference: Reference) -> None:
+    for component, other in (("accept", "plan_tokens"), ("chain", "draft_tokens")):
+        expected = reference.outputs[component]
+        coarse = expected["tokens"][..., : Dims.C]  # as if draft and plan had agreed in every token
+        case = dataclasses.replace(reference.case, token_share=1.0, **{other: coarse})
+        found = {name: x.clone() for name, x in expected.items()}
+        found["tokens"][:3, 2, 0, 0] = (found["tokens"][:3, 2, 0, 0] + 1) % Dims.K
+        found["tokens"][:, :, :, Dims.C :] = 0  # fine layers have no say
+        result = measure(component, "x", "fp32", "dynamic", case, expected, found)
+        assert result.decision_flips == pytest.approx(3 / ROWS)
+
+
+@dataclasses.dataclass
+class Liar:
+    """A session whose `finite` says the same of every row, as when a compiler takes the test away."""
+
+    session: TorchSession
+    says: bool
+
+    @property
+    def signature(self) -> Signature:
+        return self.session.signature
+
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        outputs = self.session.run(inputs)
+        return outputs | {"finite": torch.full_like(outputs["finite"], self.says)}
+
+
+@pytest.mark.parametrize("component", ["accept", "chain"])
+def test_a_backend_that_does_not_flag_nan_fails(
+    bundle: Bundle, reference: Reference, monkeypatch: pytest.MonkeyPatch, component: Component
+) -> None:
+    honest, inputs = TorchSession(bundle.component(component)), reference.case.inputs[component]
+    assert flags_nan(honest, inputs, 1)
+    assert flags_nan(honest, inputs, 16)
+    assert not flags_nan(Liar(honest, says=True), inputs, 16)
+    assert not flags_nan(Liar(honest, says=False), inputs, 16)
+    real = Launcher.open
+
+    def lie(launcher: Launcher, name: Component, batch: Batch) -> object:
+        session = real(dataclasses.replace(launcher, backend="torch"), name, batch)
+        return Liar(session, says=True) if launcher.backend == "ort" and name == component else session
+
+    monkeypatch.setattr(Launcher, "open", lie)
+    exceeded = {r.component: r.exceeded for r in verify(bundle, ["ort"], CPU, "fp32", Path(), rows=8)}
+    assert exceeded == {c: () for c in COMPONENTS} | {component: ("a NaN in a hidden state is not flagged",)}
 
 
 def test_actions_of_flipped_steps_are_not_held_against_the_decoder(reference: Reference) -> None:

@@ -16,6 +16,7 @@ import torch
 
 import rsd_trt
 from rsd_trt.bundle import Bundle
+from rsd_trt.config import MAX_BATCH
 from rsd_trt.errors import UserError
 from rsd_trt.flavour import Flavour
 from rsd_trt.models.signature import Signature
@@ -163,13 +164,17 @@ class Double:
             return None
         ports = self.ports
         context = SimpleNamespace(
-            set_input_shape=lambda name, shape: not self.shapes.update({name: shape}),
+            set_input_shape=self.set_input_shape,
             set_tensor_address=self.addresses.__setitem__,
             execute_async_v3=self.execute,
         )
         return SimpleNamespace(
             num_io_tensors=len(ports), get_tensor_name=ports.__getitem__, create_execution_context=lambda: context
         )
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return shape[0] <= MAX_BATCH
 
     def execute(self, stream: int) -> bool:
         self.streams.append(stream)
@@ -240,6 +245,12 @@ def test_an_engine_that_does_not_fit_is_refused(
     with pytest.raises(UserError) as error:
         open_double(ports)
     assert str(error.value) == message.format(file=tmp_path / "accept.engine")
+
+
+def test_more_rows_than_an_engine_takes_are_refused(open_double: Callable[..., tuple[TrtSession, Double]]) -> None:
+    session, _ = open_double(PORTS)
+    with pytest.raises(UserError, match=r"the engine does not take 65 rows in hidden; exports take 1\.\.64"):
+        session.run({"hidden": torch.zeros(MAX_BATCH + 1, 32)})
 
 
 def test_a_failed_launch_is_not_silent(open_double: Callable[..., tuple[TrtSession, Double]]) -> None:
