@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,7 +62,7 @@ class Buffers:
         return cls(inputs, outputs)
 
 
-class BufferedSession:
+class BufferedSession(ABC):
     """A session that launches on fixed buffers: allocated and prepared at a batch size's first run, reused after.
 
     Subclasses implement `prepare`, which returns what launches one batch size.
@@ -84,9 +85,9 @@ class BufferedSession:
         launch()
         return buffers.outputs
 
+    @abstractmethod
     def prepare(self, buffers: Buffers, batch: int) -> Launch:
         """What reads `buffers.inputs` and fills `buffers.outputs`, in the order of torch's current stream."""
-        raise NotImplementedError
 
 
 class Launch(Protocol):
