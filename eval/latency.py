@@ -21,7 +21,7 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.eval.parity import hidden_states, make_case
-from rsd_trt.eval.plots import latency_chart
+from rsd_trt.eval.plots import check_plots, latency_chart
 from rsd_trt.eval.results import write_atomically
 from rsd_trt.eval.statistics import percentiles
 from rsd_trt.manifest import Batch
@@ -202,6 +202,7 @@ def write_profile(bundle: Bundle, request: ProfileRequest, out: Path, command: s
     Raises:
         UserError: no backend runs here, `out` cannot be written, or matplotlib is not installed.
     """
+    check_plots()
     timings = list(profile(bundle, request))
     if not any(timing.ms for timing in timings):
         raise UserError(f"nothing could be measured: {timings[0].reason if timings else 'no backend is given'}")

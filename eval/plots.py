@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's palette
 
 
-def latency_chart(timings: Sequence[Timing], title: str, path: Path) -> None:
-    """A bar chart of p50 with p5 to p95 as error bars, one panel for each batch size.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+def check_plots() -> None:
+    """Raises UserError unless charts can be drawn: to be called before what they show is measured."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise missing_extra("matplotlib", "plots") from None
+
+
+def latency_chart(timings: Sequence[Timing], title: str, path: Path) -> None:
+    """A bar chart of p50 with p5 to p95 as error bars, one panel for each batch size."""
+    from matplotlib.figure import Figure
+
     measured = [t for t in timings if t.ms]
     batches = sorted({t.batch for t in measured})
     figure = Figure(figsize=(11, 3.6 * len(batches)), layout="constrained")
