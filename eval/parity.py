@@ -42,8 +42,8 @@ class Tolerance:
     decisions: float
 
 
-# The rounding of each precision, with room for the order of summation: a 1% error of a weight is beyond it. The
-# decoder computes in float32 always. How many decisions may change does not depend on the precision below float32.
+# The rounding of each precision, with room for the order of summation. Only float32's is tight enough to show a 1%
+# error of a weight. The decoder computes in float32 always. How many decisions may change is the same for both halves.
 FULL, HALF, BRAIN = (
     Tolerance(1e-3, 1e-4, 1e-3, 0.02),
     Tolerance(2e-2, 1e-4, 2e-2, 0.05),

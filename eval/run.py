@@ -64,7 +64,7 @@ def evaluate(
     try:
         return _evaluate(request, on_start, on_episode, command)
     except OSError as error:
-        raise UserError(f"{error.filename or request.out} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or request.out}: {error.strerror or error}") from None
 
 
 def _evaluate(

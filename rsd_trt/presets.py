@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rsd_trt.config import (
     BackboneConfig,
     BundleConfig,
@@ -14,6 +16,13 @@ from rsd_trt.config import (
     TowerConfig,
 )
 
+# DINOv2 with a class token and four registers, normalised with ImageNet's statistics.
+DINO_TOWER = partial(
+    TowerConfig, prefix_tokens=5, layer_scale=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
+# SigLIP: no prefix tokens, no LayerScale, pixels scaled to [-1, 1].
+SIGLIP_TOWER = partial(TowerConfig, prefix_tokens=0, layer_scale=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
 
 def preset(size: Size, name: str) -> BundleConfig:
     """The configuration of an untrained bundle. `reference` is sized for two CPU cores and 40 MB."""
@@ -23,8 +32,8 @@ def preset(size: Size, name: str) -> BundleConfig:
             trained=False,
             backbone=BackboneConfig(
                 towers=(
-                    _dino_tower(width=1024, blocks=23, heads=16, mlp_width=4096, patch=14, layer_scale=True),
-                    _siglip_tower(width=1152, blocks=26, heads=16, mlp_width=4304, patch=14),
+                    DINO_TOWER(width=1024, blocks=23, heads=16, mlp_width=4096, patch=14),
+                    SIGLIP_TOWER(width=1152, blocks=26, heads=16, mlp_width=4304, patch=14),
                 ),
                 language=LanguageConfig(hidden=4096, intermediate=11008, blocks=32, heads=32, vocab=32064),
                 image_size=224,
@@ -39,8 +48,8 @@ def preset(size: Size, name: str) -> BundleConfig:
             trained=False,
             backbone=BackboneConfig(
                 towers=(
-                    _dino_tower(width=192, blocks=5, heads=3, mlp_width=768, patch=16, layer_scale=True),
-                    _siglip_tower(width=192, blocks=5, heads=3, mlp_width=768, patch=16),
+                    DINO_TOWER(width=192, blocks=5, heads=3, mlp_width=768, patch=16),
+                    SIGLIP_TOWER(width=192, blocks=5, heads=3, mlp_width=768, patch=16),
                 ),
                 language=LanguageConfig(hidden=256, intermediate=688, blocks=12, heads=4, vocab=320),
                 image_size=128,
@@ -55,8 +64,8 @@ def preset(size: Size, name: str) -> BundleConfig:
         trained=False,
         backbone=BackboneConfig(
             towers=(
-                _dino_tower(width=32, blocks=2, heads=2, mlp_width=64, patch=16, layer_scale=True),
-                _siglip_tower(width=24, blocks=2, heads=2, mlp_width=40, patch=16),
+                DINO_TOWER(width=32, blocks=2, heads=2, mlp_width=64, patch=16),
+                SIGLIP_TOWER(width=24, blocks=2, heads=2, mlp_width=40, patch=16),
             ),
             language=LanguageConfig(hidden=32, intermediate=88, blocks=4, heads=4, vocab=320),
             image_size=32,
@@ -65,34 +74,4 @@ def preset(size: Size, name: str) -> BundleConfig:
         rsd=RsdConfig(draft_block=1),
         draft=DraftConfig(width=16, mlp_width=32, positions=1),
         head=HeadConfig(feature=32, width=16, embedding=4),
-    )
-
-
-def _dino_tower(*, width: int, blocks: int, heads: int, mlp_width: int, patch: int, layer_scale: bool) -> TowerConfig:
-    """DINOv2 with four registers, normalised with ImageNet's statistics."""
-    return TowerConfig(
-        width=width,
-        blocks=blocks,
-        heads=heads,
-        mlp_width=mlp_width,
-        patch=patch,
-        prefix_tokens=5,
-        layer_scale=layer_scale,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-    )
-
-
-def _siglip_tower(*, width: int, blocks: int, heads: int, mlp_width: int, patch: int) -> TowerConfig:
-    """SigLIP: no prefix tokens, no LayerScale, pixels scaled to [-1, 1]."""
-    return TowerConfig(
-        width=width,
-        blocks=blocks,
-        heads=heads,
-        mlp_width=mlp_width,
-        patch=patch,
-        prefix_tokens=0,
-        layer_scale=False,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
     )
