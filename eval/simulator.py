@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from libero.libero.benchmark import Benchmark
+    from robosuite.utils.binding_utils import MjSim
 
     GeneratorState = dict[str, object] | tuple[str, NDArray[np.uint32], int, int, float]
 
@@ -43,6 +44,8 @@ class Simulator:
       is never emptied. Trial i therefore depends on the i resets before it. `reset` restores the generator and
       that list for its trial, and makes the missing resets when a trial is asked for out of order, so that a
       trial is the same scene in any order and equals OpenVLA-OFT's.
+    - By default robosuite compiles the model anew at every reset, which takes seconds. It makes a difference to
+      the gripper's accumulated command and the fixtures' poses only, so these are put back, and the model kept.
     - An observation is sampled at the first physics step of a control step. Cameras that are not asked for
       repeat their last image, which leaves that schedule as it is.
     """
@@ -65,20 +68,31 @@ class Simulator:
                 camera_widths=control.camera_size,
             )
             self._env.seed(ENV_SEED)
-        self._before_reset = [self._reset_state()]  # of trial i
+        self._env.env.hard_reset = False
+        self._samplers = list(self._env.env.object_property_initializers)  # one reset's: of drawers and knobs
+        self._generators: list[GeneratorState] = [np.random.get_state()]  # before the reset of trial i
+        for name in control.cameras:
+            self._render_on_request(name)
         self._raw: Mapping[str, NDArray[np.float64]] = {}
 
     def reset(self, trial: int, render: bool = True) -> None:
         """The suite's initial state `trial`, after the settling steps; `render`: with images."""
         with _quiet():
-            for earlier in range(len(self._before_reset) - 1, trial):
+            for earlier in range(len(self._generators) - 1, trial):
                 self._reset_scene(earlier)
             self._reset_scene(trial)
-            settle = self._control.settle_steps
-            self._rendering = render and settle == 0
+            self._rendering = render and self._control.settle_steps == 0
             self._raw = self._env.set_init_state(self._initial_states[trial])
-        for i in range(settle):
-            self.step(np.array(IDLE, np.float32), render=render and i == settle - 1)
+        self._settle(render)
+
+    def sample(self, seed: int, render: bool = True) -> None:
+        """A scene that LIBERO's own samplers draw from `seed`, after the settling steps: for training data."""
+        with _quiet():
+            np.random.seed(seed)
+            self._env.env.object_property_initializers[:] = self._samplers
+            self._rendering = render and self._control.settle_steps == 0
+            self._raw = self._reset_environment()
+        self._settle(render)
 
     def step(self, action: NDArray[np.float32], render: bool) -> bool:
         """Executes one action [7]; `render`: with fresh images. Returns whether the task is solved."""
@@ -98,6 +112,16 @@ class Simulator:
         images = np.stack([self._images[name] for name in self._control.cameras])
         return Observation(images, proprio.astype(np.float32), self.instruction)
 
+    @property
+    def raw(self) -> Mapping[str, NDArray[np.float64]]:
+        """robosuite's whole observation, with the poses of all objects: what a scripted expert looks at."""
+        return self._raw
+
+    @property
+    def physics(self) -> MjSim:
+        """robosuite's simulation."""
+        return self._env.env.sim
+
     def frame(self) -> NDArray[np.uint8]:
         """[S, S, 3], the first camera's last image, upright."""
         return np.ascontiguousarray(self._images[self._control.cameras[0]][::-1])
@@ -108,18 +132,30 @@ class Simulator:
 
     def _reset_scene(self, trial: int) -> None:
         """`env.reset()` from the state in which OpenVLA-OFT's evaluation makes it for trial `trial`."""
-        generator, draws = self._before_reset[trial]
-        np.random.set_state(generator)
-        del self._env.env.object_property_initializers[draws:]
-        self._env.reset()
-        if len(self._before_reset) == trial + 1:
-            self._before_reset.append(self._reset_state())
-        for name in self._control.cameras:
-            self._render_on_request(name)
+        np.random.set_state(self._generators[trial])
+        self._env.env.object_property_initializers[:] = self._samplers * (trial + 2)  # building made a reset, too
+        self._reset_environment()
+        if len(self._generators) == trial + 1:
+            self._generators.append(np.random.get_state())
 
-    def _reset_state(self) -> tuple[GeneratorState, int]:
-        """All that one reset leaves to the next: NumPy's generator and the number of drawer and knob draws."""
-        return np.random.get_state(), len(self._env.env.object_property_initializers)
+    def _reset_environment(self) -> Mapping[str, NDArray[np.float64]]:
+        """`env.reset()` as it would be with a model that has just been compiled."""
+        environment = self._env.env
+        model = environment.sim.model
+        for fixture in environment.fixtures_dict.values():
+            body, element = model.body_name2id(fixture.root_body), fixture.get_obj()
+            model.body_pos[body] = [float(x) for x in element.get("pos", "0 0 0").split()]
+            model.body_quat[body] = [float(x) for x in element.get("quat", "1 0 0 0").split()]
+        raw: Mapping[str, NDArray[np.float64]] = self._env.reset()
+        for robot in environment.robots:
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        return raw
+
+    def _settle(self, render: bool) -> None:
+        """The idle steps of the protocol; with `render`, the last one gives images."""
+        steps = self._control.settle_steps
+        for i in range(steps):
+            self.step(np.array(IDLE, np.float32), render=render and i == steps - 1)
 
     def _render_on_request(self, name: str) -> None:
         """Puts a sensor in place of the camera's that renders only while `_rendering` is set."""

@@ -1,21 +1,11 @@
-"""Observations at the boundary, and their way into the backbone: exactly what the bundle's `control` says."""
+"""What a policy is given. It stands alone: the simulator's processes import it, and do without torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from torch import Tensor
-
-from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig
-from rsd_trt.errors import UserError
-from rsd_trt.models.backbone import BackboneInputs
 
 
 @dataclass(frozen=True)
@@ -30,105 +20,3 @@ class Observation:
     images: NDArray[np.uint8]
     proprio: NDArray[np.float32]
     instruction: str
-
-
-class Preprocessor:
-    """Observations -> backbone inputs."""
-
-    def __init__(
-        self, control: ControlConfig, backbone: BackboneConfig, tokenizer: Tokenizer, device: torch.device
-    ) -> None:
-        self.control = control
-        self.backbone = backbone
-        self.tokenizer = tokenizer
-        self.device = device
-        self.dtype: torch.dtype = getattr(torch, backbone.dtype)
-        self._mean = self._channels([tower.mean for tower in backbone.towers])
-        self._std = self._channels([tower.std for tower in backbone.towers])
-        self._prompts: dict[str, list[int]] = {}
-
-    def __call__(self, observations: Sequence[Observation]) -> BackboneInputs:
-        """A batch of observations -> inputs on the device.
-
-        Raises:
-            ValueError: images or proprio of another shape or dtype than the configuration states.
-        """
-        for observation in observations:
-            self._check(observation)
-        images = np.stack([observation.images for observation in observations])  # [B, cameras, S, S, 3]
-        prompts = [self.prompt_tokens(observation.instruction) for observation in observations]
-        tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
-        return BackboneInputs(
-            pixels=self.pixels(torch.from_numpy(images).to(self.device)),
-            tokens=tokens.to(self.device),
-            lengths=torch.tensor([len(prompt) for prompt in prompts], device=self.device),
-            proprio=self._proprio(observations) if self.backbone.proprio else None,
-        )
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """uint8 [B, cameras, S, S, 3] -> normalised [B, cameras, towers, 3, size, size].
-
-        Rotation by 180 degrees, centre crop, bicubic resize as PIL's, and each tower's mean and standard deviation.
-        """
-        if self.control.rotate_images:
-            images = images.flip(2, 3)
-        side = images.shape[2]
-        keep = round(side * math.sqrt(self.control.center_crop))
-        start = (side - keep) // 2
-        images = images[:, :, start : start + keep, start : start + keep]
-        x = images.flatten(0, 1).permute(0, 3, 1, 2).float()  # [B * cameras, 3, keep, keep]
-        size = self.backbone.image_size
-        if keep != size:
-            x = resize(x, size)
-        x = x.view(*images.shape[:2], 1, 3, size, size) / 255
-        return ((x - self._mean) / self._std).to(self.dtype)
-
-    def prompt_tokens(self, instruction: str) -> list[int]:
-        """The prompt's token ids, BOS first.
-
-        Raises:
-            UserError: an id that the backbone does not know.
-        """
-        if instruction not in self._prompts:
-            text = instruction.lower() if self.control.lowercase else instruction
-            ids = list(self.tokenizer.encode(self.control.prompt.replace("{instruction}", text)).ids)
-            suffix = self.control.suffix_token
-            if suffix is not None and ids[-1] != suffix:
-                ids.append(suffix)
-            if max(ids) >= self.backbone.language.vocab:
-                raise UserError(
-                    f"tokenizer.json or control.suffix_token gives the id {max(ids)}, "
-                    f"backbone.language.vocab is {self.backbone.language.vocab}: the bundle does not fit together"
-                )
-            self._prompts[instruction] = ids
-        return self._prompts[instruction]
-
-    def _proprio(self, observations: Sequence[Observation]) -> Tensor:
-        """[B, 8]; with quantiles, 2 (x - q01) / (q99 - q01) - 1 where the mask is true (OpenVLA-OFT)."""
-        x = np.stack([observation.proprio for observation in observations]).astype(np.float32)
-        if (quantiles := self.control.proprio_quantiles) is not None:
-            q01, q99 = np.array(quantiles.q01, np.float32), np.array(quantiles.q99, np.float32)
-            normalised = np.clip(2 * (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)
-            x = np.where(quantiles.mask, normalised, x).astype(np.float32)
-        return torch.from_numpy(x).to(self.device)
-
-    def _check(self, observation: Observation) -> None:
-        side = self.control.camera_size
-        shape = (len(self.control.cameras), side, side, 3)
-        if observation.images.shape != shape or observation.images.dtype != np.uint8:
-            raise ValueError(f"images are {observation.images.dtype} {observation.images.shape}, not uint8 {shape}")
-        if observation.proprio.shape != (PROPRIO_DIM,):
-            raise ValueError(f"proprio is {observation.proprio.shape}, not ({PROPRIO_DIM},)")
-
-    def _channels(self, values: Sequence[Sequence[float]]) -> Tensor:
-        return torch.tensor(values, device=self.device).view(1, 1, len(values), 3, 1, 1)
-
-
-def resize(x: Tensor, size: int) -> Tensor:
-    """Antialiased bicubic resize of x [n, 3, S, S] in 0..255, as PIL does it: first across, then down, each time
-    rounded and clipped to 8 bits. Without that the overshoot beside sharp edges comes out differently."""
-    for shape in ((x.shape[-2], size), (size, size)):
-        x = (F.interpolate(x, shape, mode="bicubic", antialias=True) + 0.5).floor().clamp(0, 255)
-    return x

@@ -20,8 +20,9 @@ from rsd_trt.manifest import Batch
 from rsd_trt.models.backbone import Backbone, BackboneState
 from rsd_trt.models.fused import agreeing_steps
 from rsd_trt.runtime.backends import Launcher, check_backend
-from rsd_trt.runtime.observation import Observation, Preprocessor
+from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Draft, Plan, Query, judge
+from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.session import Session
 from rsd_trt.runtime.speculate import (
     Route,

@@ -51,15 +51,18 @@ def test_unknown_suite() -> None:
         open_suite("libero_spacial")
 
 
-def oft_trials(count: int) -> list[tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]]:
+def oft_trials(
+    suite: str, task: int, count: int
+) -> list[tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]]:
     """(image, simulator state, end-effector position) after settling and three actions, for the first trials."""
-    benchmark = open_suite("libero_spatial")
+    benchmark = open_suite(suite)
     from libero.libero.envs import OffScreenRenderEnv
 
-    env = OffScreenRenderEnv(bddl_file_name=benchmark.get_task_bddl_file_path(4), camera_heights=64, camera_widths=64)
+    bddl = benchmark.get_task_bddl_file_path(task)
+    env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=64, camera_widths=64)
     env.seed(0)
     found = []
-    for state in benchmark.get_task_init_states(4)[:count]:
+    for state in benchmark.get_task_init_states(task)[:count]:
         env.reset()
         env.set_init_state(state)
         for action in [IDLE] * 10 + [ACTION] * 3:
@@ -70,9 +73,11 @@ def oft_trials(count: int) -> list[tuple[NDArray[np.uint8], NDArray[np.float64],
 
 
 @pytest.mark.libero
-def test_trials_are_openvla_ofts_in_any_order() -> None:
-    expected = oft_trials(3)
-    with closing(Simulator("libero_spatial", 4, SMALL)) as simulator:
+@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 4), ("libero_10", 2)])  # a drawer; a stove's knob
+def test_trials_are_openvla_ofts_in_any_order(suite: str, task: int) -> None:
+    expected = oft_trials(suite, task, 3)
+    random = np.random.default_rng(0)
+    with closing(Simulator(suite, task, SMALL)) as simulator:
         for trial in (2, 0, 1):
             simulator.reset(trial)
             for i in range(3):
@@ -82,5 +87,21 @@ def test_trials_are_openvla_ofts_in_any_order() -> None:
             assert np.array_equal(observation.images[0], image)
             assert np.array_equal(simulator._env.get_sim_state(), state)
             assert np.array_equal(observation.proprio[:3], position.astype(np.float32))
+            for _ in range(30):  # leave a mess for the next reset
+                simulator.step(random.uniform(-1, 1, 7).astype(np.float32), render=False)
     images = [image for image, _, _ in expected]
     assert not np.array_equal(images[0], images[1])
+
+
+@pytest.mark.libero
+def test_sampled_scenes_repeat_by_seed_and_are_no_trial() -> None:
+    with closing(Simulator("libero_spatial", 4, SMALL)) as simulator:
+        states = []
+        for seed in (1000, 1001, 1000):
+            simulator.sample(seed)
+            states.append(simulator._env.get_sim_state())
+            simulator.step(ACTION, render=False)
+        assert np.array_equal(states[0], states[2])
+        assert not np.array_equal(states[0], states[1])
+        simulator.reset(0)
+        assert not np.array_equal(states[0], simulator._env.get_sim_state())

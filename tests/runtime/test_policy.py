@@ -311,7 +311,7 @@ def test_the_tiny_bundle_end_to_end(mode: Mode, bundle: Bundle, observe: Callabl
 
 
 def test_the_baseline_is_backbone_then_head_then_codec(bundle: Bundle, observe: Callable[..., Observation]) -> None:
-    from rsd_trt.runtime.observation import Preprocessor
+    from rsd_trt.runtime.preprocess import Preprocessor
 
     config = bundle.config
     observation = observe(config.control, 3)

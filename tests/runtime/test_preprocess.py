@@ -16,7 +16,8 @@ from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig, Quantiles
 from rsd_trt.errors import UserError
 from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.presets import preset
-from rsd_trt.runtime.observation import Observation, Preprocessor
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.preprocess import Preprocessor
 
 TINY = preset("tiny", "tiny").backbone
 Pixels = NDArray[np.uint8]
