@@ -1,52 +1,101 @@
-"""Result files: episodes appended as they finish, and the summary that is made from them.
+"""What an evaluation leaves on disk, as typed records.
 
-`<suite>_<mode>_episodes.jsonl`: the first line holds the run's settings, each further line one episode.
-`<suite>_<mode>_results.json`: the summary, under the original experiment's names and more.
+`<suite>_<mode>_settings.json`: one `Settings`, all that the run's results depend on.
+`<suite>_<mode>_episodes.jsonl`: one `Episode` a line, in the order in which they finished.
+`<suite>_<mode>_results.json`: one `Results`, under the original experiment's names and more. Its JSON Schema is
+`results.schema.json` beside this file, made from the records here; what is read is checked against them.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from rsd_trt.config import Dims
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd_trt.config import ARM_DIMS, ControlConfig, Mode, Quantiles, RsdConfig
 from rsd_trt.errors import UserError
-from rsd_trt.eval.statistics import percentiles, wilson
-from rsd_trt.jsonio import from_json
-from rsd_trt.runtime.plan import Query
-from rsd_trt.runtime.speculate import Acceptance
+from rsd_trt.jsonio import from_json, json_schema, to_json
+from rsd_trt.runtime.plan import Query, Verdict
+from rsd_trt.runtime.speculate import Route
 
-Json = dict[str, object]
+SCHEMA_VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
+HISTOGRAM_BINS = 20  # of executed actions, over [-1, 1]
+
+Timing = Literal["single", "batched"]
 
 
 @dataclass(frozen=True)
 class QueryRecord:
-    """A query as it is stored: what it decided and what it cost. ms is synchronised wall time."""
+    """A query: what it decided and what it cost."""
 
-    step: int  # of the episode, before the query's first action
-    route: str
-    committed: int
-    ms: float
-    full_pass: bool
-    prefix: int | None = None
-    token_agreement: tuple[float, ...] | None = None
-    verdict: str | None = None
+    step: Annotated[int, "of the episode, before the query's first action"]
+    route: Annotated[Route, "how the query went; accepted, partial and rejected tested a live plan"]
+    committed: Annotated[int, "actions handed to the simulator; the episode may end before all are executed"]
+    ms: Annotated[float, "synchronised wall time of the forward that answered the query"]
+    full_pass: Annotated[bool, "whether the whole backbone was run"]
+    rows: Annotated[int, "queries that shared that forward"] = 1
+    prefix: Annotated[int | None, "leading steps on which draft and plan agree; null without a draft"] = None
+    token_agreement: Annotated[tuple[float, ...] | None, "share of equal draft and main tokens, per coarse layer"] = (
+        None
+    )
+    verdict: Annotated[Verdict | None, "shadow mode: whether the draft's decision was right"] = None
+    draft_gap: Annotated[
+        tuple[tuple[float, ...], ...] | None,
+        "shadow mode: |draft - plan| for each step that could be committed, by dimension; gripper: 1 if signs differ",
+    ] = None
+    main_gap: Annotated[
+        tuple[tuple[float, ...], ...] | None, "shadow mode: the same between the main head's new plan and the old one"
+    ] = None
 
     @classmethod
-    def of(cls, query: Query, step: int) -> QueryRecord:
+    def of(cls, query: Query, step: int, rows: int) -> QueryRecord:
         return cls(
             step=step,
             route=query.route,
             committed=len(query.actions),
             ms=round(query.ms, 4),
             full_pass=query.full_pass,
+            rows=rows,
             prefix=query.prefix,
             token_agreement=query.token_agreement,
             verdict=query.verdict,
+            draft_gap=query.draft_gap,
+            main_gap=query.main_gap,
+        )
+
+
+@dataclass(frozen=True)
+class ActionStatistics:
+    """The executed actions of an episode, in environment units."""
+
+    minimum: Annotated[tuple[float, ...], "by dimension"]
+    maximum: Annotated[tuple[float, ...], "by dimension"]
+    mean: Annotated[tuple[float, ...], "by dimension"]
+    histogram: Annotated[
+        tuple[tuple[int, ...], ...],
+        f"by dimension, counts in {HISTOGRAM_BINS} equal bins over [-1, 1], outliers at its ends",
+    ]
+    gripper_switches: Annotated[int, "times that the gripper command changed its sign"]
+
+    @classmethod
+    def of(cls, actions: NDArray[np.float32]) -> ActionStatistics:
+        """actions [n, A], n >= 1."""
+        edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
+        counts = [np.histogram(column.clip(-1, 1), edges)[0].tolist() for column in actions.T]
+        closed = actions[:, ARM_DIMS] > 0
+        return cls(
+            minimum=_rounded(actions.min(0)),
+            maximum=_rounded(actions.max(0)),
+            mean=_rounded(actions.mean(0)),
+            histogram=tuple(map(tuple, counts)),
+            gripper_switches=int((closed[1:] != closed[:-1]).sum()),
         )
 
 
@@ -55,101 +104,151 @@ class Episode:
     """One finished trial. An `error` (the simulator or the policy broke) is neither a success nor a failure."""
 
     task_id: int
-    trial: int
+    trial: Annotated[int, "the number of the suite's initial state"]
     success: bool
-    steps: int
-    seconds: float  # wall time of the whole episode, simulation included
+    steps: Annotated[int, "executed actions, settling steps not counted"]
+    seconds: Annotated[float, "wall time of the whole episode, simulation included"]
     queries: tuple[QueryRecord, ...]
-    error: str | None = None
+    actions: Annotated[ActionStatistics | None, "null when none was executed"] = None
+    error: Annotated[str | None, "what broke"] = None
+    run: Annotated[str, "which run the episode is of: the start of the sha256 of its settings"] = ""
 
     @property
     def key(self) -> tuple[int, int]:
         return self.task_id, self.trial
 
+    @property
+    def policy_ms(self) -> float:
+        """ms of all its queries."""
+        return sum(query.ms for query in self.queries)
 
-class EpisodeLog:
-    """The append-only file of a run. A run that was cut short goes on where it stopped.
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a result depends on. A run resumes only where it is the same."""
+
+    suite: str
+    tasks: tuple[int, ...]
+    trials: int
+    mode: Mode
+    timing: Annotated[Timing, "single: one simulator, each query alone; batched: many, whose times say nothing of one"]
+    backend: str
+    precision: str
+    backbone: Annotated[str, "how the backbone runs"]
+    device: str
+    protocol: str
+    max_steps: int
+    n_action_steps: int
+    seed: int
+    bundle: Annotated[str, "the bundle's name"]
+    bundle_sha256: str
+    exports_sha256: dict[str, str]
+    trained: bool
+    backbone_blocks: Annotated[int, "N; the draft reads after block rsd.draft_block"]
+    levels: Annotated[int, "K, levels of an RFSQ layer: tokens agree by chance in a share of 1/K"]
+    rsd: RsdConfig
+    control: ControlConfig
+    training_actions: Annotated[Quantiles | None, "of the actions that the policy was trained on"]
+    hardware: dict[str, object]
+    versions: dict[str, str]
+
+    @property
+    def run(self) -> str:
+        """The name that the run's episodes carry."""
+        return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class RsdStats:
+    """Shares of the queries that tested a live plan; they add up to 1. Null when none did."""
+
+    draft_acceptance_rate: float | None
+    partial_acceptance_rate: float | None
+    full_rejection_rate: float | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task's episodes that ended without an error."""
+
+    task_id: int
+    task_description: str
+    success_rate: float | None
+    success_interval: Annotated[tuple[float, float] | None, "95%, Wilson's score"]
+    successes: int
+    episodes: int
+    errors: int
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How fast a run that was not interrupted was as a whole."""
+
+    workers: Annotated[int, "simulator processes"]
+    wall_seconds: Annotated[float, "from the first episode's start to the last one's end, building included"]
+    episodes_per_second: float
+    policy_share: Annotated[float, "of the wall time in which the policy computed"]
+    rows_per_forward: Annotated[float, "mean number of queries that shared a forward"]
+    bound: Annotated[Literal["policy", "simulator"], "policy: it computed for more than half of the time"]
+    gpu_utilisation: Annotated[float | None, "mean share of time with a kernel on the GPU; null without a GPU"] = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run: its summary, settings and episodes. Figures are over episodes that ended without an error."""
+
+    task_suite: str
+    use_speculative_decoding: bool
+    total_episodes: int
+    total_successes: int
+    final_success_rate: float | None
+    final_success_interval: Annotated[tuple[float, float] | None, "95%, Wilson's score"]
+    errors: int
+    avg_inference_time_ms: Annotated[float | None, "policy time per executed action; null unless timing is single"]
+    rsd_stats: RsdStats
+    routes: Annotated[dict[str, int], "queries by route"]
+    verdicts: Annotated[dict[str, int], "shadow mode: queries by verdict"]
+    token_agreement: Annotated[tuple[float, ...] | None, "share of equal draft and main tokens, per coarse layer"]
+    token_agreement_chance: float
+    query_ms: Annotated[dict[str, float] | None, "n, mean, p50, p90, p95, p99, max; null unless timing is single"]
+    queries: int
+    full_passes: int
+    steps: int
+    actions_per_query: float | None
+    steps_per_second: Annotated[float | None, "of one simulator, simulation and policy included"]
+    throughput: Annotated[Throughput | None, "null when the run was interrupted"]
+    codec_round_trip_mse: Annotated[float, "decode(tokens(x)) against the codec's own reconstruction"]
+    task_results: tuple[TaskResult, ...]
+    settings: Settings
+    episodes: tuple[Episode, ...]
+    command: str
+    schema_version: int = SCHEMA_VERSION
+
+
+def read_results(path: Path) -> Results:
+    """A results file, checked against its schema.
 
     Raises:
-        UserError: the file belongs to a run with other settings, or is not such a file.
+        UserError: it is absent, not a results file, of another version, or damaged.
     """
-
-    def __init__(self, path: Path, settings: Json, fresh: bool) -> None:
-        self.path = path
-        self.settings = settings
-        self.episodes: dict[tuple[int, int], Episode] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if fresh or not path.exists():
-                write_atomically(path, json.dumps(settings) + "\n")
-            else:
-                self._resume()
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
-
-    def lacks(self, task: int, trial: int) -> bool:
-        """Whether a trial has still to be run: it is absent, or ended in an error."""
-        episode = self.episodes.get((task, trial))
-        return episode is None or episode.error is not None
-
-    def append(self, episode: Episode) -> None:
-        """Stores an episode for good: it is on the disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(dataclasses.asdict(episode)) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.episodes[episode.key] = episode
-
-    def _resume(self) -> None:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave half a line
-        try:
-            lines = whole.decode("utf-8").splitlines()
-            stored = json.loads(lines[0])
-            episodes = [from_json(Episode, json.loads(line), str(self.path)) for line in lines[1:]]
-        except (IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{self.path} is not an episode file ({error}). Start over: --fresh") from None
-        if difference := _differences(stored, self.settings):
-            raise UserError(f"{self.path} is of another run: {difference}. Another --out, or start over: --fresh")
-        if whole != data:
-            write_atomically(self.path, whole.decode("utf-8"))
-        self.episodes = {episode.key: episode for episode in episodes}
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
+        raise UserError(f"{path} is not a results file of rsd-trt eval")
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema_version {version!r}, this version reads {SCHEMA_VERSION}: "
+            + ("update rsd-trt" if isinstance(version, int) and version > SCHEMA_VERSION else "evaluate again")
+        )
+    return from_json(Results, data, str(path))
 
 
-def summarise(settings: Json, episodes: Sequence[Episode], tasks: Mapping[int, str], dims: Dims) -> Json:
-    """The summary of a run's episodes; `tasks`: the description of every task that was evaluated."""
-    done = [episode for episode in episodes if episode.error is None]
-    queries = [query for episode in done for query in episode.queries]
-    steps, policy_ms = sum(e.steps for e in done), sum(q.ms for q in queries)
-    successes = sum(e.success for e in done)
-    acceptance = Acceptance()
-    for query in queries:
-        acceptance.add(query.route)  # type: ignore[arg-type]
-    return {
-        "task_suite": settings["suite"],
-        "use_speculative_decoding": settings["mode"] == "rsd",
-        "total_episodes": len(done),
-        "total_successes": successes,
-        "final_success_rate": successes / len(done) if done else None,
-        "final_success_interval": wilson(successes, len(done)),
-        "errors": len(episodes) - len(done),
-        "avg_inference_time_ms": policy_ms / steps if steps else None,
-        "rsd_stats": acceptance.rates(),
-        "routes": _counts(query.route for query in queries),
-        "verdicts": _counts(query.verdict for query in queries if query.verdict),
-        "token_agreement": _token_agreement(queries),
-        "token_agreement_chance": 1 / dims.K,
-        "query_ms": percentiles([query.ms for query in queries]),
-        "queries": len(queries),
-        "full_passes": sum(query.full_pass for query in queries),
-        "steps": steps,
-        "actions_per_query": steps / len(queries) if queries else None,
-        "steps_per_second": steps / seconds if (seconds := sum(e.seconds for e in done)) else None,
-        "task_results": [_task(task_id, tasks[task_id], episodes) for task_id in sorted(tasks)],
-        "trained": settings["trained"],
-        "settings": settings,
-        "episodes": [dataclasses.asdict(episode) for episode in sorted(episodes, key=lambda e: e.key)],
-    }
+def results_schema() -> dict[str, object]:
+    """The JSON Schema of a results file."""
+    return json_schema(Results)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -165,38 +264,5 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _task(task_id: int, description: str, episodes: Sequence[Episode]) -> Json:
-    mine = [episode for episode in episodes if episode.task_id == task_id]
-    done = [episode for episode in mine if episode.error is None]
-    successes = sum(episode.success for episode in done)
-    return {
-        "task_id": task_id,
-        "task_description": description,
-        "success_rate": successes / len(done) if done else None,
-        "success_interval": wilson(successes, len(done)),
-        "successes": successes,
-        "episodes": len(done),
-        "errors": len(mine) - len(done),
-    }
-
-
-def _counts(names: object) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:  # type: ignore[attr-defined]
-        counts[name] = counts.get(name, 0) + 1
-    return dict(sorted(counts.items()))
-
-
-def _token_agreement(queries: Sequence[QueryRecord]) -> list[float] | None:
-    """Share of the draft's tokens that the main head gave too, for each coarse layer."""
-    rows = [query.token_agreement for query in queries if query.token_agreement is not None]
-    return [sum(layer) / len(rows) for layer in zip(*rows, strict=True)] if rows else None
-
-
-def _differences(stored: object, wanted: object, path: str = "") -> str:
-    """Every setting that differs, by its path and with both values; empty when none does."""
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        keys = {**wanted, **stored}
-        found = (_differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key) for key in keys)
-        return ", ".join(text for text in found if text)
-    return "" if stored == wanted else f"{path or 'its first line'} is {stored!r} there and {wanted!r} here"
+def _rounded(values: NDArray[np.float32]) -> tuple[float, ...]:
+    return tuple(round(float(value), 4) for value in values)

@@ -172,6 +172,7 @@ class BundleConfig:
     head: HeadConfig = HeadConfig()
     codec: CodecConfig = CodecConfig()
     control: ControlConfig = ControlConfig()
+    training_actions: Quantiles | None = None  # of the training data's actions, in environment units: for diagnosis
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -222,11 +223,12 @@ class BundleConfig:
         _require(bool(control.cameras), "control.cameras is empty; name at least one camera")
         _require("{instruction}" in control.prompt, f"control.prompt {control.prompt!r} lacks {{instruction}}")
         for name, quantiles, size in (
-            ("action_quantiles", control.action_quantiles, dims.A),
-            ("proprio_quantiles", control.proprio_quantiles, PROPRIO_DIM),
+            ("control.action_quantiles", control.action_quantiles, dims.A),
+            ("control.proprio_quantiles", control.proprio_quantiles, PROPRIO_DIM),
+            ("training_actions", self.training_actions, dims.A),
         ):
             lengths = {len(quantiles.q01), len(quantiles.q99), len(quantiles.mask)} if quantiles else {size}
-            _require(lengths == {size}, f"control.{name} has lists of {sorted(lengths)} numbers, not {size}")
+            _require(lengths == {size}, f"{name} has lists of {sorted(lengths)} numbers, not {size}")
 
     def _require_sizes(self) -> None:
         towers = self.backbone.towers

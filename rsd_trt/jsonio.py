@@ -1,4 +1,7 @@
-"""Frozen dataclasses to JSON values and back, strictly: an unknown key or another type is refused by name."""
+"""Frozen dataclasses to JSON values and back, strictly: an unknown key or another type is refused by name.
+
+The same type hints give the JSON Schema; the text in an `Annotated` hint becomes its description.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from rsd_trt.errors import UserError, did_you_mean
 
@@ -31,6 +34,13 @@ def from_json(cls: type[ConfigT], data: object, where: str) -> ConfigT:
     return typing.cast(ConfigT, _build(cls, data, where, ""))
 
 
+def json_schema(cls: type) -> dict[str, object]:
+    """The JSON Schema (2020-12) of what `to_json` gives for `cls` and `from_json` takes."""
+    definitions: dict[str, object] = {}
+    root = _schema(cls, definitions)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
+
+
 def _build(kind: object, value: object, where: str, path: str) -> object:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -49,6 +59,8 @@ def _build(kind: object, value: object, where: str, path: str) -> object:
         return tuple(_build(arguments[0], entry, where, f"{path}[{i}]") for i, entry in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {str(key): _build(arguments[1], entry, where, f"{path}.{key}") for key, entry in value.items()}
+    if kind is object:
+        return value
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not abs(value) <= sys.float_info.max:  # infinity, NaN, or a whole number that is too large
             raise UserError(f"{where}: {path} is {value!r}, not a finite number")
@@ -83,3 +95,44 @@ def _describe(kind: object) -> str:
     names: dict[object, str] = {tuple: "a list", dict: "an object", int: "a whole number", float: "a number"}
     names |= {str: "a string", bool: "true or false"}
     return names.get(origin or kind, str(kind))
+
+
+def _schema(kind: object, definitions: dict[str, object]) -> dict[str, object]:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return {**_schema(arguments[0], definitions), "description": arguments[1]}
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if kind.__name__ not in definitions:
+            definitions[kind.__name__] = {}  # taken, should the class refer to itself
+            definitions[kind.__name__] = _object_schema(kind, definitions)
+        return {"$ref": f"#/$defs/{kind.__name__}"}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [_schema(argument, definitions) for argument in arguments]}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin is tuple:
+        fixed = arguments[-1] is not Ellipsis
+        length = {"minItems": len(arguments), "maxItems": len(arguments)} if fixed else {}
+        return {"type": "array", "items": _schema(arguments[0], definitions), **length}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema(arguments[1], definitions)}
+    if kind is object:
+        return {}
+    names: dict[object, str] = {int: "integer", float: "number", str: "string", bool: "boolean", types.NoneType: "null"}
+    return {"type": names[kind]}
+
+
+def _object_schema(cls: type, definitions: dict[str, object]) -> dict[str, object]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    required = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    return {
+        "type": "object",
+        "description": " ".join((cls.__doc__ or "").split()),
+        "properties": {f.name: _schema(hints[f.name], definitions) for f in dataclasses.fields(cls)},
+        "required": required,
+        "additionalProperties": False,
+    }

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rsd_trt.config import ARM_DIMS
 from rsd_trt.runtime.speculate import Route, refresh_due
 
 Verdict = Literal["true_accept", "false_accept", "true_reject", "false_reject"]
+Gap = tuple[tuple[float, ...], ...]  # [n, A]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Query:
     actions [n, A] float32 in environment units, owned by the caller; n is 0 when `fault` says why.
     prefix: leading steps on which draft and plan agree (the live plan's if one was tested, else the new one's);
     None without a draft. ms: synchronised time of the whole batch. token_agreement: share of equal draft and
-    main tokens for each coarse layer, where both were computed. verdict: shadow mode only.
+    main tokens for each coarse layer, where both were computed. verdict, draft_gap and main_gap: shadow mode
+    only; the gaps are those of `plan_gap` between the live plan and the draft, and the main head's new plan.
     full_pass: whether the whole backbone was run.
     """
 
@@ -30,6 +33,8 @@ class Query:
     prefix: int | None = None
     token_agreement: tuple[float, ...] | None = None
     verdict: Verdict | None = None
+    draft_gap: Gap | None = None
+    main_gap: Gap | None = None
     fault: str | None = None
     full_pass: bool = True
     ms: float = 0.0
@@ -63,6 +68,20 @@ class Draft:
     tokens: Tensor
     actions: Tensor
     finite: Tensor
+
+
+def plan_gap(plan: Plan, chunk: Tensor, most: int) -> Gap:
+    """How far a new chunk [T, A] is from the plan's next steps, as |difference| for each arm dimension and, for the
+    gripper, 1 where the signs differ. Of the steps that a query could commit: at most `most`, and before the plan
+    switches its gripper."""
+    assert plan.actions is not None
+    ahead = plan.actions[plan.cursor :].cpu().numpy()
+    held = [g == plan.grippers[plan.cursor - 1] for g in plan.grippers[plan.cursor :]] + [False]
+    count = min(most, held.index(False))
+    new, old = chunk.cpu().numpy()[:count], ahead[:count]
+    gap = np.abs(new - old)
+    gap[:, ARM_DIMS] = (new[:, ARM_DIMS] > 0) != (old[:, ARM_DIMS] > 0)
+    return tuple(tuple(round(float(x), 4) for x in step) for step in gap)
 
 
 def judge(committed: int, by_main: int) -> Verdict:

@@ -21,7 +21,7 @@ from rsd_trt.models.backbone import Backbone, BackboneState
 from rsd_trt.models.fused import agreeing_steps
 from rsd_trt.runtime.backends import Launcher, check_backend
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.plan import Draft, Plan, Query, judge
+from rsd_trt.runtime.plan import Draft, Plan, Query, judge, plan_gap
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.session import Session
 from rsd_trt.runtime.speculate import (
@@ -277,13 +277,20 @@ class Policy:
                 judged.append(query)
                 continue
             shares = (draft.tokens[row] == tokens[..., : dims.C]).float().mean((0, 1)).tolist()
-            route, verdict, n = query.route, None, None
+            query = replace(query, token_agreement=tuple(shares))
             if forced[row] is None:
                 n = by_draft[row]
                 route = route_tested(n, dims.T - before[row].cursor, self.n_action_steps)
                 by_main = self._agreement_with_plans(tokens[None, ..., : dims.C], actions[None], [before[row]])[0]
-                verdict = judge(commit_accepted(n, self.n_action_steps), by_main)
-            judged.append(Query(query.actions, route, n, tuple(shares), verdict))
+                query = replace(
+                    query,
+                    route=route,
+                    prefix=n,
+                    verdict=judge(commit_accepted(n, self.n_action_steps), by_main),
+                    draft_gap=plan_gap(before[row], draft.actions[row], self.n_action_steps),
+                    main_gap=plan_gap(before[row], actions, self.n_action_steps),
+                )
+            judged.append(query)
         return judged
 
     def _agreement_with_plans(self, tokens: Tensor, actions: Tensor, plans: list[Plan]) -> list[int]:

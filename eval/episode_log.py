@@ -1,0 +1,101 @@
+"""The append-only file of a run's episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from rsd_trt.errors import UserError
+from rsd_trt.eval.results import Episode, Settings, write_atomically
+from rsd_trt.jsonio import from_json, to_json
+
+
+class EpisodeLog:
+    """The append-only file of a run. A run that was cut short goes on where it stopped.
+
+    Raises:
+        UserError: the file belongs to a run with other settings, is not such a file, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Settings, fresh: bool) -> None:
+        self.path = folder / f"{name}_episodes.jsonl"
+        self.settings = settings
+        self.episodes: dict[tuple[int, int], Episode] = {}
+        settings_file = folder / f"{name}_settings.json"
+        if fresh or not (self.path.exists() or settings_file.exists()):
+            self.path.unlink(missing_ok=True)
+            write_atomically(settings_file, json.dumps(to_json(settings), indent=1) + "\n")
+            write_atomically(self.path, "")
+        else:
+            self._check_settings(settings_file)
+            self._resume()
+
+    def lacks(self, task: int, trial: int) -> bool:
+        """Whether a trial has still to be run: it is absent, or ended in an error."""
+        episode = self.episodes.get((task, trial))
+        return episode is None or episode.error is not None
+
+    def append(self, episode: Episode) -> None:
+        """Stores an episode for good: it is on the disk when this returns. If that fails, the file is as before."""
+        episode = dataclasses.replace(episode, run=self.settings.run)
+        with self.path.open("ab") as stream:
+            end = stream.tell()
+            try:
+                stream.write(_line(episode))
+                stream.flush()
+                os.fsync(stream.fileno())
+            except BaseException:
+                os.ftruncate(stream.fileno(), end)
+                raise
+        self.episodes[episode.key] = episode
+
+    def _check_settings(self, path: Path) -> None:
+        if not path.exists():
+            raise UserError(f"{self.path} has no {path.name} beside it: whose episodes are they? Start over: --fresh")
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path} is not a settings file ({error}). Start over: --fresh") from None
+        if difference := _differences(stored, to_json(self.settings)):
+            raise UserError(f"{path} is of another run: {difference}. Another --out, or start over: --fresh")
+
+    def _resume(self) -> None:
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave half a line
+        lines: dict[tuple[int, int], int] = {}
+        for number, line in enumerate(whole.splitlines(), start=1):
+            where = f"{self.path}, line {number}"
+            try:
+                episode = from_json(Episode, json.loads(line), where)
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{where} is not an episode ({error}). Start over: --fresh") from None
+            if episode.run != self.settings.run:
+                raise UserError(
+                    f"{where} is of run {episode.run or '(none)'}, not {self.settings.run}: runs are mixed. "
+                    "Start over: --fresh"
+                )
+            if not self.lacks(*episode.key):
+                task, trial = episode.key
+                raise UserError(
+                    f"{where} holds task {task}, trial {trial} again after line {lines[episode.key]}. "
+                    "Remove one of them, or start over: --fresh"
+                )
+            lines[episode.key] = number
+            self.episodes[episode.key] = episode
+        if whole != data:
+            write_atomically(self.path, whole.decode("utf-8"))
+
+
+def _line(episode: Episode) -> bytes:
+    return (json.dumps(dataclasses.asdict(episode)) + "\n").encode()
+
+
+def _differences(stored: object, wanted: object, path: str = "") -> str:
+    """Every setting that differs, by its path and with both values; empty when none does."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        keys = {**wanted, **stored}
+        found = (_differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key) for key in keys)
+        return ", ".join(text for text in found if text)
+    return "" if stored == wanted else f"{path or 'its first line'} is {stored!r} there and {wanted!r} here"

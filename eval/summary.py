@@ -1,0 +1,77 @@
+"""From episodes to the figures of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from rsd_trt.eval.results import Episode, QueryRecord, Results, RsdStats, Settings, TaskResult, Throughput
+from rsd_trt.eval.statistics import percentiles, wilson
+from rsd_trt.runtime.speculate import Acceptance
+
+
+def summarise(
+    settings: Settings,
+    episodes: Sequence[Episode],
+    tasks: Mapping[int, str],
+    codec_round_trip_mse: float,
+    command: str,
+    throughput: Throughput | None = None,
+) -> Results:
+    """The summary of a run's episodes; `tasks`: the description of every task that was evaluated."""
+    done = [episode for episode in episodes if episode.error is None]
+    queries = [query for episode in done for query in episode.queries]
+    steps, seconds = sum(e.steps for e in done), sum(e.seconds for e in done)
+    successes = sum(e.success for e in done)
+    single = settings.timing == "single"
+    acceptance = Acceptance()
+    for query in queries:
+        acceptance.add(query.route)
+    return Results(
+        task_suite=settings.suite,
+        use_speculative_decoding=settings.mode == "rsd",
+        total_episodes=len(done),
+        total_successes=successes,
+        final_success_rate=successes / len(done) if done else None,
+        final_success_interval=wilson(successes, len(done)),
+        errors=len(episodes) - len(done),
+        avg_inference_time_ms=sum(q.ms for q in queries) / steps if steps and single else None,
+        rsd_stats=RsdStats(**acceptance.rates()),
+        routes=dict(sorted(Counter(query.route for query in queries).items())),
+        verdicts=dict(sorted(Counter(query.verdict for query in queries if query.verdict).items())),
+        token_agreement=_token_agreement(queries),
+        token_agreement_chance=1 / settings.levels,
+        query_ms=percentiles([query.ms for query in queries]) if single else None,
+        queries=len(queries),
+        full_passes=sum(query.full_pass for query in queries),
+        steps=steps,
+        actions_per_query=steps / len(queries) if queries else None,
+        steps_per_second=steps / seconds if seconds else None,
+        throughput=throughput,
+        codec_round_trip_mse=codec_round_trip_mse,
+        task_results=tuple(_task(task_id, tasks[task_id], episodes) for task_id in sorted(tasks)),
+        settings=settings,
+        episodes=tuple(sorted(episodes, key=lambda e: e.key)),
+        command=command,
+    )
+
+
+def _task(task_id: int, description: str, episodes: Sequence[Episode]) -> TaskResult:
+    mine = [episode for episode in episodes if episode.task_id == task_id]
+    done = [episode for episode in mine if episode.error is None]
+    successes = sum(episode.success for episode in done)
+    return TaskResult(
+        task_id=task_id,
+        task_description=description,
+        success_rate=successes / len(done) if done else None,
+        success_interval=wilson(successes, len(done)),
+        successes=successes,
+        episodes=len(done),
+        errors=len(mine) - len(done),
+    )
+
+
+def _token_agreement(queries: Sequence[QueryRecord]) -> tuple[float, ...] | None:
+    """Share of the draft's tokens that the main head gave too, for each coarse layer."""
+    rows = [query.token_agreement for query in queries if query.token_agreement is not None]
+    return tuple(sum(layer) / len(rows) for layer in zip(*rows, strict=True)) if rows else None
