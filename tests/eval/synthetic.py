@@ -1,0 +1,178 @@
+"""Made-up runs for tests of the statistics and the report. Their numbers mean nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from rsd_trt.config import ControlConfig, Mode, Quantiles, RsdConfig
+from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, Results, Settings, Throughput
+from rsd_trt.eval.summary import summarise
+from rsd_trt.runtime.plan import Gap, Verdict, judge
+from rsd_trt.runtime.speculate import Route
+
+TASKS = (
+    "pick up the black bowl between the plate and the ramekin and place it on the plate",
+    "pick up the black bowl next to the ramekin and place it on the plate",
+    "pick up the black bowl from table center and place it on the plate",
+    "pick up the black bowl on the cookie box and place it on the plate",
+    "pick up the black bowl in the top drawer of the wooden cabinet and place it on the plate",
+    "pick up the black bowl on the ramekin and place it on the plate",
+    "pick up the black bowl next to the cookie box and place it on the plate",
+    "pick up the black bowl on the stove and place it on the plate",
+    "pick up the black bowl next to the plate and place it on the plate",
+    "pick up the black bowl on the wooden cabinet and place it on the plate",
+)
+TRAINING = Quantiles(
+    q01=(-0.75, -0.65, -0.94, -0.11, -0.2, -0.18, -1.0),
+    q99=(0.94, 0.86, 0.94, 0.13, 0.17, 0.17, 1.0),
+    mask=(True,) * 6 + (False,),
+)
+N_ACTION_STEPS = 4
+
+
+def settings(mode: Mode = "rsd", **changes: object) -> Settings:
+    """The settings of a run of 3 tasks with 4 trials, but for `changes`."""
+    base = Settings(
+        suite="libero_spatial",
+        tasks=(0, 1, 2),
+        trials=4,
+        mode=mode,
+        timing="single",
+        backend="ort",
+        precision="fp32",
+        backbone="graph",
+        device="cuda",
+        protocol="oft",
+        max_steps=220,
+        n_action_steps=N_ACTION_STEPS,
+        seed=7,
+        bundle="made-up",
+        bundle_sha256="3f2a" * 16,
+        exports_sha256={"accept": "a1" * 32, "chain": "b2" * 32},
+        trained=True,
+        backbone_blocks=32,
+        levels=7,
+        rsd=RsdConfig(draft_block=10),
+        control=ControlConfig(),
+        training_actions=TRAINING,
+        hardware={"cpu": "made-up processor", "cores": 16, "gpu": "made-up GPU"},
+        versions={"python": "3.11.7", "torch": "2.13.0", "rsd-trt": "0.1.0"},
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def run(
+    mode: Mode = "rsd",
+    success: float = 0.9,
+    acceptance: float = 0.7,
+    full_ms: float = 20.0,
+    draft_ms: float = 7.0,
+    broken: tuple[tuple[int, int], ...] = (),
+    throughput: Throughput | None = None,
+    change: Callable[[Episode], Episode] = lambda episode: episode,
+    codec_mse: float = 1e-7,
+    action_scale: float = 1.0,
+    **changes: object,
+) -> Results:
+    """A run whose episodes are drawn from generators of their own, so that runs are paired: the same (task, trial) is
+    as hard in each. `broken`: the keys of the episodes that end in an error. `change`: what to do to each episode."""
+    chosen = settings(mode, **changes)
+    episodes = []
+    for task in chosen.tasks:
+        for trial in range(chosen.trials):
+            made = _episode(chosen, task, trial, success, acceptance, (full_ms, draft_ms), action_scale)
+            if (task, trial) in broken:
+                made = dataclasses.replace(made, success=False, error="RuntimeError: the GL context is lost")
+            episodes.append(dataclasses.replace(change(made), run=chosen.run))
+    tasks = {task: TASKS[task % len(TASKS)] for task in chosen.tasks}
+    command = f"rsd-trt eval bundles/made-up --mode {mode} --trials {chosen.trials}"
+    return summarise(chosen, episodes, tasks, codec_mse, command, throughput)
+
+
+def throughput(workers: int, per_second: float) -> Throughput:
+    """Of a run on `workers` processes."""
+    share = min(0.95, 0.05 * workers)
+    return Throughput(
+        workers=workers,
+        wall_seconds=500 / per_second,
+        episodes_per_second=per_second,
+        policy_share=share,
+        rows_per_forward=max(1.0, workers / 3),
+        bound="policy" if share > 0.5 else "simulator",
+        gpu_utilisation=share * 0.9,
+    )
+
+
+def _episode(
+    settings: Settings,
+    task: int,
+    trial: int,
+    success: float,
+    acceptance: float,
+    costs: tuple[float, float],
+    action_scale: float,
+) -> Episode:
+    hard = np.random.default_rng([task, trial]).random() + 0.04 * (task % 5 - 2)
+    own = np.random.default_rng([task, trial, len(settings.mode)])
+    succeeded = bool(hard + own.normal(0, 0.02) < success)
+    steps = int(own.integers(70, 160)) if succeeded else settings.max_steps
+    queries: list[QueryRecord] = []
+    step = 0
+    while step < steps:
+        query = _query(settings, step, own, acceptance * (1.1 - 0.3 * step / steps), costs)
+        queries.append(query)
+        step += query.committed
+    return Episode(
+        task_id=task,
+        trial=trial,
+        success=succeeded,
+        steps=steps,
+        seconds=steps * 0.03,
+        queries=tuple(queries),
+        actions=_actions(own, steps, action_scale),
+    )
+
+
+def _query(
+    settings: Settings, step: int, random: np.random.Generator, acceptance: float, costs: tuple[float, float]
+) -> QueryRecord:
+    full_ms, draft_ms = (cost * random.gamma(400, 1 / 400) for cost in costs)
+    most = settings.n_action_steps
+    if settings.mode == "baseline":
+        return QueryRecord(step, "full", most, full_ms, full_pass=True)
+    agreement = tuple(float(x) for x in random.binomial(112, (0.86, 0.55, 0.21)) / 112)
+    shadow = settings.mode == "shadow"
+    if step == 0:
+        committed = most if shadow else 2
+        return QueryRecord(step, "start", committed, full_ms + 1, True, prefix=2, token_agreement=agreement)
+    draw = random.random()
+    route: Route = "accepted" if draw < acceptance else "partial" if draw < acceptance + 0.12 else "rejected"
+    prefix = {"accepted": most, "partial": int(random.integers(1, most)), "rejected": 0}[route]
+    if shadow:
+        by_main = prefix if random.random() < 0.93 else int(random.integers(0, most + 1))
+        verdict: Verdict = judge(prefix, by_main)
+        gaps = (_gap(random, settings, 0.035), _gap(random, settings, 0.025))
+        return QueryRecord(
+            step, route, most, full_ms + 1, True, 1, prefix, agreement, verdict, draft_gap=gaps[0], main_gap=gaps[1]
+        )
+    if route == "rejected":
+        committed = int(random.integers(1, most + 1))
+        return QueryRecord(step, route, committed, full_ms + 1, True, prefix=0, token_agreement=agreement)
+    return QueryRecord(step, route, prefix, draft_ms, full_pass=False, prefix=prefix)
+
+
+def _gap(random: np.random.Generator, settings: Settings, spread: float) -> Gap:
+    growth = 1 + 0.4 * np.arange(settings.n_action_steps)[:, None]
+    arm = np.abs(random.normal(0, spread, (settings.n_action_steps, 6))) * growth * (1.5, 1.2, 2.2, 0.5, 0.7, 1.0)
+    gripper = random.random((settings.n_action_steps, 1)) < 0.02
+    return tuple(tuple(round(float(x), 4) for x in step) for step in np.hstack([arm, gripper]))
+
+
+def _actions(random: np.random.Generator, steps: int, scale: float) -> ActionStatistics:
+    low, high = np.array(TRAINING.q01[:6]), np.array(TRAINING.q99[:6])
+    arm = random.normal((low + high) / 2, (high - low) / 4.7, (steps, 6)) * scale
+    gripper = np.where((np.arange(steps) > steps * 0.3) & (np.arange(steps) < steps * 0.95), 1.0, -1.0)[:, None]
+    return ActionStatistics.of(np.hstack([arm, gripper]).astype(np.float32))
