@@ -15,15 +15,15 @@ from rsd_trt.eval.results import HISTOGRAM_BINS, Episode, QueryRecord, Results
 from rsd_trt.runtime.plan import Gap
 
 PHASES = 10  # deciles of an episode's steps
-Group = Literal["accepted", "partial", "rejected", "other full pass"]
-GROUPS: tuple[Group, ...] = ("accepted", "partial", "rejected", "other full pass")
+Group = Literal["accepted", "partial", "rejected", "full pass"]
+GROUPS: tuple[Group, ...] = ("accepted", "partial", "rejected", "full pass")
 
 
 def group(query: QueryRecord) -> Group:
     """The kind of route that a query took: those that tested no live plan are one kind."""
     if query.route in ("accepted", "partial", "rejected"):
         return query.route
-    return "other full pass"
+    return "full pass"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def phases(results: Results) -> tuple[Phase, ...]:
     """Acceptance over the episode: a query at step s of an episode of n steps is of decile floor(10 s / n)."""
     counts: list[dict[str, int]] = [defaultdict(int) for _ in range(PHASES)]
     for episode, query in _queries(results):
-        if (kind := group(query)) != "other full pass":
+        if (kind := group(query)) != "full pass":
             counts[min(PHASES - 1, PHASES * query.step // max(1, episode.steps))][kind] += 1
     return tuple(Phase(**count) for count in counts)
 

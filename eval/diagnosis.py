@@ -45,6 +45,7 @@ class Finding:
     """What a rule found in a run."""
 
     run: str
+    source: Annotated[str, "the run that the figures are of: for acceptance, the shadow-mode run beside it"]
     topic: Annotated[Topic, "the target that is missed or not proved"]
     title: str
     stands_out: Annotated[bool, "whether the figures explain the miss"]
@@ -70,15 +71,15 @@ def diagnose(runs: Sequence[Run]) -> tuple[Finding, ...]:
         if "acceptance" in missed and results.queries and (mode == "rsd" or "rsd" not in modes):
             shadow = _shadow(run, runs)
             found += _agreement(run.name, shadow)
-            found += [] if shadow is None else [_decisions(run.name, shadow.results)]
-            found += _tokens(run.name, (shadow or run).results)
+            found += [] if shadow is None else [_decisions(run.name, shadow.name, shadow.results)]
+            found += _tokens(run.name, (shadow or run).name, (shadow or run).results)
     return tuple(found)
 
 
 def _actions(run: str, results: Results) -> Finding:
     done, training, title = executed(results), results.settings.training_actions, "Executed actions"
     if done is None:
-        return Finding(run, "success", title, False, "Not measured: no action statistics are in the results file.")
+        return Finding(run, run, "success", title, False, "Not measured: no action statistics are in the results file.")
     columns = ("dimension", "min", "mean", "max", "training 1%", "training 99%", "outside")
     rows: list[tuple[str, ...]] = []
     odd: list[str] = []
@@ -104,7 +105,7 @@ def _actions(run: str, results: Results) -> Finding:
         sentence = f"Of the executed actions, {listed(odd)}. Check the control section against the training."
     else:
         sentence = "Nothing stands out: ranges and means are those of the training data."
-    return Finding(run, "success", title, bool(odd), sentence, columns, tuple(rows), "actions")
+    return Finding(run, run, "success", title, bool(odd), sentence, columns, tuple(rows), "actions")
 
 
 def _codec(run: str, results: Results) -> Finding:
@@ -117,10 +118,9 @@ def _codec(run: str, results: Results) -> Finding:
         if lossy
         else f"Nothing stands out: decoding the tokens loses {rms:.2g} (root mean square, environment units)."
     )
+    columns = ("tokens to actions", "environment units")
     rows = (("mean square error", f"{mse:.2g}"), ("root mean square error", f"{rms:.2g}"))
-    return Finding(
-        run, "success", "Codec round trip", lossy, sentence, ("tokens to actions", "environment units"), rows
-    )
+    return Finding(run, run, "success", "Codec round trip", lossy, sentence, columns, rows)
 
 
 def _gripper(run: str, results: Results) -> Finding:
@@ -128,7 +128,7 @@ def _gripper(run: str, results: Results) -> Finding:
     rows = (("succeeded", number(won)), ("failed", number(lost)))
     columns, title = ("episodes that", "gripper switches, mean"), "Gripper"
     if lost is None:
-        return Finding(run, "success", title, False, "No failed episode has action statistics.", columns, rows)
+        return Finding(run, run, "success", title, False, "No failed episode has action statistics.", columns, rows)
     if lost < FEWEST_SWITCHES:
         sentence = (
             f"Failed episodes switch the gripper {number(lost)} times on average: it hardly ever closes. Check "
@@ -138,7 +138,7 @@ def _gripper(run: str, results: Results) -> Finding:
         sentence = f"Failed episodes switch the gripper {number(lost)} times on average: it chatters."
     else:
         sentence = f"Nothing stands out: failed episodes switch the gripper {number(lost)} times on average."
-    return Finding(run, "success", title, not FEWEST_SWITCHES <= lost <= MOST_SWITCHES, sentence, columns, rows)
+    return Finding(run, run, "success", title, not FEWEST_SWITCHES <= lost <= MOST_SWITCHES, sentence, columns, rows)
 
 
 def _draft_block(run: Run) -> Finding:
@@ -150,7 +150,7 @@ def _draft_block(run: Run) -> Finding:
         if late
         else f"The draft reads after block {k} of {n}: an accepted query skips {1 - k / n:.0%} of the blocks."
     )
-    return Finding(run.name, "speed-up", "Draft block", late, sentence, ("k", "N"), ((str(k), str(n)),))
+    return Finding(run.name, run.name, "speed-up", "Draft block", late, sentence, ("k", "N"), ((str(k), str(n)),))
 
 
 def _time(run: Run) -> Finding:
@@ -160,7 +160,7 @@ def _time(run: Run) -> Finding:
     said = [f"{share:.0%} of the queries run the whole backbone (routes: {causes})"]
     times = route_times(results) if results.settings.timing == "single" else ()
     medians = {part.group: median(part.ms) for part in times}
-    full = [ms for part in times if part.group in ("rejected", "other full pass") for ms in part.ms]
+    full = [ms for part in times if part.group in ("rejected", "full pass") for ms in part.ms]
     ratio = medians["accepted"] / median(full) if "accepted" in medians and full else 0.0
     if ratio:
         said.append(f"an accepted query takes {ratio:.0%} of a full pass's time")
@@ -169,7 +169,7 @@ def _time(run: Run) -> Finding:
         (part.group, number(len(part.ms)), number(medians[part.group], "ms"), number(part.share, "%")) for part in times
     )
     odd = max(share, ratio) > MOSTLY
-    return Finding(run.name, "speed-up", "Where the time goes", odd, f"{'; '.join(said)}.", columns, rows)
+    return Finding(run.name, run.name, "speed-up", "Where the time goes", odd, f"{'; '.join(said)}.", columns, rows)
 
 
 def _actions_per_query(run: Run, versus: Comparison) -> Finding:
@@ -177,24 +177,24 @@ def _actions_per_query(run: Run, versus: Comparison) -> Finding:
     fewer = mine is not None and before is not None and mine < before * (1 - CLOSE)
     sentence = f"A query commits {number(mine)} actions, one of the baseline {number(before)}"
     sentence += ": the queries that this adds eat up what cheap ones save." if fewer else "."
-    rows = (("this run", number(mine)), ("baseline", number(before)))
-    return Finding(
-        run.name, "speed-up", "Actions per query", fewer, sentence, ("run", "executed actions per query"), rows
-    )
+    columns, rows = ("run", "actions per query"), (("this run", number(mine)), ("baseline", number(before)))
+    return Finding(run.name, run.name, "speed-up", "Actions per query", fewer, sentence, columns, rows)
 
 
 def _agreement(name: str, shadow: Run | None) -> tuple[Finding, ...]:
     title = "Agreement by dimension and step"
     if shadow is None:
         told = "Not measured: no shadow-mode run of the same settings is here (rsd-trt eval --mode shadow)."
-        return (Finding(name, "acceptance", title, False, told),)
+        return (Finding(name, name, "acceptance", title, False, told),)
+    source = shadow.name
     by_dimension, by_step = agreement_by_dimension(shadow.results), agreement_by_step(shadow.results)
     if by_dimension is None or by_step is None:
-        return (Finding(name, "acceptance", title, False, f"Not measured: {shadow.name} tested no live plan."),)
-    return _by_dimension(name, by_dimension), _by_step(name, by_step)
+        told = f"Not measured: {source} tested no live plan."
+        return (Finding(name, source, "acceptance", title, False, told),)
+    return _by_dimension(name, source, by_dimension), _by_step(name, source, by_step)
 
 
-def _by_dimension(name: str, found: Agreement) -> Finding:
+def _by_dimension(name: str, source: str, found: Agreement) -> Finding:
     worst = min(range(len(found.draft)), key=lambda i: found.draft[i])
     draft, main = found.draft[worst], found.main[worst]
     weak = draft < WEAK
@@ -207,15 +207,15 @@ def _by_dimension(name: str, found: Agreement) -> Finding:
     )
     columns = ("dimension", "draft agrees", "main head agrees", "median |draft - plan|", "steps")
     rows = _agreement_rows(ACTION_NAMES, found)
-    return Finding(name, "acceptance", "Agreement by dimension", weak, sentence, columns, rows, "dimensions")
+    return Finding(name, source, "acceptance", "Agreement by dimension", weak, sentence, columns, rows, "dimensions")
 
 
-def _by_step(name: str, found: Agreement) -> Finding:
+def _by_step(name: str, source: str, found: Agreement) -> Finding:
     first, last = found.draft[0], found.draft[-1]
     sentence = f"All dimensions agree in {first:.0%} of the queries at the first step ahead, in {last:.0%} at the last."
     columns = ("step ahead", "draft agrees", "main head agrees", "median of the worst arm dimension", "queries")
     rows = _agreement_rows([str(i + 1) for i in range(len(found.draft))], found)
-    return Finding(name, "acceptance", "Agreement by step", first < WEAK, sentence, columns, rows, "steps")
+    return Finding(name, source, "acceptance", "Agreement by step", first < WEAK, sentence, columns, rows, "steps")
 
 
 def _agreement_rows(names: Sequence[str], found: Agreement) -> tuple[tuple[str, ...], ...]:
@@ -223,7 +223,7 @@ def _agreement_rows(names: Sequence[str], found: Agreement) -> tuple[tuple[str, 
     return tuple((name, number(d, "%"), number(m, "%"), f"{gap:.3f}", number(n)) for name, d, m, gap, n in shares)
 
 
-def _decisions(name: str, shadow: Results) -> Finding:
+def _decisions(name: str, source: str, shadow: Results) -> Finding:
     counts = shadow.verdicts
     wrong = counts.get("false_accept", 0)
     accepted = counts.get("true_accept", 0) + wrong
@@ -235,10 +235,12 @@ def _decisions(name: str, shadow: Results) -> Finding:
     )
     rows = tuple((verdict.replace("_", " "), number(count)) for verdict, count in counts.items())
     odd = share > FALSE_ACCEPTS
-    return Finding(name, "acceptance", "Right and wrong decisions", odd, sentence, ("decision", "queries"), rows)
+    return Finding(
+        name, source, "acceptance", "Right and wrong decisions", odd, sentence, ("decision", "queries"), rows
+    )
 
 
-def _tokens(name: str, results: Results) -> tuple[Finding, ...]:
+def _tokens(name: str, source: str, results: Results) -> tuple[Finding, ...]:
     if results.token_agreement is None:
         return ()
     chance = results.token_agreement_chance
@@ -250,7 +252,7 @@ def _tokens(name: str, results: Results) -> tuple[Finding, ...]:
     )
     rows = tuple((f"L{i}", number(s, "%"), number(chance, "%")) for i, s in enumerate(results.token_agreement))
     columns = ("layer", "equal tokens", "chance")
-    return (Finding(name, "acceptance", "Token agreement", bool(blind), sentence, columns, rows, "tokens"),)
+    return (Finding(name, source, "acceptance", "Token agreement", bool(blind), sentence, columns, rows, "tokens"),)
 
 
 def _shadow(run: Run, runs: Sequence[Run]) -> Run | None:
