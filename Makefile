@@ -13,7 +13,7 @@ setup: .venv/installed ## Make .venv with everything that demo and test need
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,plots,dev]'
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,report,dev]'
 	@touch $@
 
 $(BUNDLE): | setup

@@ -22,7 +22,7 @@ def check_plots() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise missing_extra("matplotlib", "plots") from None
+        raise missing_extra("matplotlib", "report") from None
 
 
 def latency_chart(timings: Sequence[Timing], title: str, path: Path) -> None:

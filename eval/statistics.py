@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Annotated, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+CONFIDENCE = 0.95
 PERCENTILES = (50, 90, 95, 99)
+RESAMPLES = 10_000
+CHUNK = 500  # resamples at a time: bounds the memory for any number of episodes
+LEAST_RESAMPLED = 10  # with fewer episodes a bootstrap interval is far too narrow to be shown
+
+Interval = tuple[float, float]
+Verdict = Literal["met", "not met", "not proved", "not measured"]
 
 
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float] | None:
+def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Interval | None:
     """Wilson's score interval of a success rate (Wilson 1927); None without trials."""
     if trials == 0:
         return None
@@ -21,6 +31,96 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
     spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def verdict(interval: Interval | None, target: float) -> Verdict:
+    """Whether a quantity is above `target`: only what its whole interval shows is called met or not met."""
+    if interval is None:
+        return "not measured"
+    low, high = interval
+    return "met" if low > target else "not met" if high < target else "not proved"
+
+
+def proved_above(successes: int, trials: int, target: float) -> bool:
+    """Whether a success rate is proved to be above `target`: the lower bound of its Wilson interval is."""
+    return verdict(wilson(successes, trials), target) == "met"
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """The pairs whose two outcomes differ, and how likely as uneven a split is by chance alone."""
+
+    gained: Annotated[int, "pairs in which only the second run succeeded"]
+    lost: Annotated[int, "pairs in which only the first run succeeded"]
+    p: Annotated[float, "two-sided, exact"]
+
+
+def mcnemar_exact(gained: int, lost: int) -> McNemar:
+    """McNemar's test (McNemar 1947) in its exact form: under the null hypothesis `gained` is binomial with p = 1/2.
+    Without discordant pairs p is 1."""
+    n = gained + lost
+    tail = ways = 1
+    for k in range(min(gained, lost)):
+        ways = ways * (n - k) // (k + 1)  # n over k + 1, exactly
+        tail += ways
+    return McNemar(gained, lost, min(1.0, 2 * tail / 2**n))
+
+
+def bootstrap_speedup(
+    baseline: Sequence[tuple[float, int]], other: Sequence[tuple[float, int]], seed: int = 0
+) -> Interval | None:
+    """95% interval of how many times less policy time an action takes in `other` than in `baseline`.
+
+    Entry i of both is (policy time in ms, steps) of the same episode. Episodes are resampled in pairs, and the
+    percentiles of sum(ms) / sum(steps) of the one over the other are taken (Efron 1979). None for fewer than
+    `LEAST_RESAMPLED` episodes, or where a sample of a run has no step or no time.
+    """
+    columns = np.asarray([(*a, *b) for a, b in zip(baseline, other, strict=True)], np.float64).reshape(-1, 4)
+    if len(columns) < LEAST_RESAMPLED or not columns.sum(0).all():
+        return None
+    sums = _resampled_sums(columns, seed)  # [R, 4]
+    divisor = sums[:, 1] * sums[:, 2]
+    return _percentile_interval((sums[:, 0] * sums[:, 3]) / divisor) if divisor.all() else None
+
+
+def bootstrap_share(parts: Sequence[int], wholes: Sequence[int], seed: int = 0) -> Interval | None:
+    """95% interval of sum(parts) / sum(wholes), entry i of both being of the same episode.
+
+    Queries of one episode are alike, so episodes are resampled and not queries (Efron 1979). None for fewer than
+    `LEAST_RESAMPLED` episodes with a whole.
+    """
+    columns = np.asarray([row for row in zip(parts, wholes, strict=True) if row[1]], np.float64).reshape(-1, 2)
+    if len(columns) < LEAST_RESAMPLED:
+        return None
+    sums = _resampled_sums(columns, seed)  # [R, 2]
+    return _percentile_interval(sums[:, 0] / sums[:, 1])
+
+
+def smallest_provable_loss(episodes: int, alpha: float = 1 - CONFIDENCE) -> int | None:
+    """The fewest episodes that, all lost and none gained, make McNemar's exact p less than `alpha`; None where there
+    are not as many."""
+    return next((lost for lost in range(1, episodes + 1) if mcnemar_exact(0, lost).p < alpha), None)
+
+
+def what_can_be_shown(episodes: int, near: float = 0.9) -> str:
+    """One line for before a run: how well it will know a success rate near `near`, and what loss it can show."""
+    interval = wilson(round(near * episodes), episodes)
+    if interval is None:
+        return "0 episodes show nothing"
+    points = (interval[1] - interval[0]) / 2 * 100
+    line = f"{counted(episodes, 'episode')}: a rate near {near:.0%} is known to about ±{points:.1f} points; "
+    loss = smallest_provable_loss(episodes)
+    if loss is None:
+        return line + "too few to show any loss against another run on the same initial states"
+    return line + (
+        "against another run on the same initial states, the smallest loss that can be shown is "
+        f"{loss} episodes ({loss / episodes * 100:.1f} points)"
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 episode`, `2 episodes`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
@@ -34,3 +134,17 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
         **{f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)},
         "max": float(np.max(values)),
     }
+
+
+def _resampled_sums(rows: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Sums [R, C] of rows [n, C] over bootstrap samples; a sample is how often each row was drawn."""
+    n, generator = len(rows), np.random.default_rng(seed)
+    chunks = [generator.multinomial(n, np.full(n, 1 / n), size=CHUNK) @ rows for _ in range(RESAMPLES // CHUNK)]
+    return np.concatenate(chunks)
+
+
+def _percentile_interval(values: NDArray[np.float64]) -> Interval:
+    """The middle `CONFIDENCE` of the values."""
+    tail = (1 - CONFIDENCE) / 2 * 100
+    low, high = np.percentile(values, (tail, 100 - tail))
+    return float(low), float(high)

@@ -18,6 +18,7 @@ PROPRIO_DIM = 8  # end-effector position 3, axis-angle 3, gripper joints 2
 TOWERS = 2  # vision towers side by side
 MAX_BATCH = 64  # rows that engines with a dynamic batch take
 ARM_DIMS = 6  # dx dy dz droll dpitch dyaw; the gripper is the action dimension behind them
+ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 DEFAULT_BUNDLE = Path("bundles/untrained")
 DEFAULT_ENGINES = Path("engines")

@@ -6,6 +6,7 @@ The same type hints give the JSON Schema; the text in an `Annotated` hint become
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -73,7 +74,7 @@ def _build(kind: object, value: object, where: str, path: str) -> object:
 def _build_dataclass(cls: type, value: object, where: str, path: str) -> object:
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not an object")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = f"{path}." if path else ""
     for key in value:
@@ -88,6 +89,12 @@ def _build_dataclass(cls: type, value: object, where: str, path: str) -> object:
         return cls(**built)
     except UserError as error:  # from __post_init__, which does not know the file
         raise UserError(f"{where}: {error}") from None
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, object]:
+    """Resolved once a class: a results file holds ten thousands of records."""
+    return typing.get_type_hints(cls)
 
 
 def _describe(kind: object) -> str:

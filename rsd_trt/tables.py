@@ -9,6 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from rsd_trt.eval.compare import FIGURES
+from rsd_trt.eval.conclusion import targets
+from rsd_trt.eval.results import Results
+from rsd_trt.eval.runs import Run
+from rsd_trt.eval.wording import interval, number
 
 Json = Mapping[str, object]
 
@@ -112,56 +116,51 @@ def latency_table(rows: Sequence[Json], title: str) -> Table:
     return table
 
 
-def summary_table(summary: Json) -> Table:
-    """`rsd-trt eval`: a row for each task, and the run's figures below."""
-    settings = cast(Json, summary["settings"])
-    table = Table(title=f"{settings['suite']}, {settings['mode']}, {settings['backend']} on {settings['device']}")
+def summary_table(results: Results) -> Table:
+    """`rsd-trt eval`: a row for each task, and all of them below."""
+    settings = results.settings
+    table = Table(title=f"{settings.suite}, {settings.mode}, {escape(settings.backend)} on {escape(settings.device)}")
     table.add_column("task")
     table.add_column("success", justify="right")
     table.add_column("95% interval", justify="right")
-    for task in cast(Sequence[Json], summary["task_results"]):
-        errors = f", {task['errors']} errors" if task["errors"] else ""
+    for task in results.task_results:
+        errors = f", {task.errors} errors" if task.errors else ""
         table.add_row(
-            f"{task['task_id']}  {task['task_description']}",
-            f"{task['successes']}/{task['episodes']}{errors}",
-            _interval(task["success_interval"]),
+            f"{task.task_id}  {escape(task.task_description)}",
+            f"{task.successes}/{task.episodes}{errors}",
+            interval(task.success_interval, "%"),
         )
     table.add_section()
-    table.add_row(
-        "all",
-        f"{summary['total_successes']}/{summary['total_episodes']}",
-        _interval(summary["final_success_interval"]),
-    )
+    total = f"{results.total_successes}/{results.total_episodes}"
+    table.add_row("all", total, interval(results.final_success_interval, "%"))
     return table
 
 
-def figures_table(summaries: Mapping[str, Mapping[str, float | None]]) -> Table:
+def figures_table(runs: Mapping[str, Mapping[str, float | None]]) -> Table:
     """The figures of one or more runs, a column each."""
     table = Table()
     table.add_column("")
-    for name in summaries:
-        table.add_column(name, justify="right")
-    for key, label, unit in FIGURES:
-        values = [figures.get(key) for figures in summaries.values()]
-        table.add_row(label, *(_number(value, unit) for value in values))
+    for name in runs:
+        table.add_column(escape(name), justify="right")
+    for key, figure in FIGURES.items():
+        table.add_row(figure.label, *(number(figures.get(key), figure.unit) for figures in runs.values()))
+    return table
+
+
+def targets_table(runs: Sequence[Run]) -> Table:
+    """`rsd-trt report`: what each run says about the experiment's targets."""
+    table = Table()
+    for name in ("run", "target", "measured", "95% interval", "verdict"):
+        table.add_column(name)
+    for run in runs:
+        for target in targets(run):
+            measured = number(target.value, target.unit)
+            bounds = interval(target.interval, target.unit)
+            verdict = f"{target.verdict} ({escape(target.reason)})" if target.reason else target.verdict
+            table.add_row(escape(run.name), f"{target.what} > {target.bound}", measured, bounds, verdict)
+        table.add_section()
     return table
 
 
 def _trained(trained: object) -> str:
     return "trained" if trained else "UNTRAINED: its actions mean nothing"
-
-
-def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    if unit == "%":
-        return f"{value:.1%}"
-    if not unit and value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.{2 if value < 100 else 1}f} {unit}".strip()
-
-
-def _interval(interval: object) -> str:
-    if not isinstance(interval, Sequence):
-        return "-"
-    return f"{interval[0]:.0%} .. {interval[1]:.0%}"

@@ -1,8 +1,7 @@
-"""Commands that drive LIBERO and compare runs."""
+"""The command that drives LIBERO."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -169,29 +168,4 @@ def evaluate(
         raise UserError(f"{results.errors} episodes ended in an error: see {request.results_file}")
 
 
-@click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
-@json_option
-def compare(a: Path, b: Path, as_json: bool) -> None:
-    """Compare two results files of the same episodes; the speed-up is B's over A.
-
-    \b
-    Example: rsd-trt compare results/libero_spatial_baseline_results.json results/libero_spatial_rsd_results.json
-    """
-    from rsd_trt.eval.compare import compare as compare_runs
-    from rsd_trt.eval.compare import read
-
-    comparison = compare_runs(read(a), read(b))
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(comparison), indent=2))
-        return
-    from rsd_trt.tables import figures_table
-
-    show(figures_table(comparison.figures))
-    speedup = f"{comparison.speedup:.2f}x" if comparison.speedup else "not measured"
-    click.echo(f"speed-up of the second run, in policy time per action: {speedup}")
-    note_untrained(comparison.trained)
-
-
-COMMANDS = (evaluate, compare)
+COMMANDS = (evaluate,)

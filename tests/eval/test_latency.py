@@ -165,4 +165,4 @@ def test_a_missing_matplotlib_and_a_file_in_the_way_are_told(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError) as error:
         write_profile(bundle, dataclasses.replace(REQUEST), tmp_path, "")
-    assert str(error.value) == "matplotlib is not installed. Install it: pip install 'rsd-trt[plots]'"
+    assert str(error.value) == "matplotlib is not installed. Install it: pip install 'rsd-trt[report]'"

@@ -1,12 +1,39 @@
-"""Against published values: Newcombe (1998), Statistics in Medicine 17, table I."""
+"""Against published values, scipy, and properties that hold for all data."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
 
-from rsd_trt.eval.statistics import percentiles, wilson
+from rsd_trt.eval.statistics import (
+    LEAST_RESAMPLED,
+    bootstrap_share,
+    bootstrap_speedup,
+    mcnemar_exact,
+    percentiles,
+    proved_above,
+    smallest_provable_loss,
+    verdict,
+    what_can_be_shown,
+    wilson,
+)
+
+Sample = NDArray[np.float64]
+COUNTS = st.integers(0, 600)
+EPISODES = st.lists(
+    st.tuples(st.floats(0.5, 1000), st.integers(1, 300), st.floats(0.5, 1000), st.integers(1, 300)),
+    min_size=LEAST_RESAMPLED,
+    max_size=30,
+)
 
 
+# Newcombe (1998), Statistics in Medicine 17, table I.
 @pytest.mark.parametrize(
     ("successes", "trials", "low", "high"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
@@ -15,8 +42,137 @@ def test_wilson_published(successes: int, trials: int, low: float, high: float) 
     assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
+@given(COUNTS, COUNTS)
+def test_wilson_is_scipys_and_holds_the_rate(successes: int, failures: int) -> None:
+    trials = successes + failures
+    assume(trials)
+    found = wilson(successes, trials)
+    assert found is not None
+    expected = stats.binomtest(successes, trials).proportion_ci(method="wilson")
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= found[0] <= successes / trials + 1e-12
+    assert successes / trials - 1e-12 <= found[1] <= 1
+
+
 def test_wilson_without_trials() -> None:
     assert wilson(0, 0) is None
+
+
+def test_proved_above_needs_the_lower_bound() -> None:
+    assert not proved_above(431, 500, 0.85)  # 86.2%: above the target, and not proved to be
+    assert proved_above(441, 500, 0.85)
+    assert not proved_above(0, 0, 0.85)
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ((0.86, 0.9), "met"),
+        ((0.85, 0.9), "not proved"),
+        ((0.8, 0.85), "not proved"),
+        ((0.7, 0.84), "not met"),
+        (None, "not measured"),
+    ],
+)
+def test_verdict(interval: tuple[float, float] | None, expected: str) -> None:
+    assert verdict(interval, 0.85) == expected
+
+
+def test_mcnemar_published() -> None:
+    """Fagerland, Lydersen and Laake (2013), BMC Medical Research Methodology 13:91, table 3: airway
+    hyper-responsiveness before and after transplantation, 1 and 7 discordant pairs."""
+    assert mcnemar_exact(1, 7).p == pytest.approx(0.0703, abs=5e-5)
+
+
+@given(COUNTS, COUNTS)
+def test_mcnemar_is_scipys_binomial_test(gained: int, lost: int) -> None:
+    found = mcnemar_exact(gained, lost)
+    assert (found.gained, found.lost) == (gained, lost)
+    assert found.p == mcnemar_exact(lost, gained).p
+    expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert found.p == pytest.approx(expected, rel=1e-9)
+
+
+def pairs(rows: list[tuple[float, int, float, int]]) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
+    return [(ms, steps) for ms, steps, _, _ in rows], [(ms, steps) for _, _, ms, steps in rows]
+
+
+def test_bootstrap_speedup_is_scipys() -> None:
+    random = np.random.default_rng(3)
+    steps = random.integers(60, 220, (2, 200))
+    ms = steps * random.gamma(20, 1, (2, 200)) * np.array([[1.0], [0.6]])
+
+    def ratio(a_ms: Sample, a_steps: Sample, b_ms: Sample, b_steps: Sample, axis: int) -> Sample:
+        return (a_ms.sum(axis) / a_steps.sum(axis)) / (b_ms.sum(axis) / b_steps.sum(axis))
+
+    expected = stats.bootstrap(
+        (ms[0], steps[0], ms[1], steps[1]),
+        ratio,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    runs = [list(zip(map(float, ms[i]), map(int, steps[i]), strict=True)) for i in range(2)]
+    assert bootstrap_speedup(*runs) == pytest.approx((expected.low, expected.high), rel=0.005)
+
+
+@given(EPISODES, st.floats(0.1, 10))
+def test_bootstrap_speedup_scales_and_repeats(rows: list[tuple[float, int, float, int]], factor: float) -> None:
+    baseline, other = pairs(rows)
+    found = bootstrap_speedup(baseline, other)
+    assert found is not None
+    assert found == bootstrap_speedup(baseline, other)
+    assert 0 < found[0] <= found[1]
+    faster = bootstrap_speedup([(ms * factor, steps) for ms, steps in baseline], other)
+    assert faster == pytest.approx((found[0] * factor, found[1] * factor))
+
+
+@given(EPISODES)
+def test_episodes_are_resampled_in_pairs(rows: list[tuple[float, int, float, int]]) -> None:
+    baseline, _ = pairs(rows)
+    halved = [(ms / 2, steps) for ms, steps in baseline]
+    assert bootstrap_speedup(baseline, halved) == pytest.approx((2, 2))
+
+
+def test_bootstrap_speedup_of_too_little() -> None:
+    few = [(10.0, 5)] * (LEAST_RESAMPLED - 1)
+    assert bootstrap_speedup(few, few) is None
+    assert bootstrap_speedup([], []) is None
+    enough, idle = [(10.0, 5)] * LEAST_RESAMPLED, [(0.0, 0)] * LEAST_RESAMPLED
+    assert bootstrap_speedup(enough, idle) is None
+    once = [(0.0, 0)] * (LEAST_RESAMPLED - 1) + [(10.0, 5)]  # some resamples do not hold the only step
+    assert bootstrap_speedup(enough, once) is None
+    with pytest.raises(ValueError, match="zip"):
+        bootstrap_speedup(enough, few)
+
+
+def test_bootstrap_share_takes_episodes_for_the_unit() -> None:
+    """40 episodes of 50 queries, each all accepted or all rejected: as uncertain as 40 coin tosses, not as 2000."""
+    parts, wholes = [50, 0] * 20, [50] * 40
+    found = bootstrap_share(parts, wholes)
+    assert found == pytest.approx(wilson(20, 40), abs=0.02)
+    assert bootstrap_share(parts[:8], wholes[:8]) is None
+    assert bootstrap_share([0] * 40, [0] * 40) is None
+
+
+def test_smallest_provable_loss_is_minimal() -> None:
+    assert smallest_provable_loss(500) == 6
+    assert mcnemar_exact(0, 6).p < 0.05 <= mcnemar_exact(0, 5).p
+    assert smallest_provable_loss(6) == 6
+    assert smallest_provable_loss(5) is None
+    assert smallest_provable_loss(0) is None
+
+
+def test_what_can_be_shown() -> None:
+    assert what_can_be_shown(500) == (
+        "500 episodes: a rate near 90% is known to about ±2.6 points; against another run on the same initial "
+        "states, the smallest loss that can be shown is 6 episodes (1.2 points)"
+    )
+    assert what_can_be_shown(20).endswith("6 episodes (30.0 points)")
+    assert what_can_be_shown(5).endswith("too few to show any loss against another run on the same initial states")
+    assert what_can_be_shown(1).startswith("1 episode: ")
+    assert what_can_be_shown(0) == "0 episodes show nothing"
 
 
 def test_percentiles() -> None:
@@ -25,3 +181,7 @@ def test_percentiles() -> None:
         {"n": 100, "mean": 50.5, "p50": 50.5, "p90": 90.1, "p95": 95.05, "p99": 99.01, "max": 100}
     )
     assert percentiles([]) is None
+
+
+def test_mcnemar_of_many_pairs_is_a_number() -> None:
+    assert math.isfinite(mcnemar_exact(5000, 5200).p)

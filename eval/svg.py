@@ -1,0 +1,74 @@
+"""A matplotlib figure as an SVG element of a page, readable on light and dark."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#010203"  # a colour that nothing else has: it becomes the page's own
+WIDTH = 4.4  # inches; on a phone of 390 px the text keeps its size
+
+
+@dataclass(frozen=True)
+class Chart:
+    """An SVG element, and in words what it shows."""
+
+    svg: str
+    caption: str
+
+
+def legend(axes: Axes, columns: int) -> None:
+    """Above the axes, where it covers nothing."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=9)
+
+
+def draw_chart(name: str, draw: Callable[[Figure], None], height: float, caption: str) -> Chart:
+    """Draws on a transparent figure of `height` inches, and makes the SVG one that can stand in a page."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(
+        {
+            "text.color": INK,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "grid.color": INK,
+            "grid.alpha": 0.15,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.size": 9,
+            "svg.fonttype": "none",
+            "svg.hashsalt": name,  # ids are the same at each run, and differ between the charts of a page
+        }
+    ):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return Chart(_inline(stream.getvalue(), caption), caption)
+
+
+def _inline(svg: str, label: str) -> str:
+    """A matplotlib SVG as an element of an HTML page: no prologue, metadata or namespaces, and the page's colour."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would hold for the whole page
+    svg = re.sub(r"font-family: [^;]*; ?", "", svg)  # the page's
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to groups, and their ids are the same in each chart
+    svg = svg.replace(INK, "currentColor")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1).strip()
