@@ -34,7 +34,7 @@ CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # alphas that are shown beside the on
 
 
 @dataclass(frozen=True)
-class Tested:
+class Judged:
     """A query that tested a live plan. Gaps [n, A] over the steps that it could commit, n >= 1."""
 
     draft: NDArray[np.float64]
@@ -110,8 +110,8 @@ def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None
     order = np.random.default_rng(seed).permutation(len(episodes))
     half = (len(episodes) + 1) // 2
     chosen_on = [episodes[i] for i in order[:half]]
-    held_out = tested([episodes[i] for i in order[half:]], limits)
-    queries = tested(chosen_on, limits)
+    held_out = judged([episodes[i] for i in order[half:]], limits)
+    queries = judged(chosen_on, limits)
     if not held_out:
         raise UserError(f"{len(episodes)} episodes are too few to hold some out: evaluate more")
     return Calibration(
@@ -130,7 +130,7 @@ def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None
     )
 
 
-def tested(episodes: Sequence[Episode], limit: NDArray[np.float64]) -> list[Tested]:
+def judged(episodes: Sequence[Episode], limit: NDArray[np.float64]) -> list[Judged]:
     """The queries that tested a live plan, judged by `limit` [arm dimensions]."""
     found = []
     for episode in episodes:
@@ -138,11 +138,11 @@ def tested(episodes: Sequence[Episode], limit: NDArray[np.float64]) -> list[Test
             if query.draft_gap and query.main_gap:
                 main = np.array(query.main_gap)
                 right = (main[:, :ARM_DIMS] <= limit).all(axis=1) & (main[:, ARM_DIMS] == 0)
-                found.append(Tested(np.array(query.draft_gap), int(right.cumprod().sum())))
+                found.append(Judged(np.array(query.draft_gap), int(right.cumprod().sum())))
     return found
 
 
-def choose_tolerance(queries: Sequence[Tested], alpha: float) -> NDArray[np.float64]:
+def choose_tolerance(queries: Sequence[Judged], alpha: float) -> NDArray[np.float64]:
     """[arm dimensions], the widest tolerance whose false-accept rate is bounded by `alpha`.
 
     Raises:
@@ -166,7 +166,7 @@ def choose_tolerance(queries: Sequence[Tested], alpha: float) -> NDArray[np.floa
     return np.clip(below, 0.0, widest).round(4)
 
 
-def measure(tolerance: NDArray[np.float64], queries: Sequence[Tested], alpha: float | None) -> Acceptance:
+def measure(tolerance: NDArray[np.float64], queries: Sequence[Judged], alpha: float | None) -> Acceptance:
     """What a tolerance [arm dimensions] does to queries."""
     committed = [query.committed(tolerance) for query in queries]
     accepted = sum(count > 0 for count in committed)
