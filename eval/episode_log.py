@@ -41,11 +41,11 @@ class EpisodeLog:
     def append(self, episode: Episode) -> None:
         """Stores an episode for good: it is on the disk when this returns. If that fails, the file is as before."""
         episode = dataclasses.replace(episode, run=self.settings.run)
-        with self.path.open("ab") as stream:
-            end = stream.tell()
+        with self.path.open("ab", buffering=0) as stream:  # a buffer would try again when it is closed
+            end, rest = stream.tell(), memoryview(_line(episode))
             try:
-                stream.write(_line(episode))
-                stream.flush()
+                while rest:
+                    rest = rest[stream.write(rest) :]
                 os.fsync(stream.fileno())
             except BaseException:
                 os.ftruncate(stream.fileno(), end)
