@@ -167,6 +167,7 @@ class Simulator:
         def sensor(cache: Mapping[str, object]) -> NDArray[np.uint8]:
             if self._rendering:
                 self._images[name] = camera(cache)
+                check_gl()
             return self._images[name]
 
         sensor.__modality__ = "image"  # type: ignore[attr-defined]
@@ -252,6 +253,14 @@ def choose_gl() -> str:
         f"no headless OpenGL for {wanted or 'EGL or OSMesa'}: apt-get install "
         + ("libosmesa6" if wanted == "osmesa" else "libegl1")
     )
+
+
+def check_gl() -> None:
+    """Raises RuntimeError if there is no OpenGL context: an image read then is whatever lay in the memory."""
+    from OpenGL.GL import GL_VERSION, glGetString
+
+    if glGetString(GL_VERSION) is None:
+        raise RuntimeError("the OpenGL context is lost")
 
 
 def initial_states(benchmark: Benchmark, task_id: int) -> NDArray[np.float64]:
