@@ -106,18 +106,25 @@ def _judged(bounds: Interval | None, target: float) -> tuple[Verdict, str | None
     return verdict(bounds, target), None
 
 
-def conclude(runs: Sequence[Run]) -> tuple[str, ...]:
-    """The conclusion, a sentence each: first what matters most."""
-    sentences = []
+@dataclass(frozen=True)
+class Conclusion:
+    headlines: Annotated[tuple[str, ...], "what matters most"]
+    sentences: Annotated[tuple[str, ...], "the figures behind it"]
+
+
+def conclude(runs: Sequence[Run]) -> Conclusion:
+    """The conclusion in words."""
+    headlines = []
     if untrained := [run.name for run in runs if not run.results.settings.trained]:
-        sentences.append(
+        headlines.append(
             f"The bundle of {listed(untrained)} is untrained (random weights): these figures show that the tools work, "
             "and say nothing about a policy."
         )
     speculative = [run for run in runs if run.results.settings.mode == "rsd"]
-    sentences += [headline(run) for run in speculative]
+    headlines += [headline(run) for run in speculative]
     if not speculative:
-        sentences.append("No run of mode rsd is among the results: speed-up and acceptance are not measured.")
+        headlines.append("No run of mode rsd is among the results: speed-up and acceptance of rsd are not measured.")
+    sentences = []
     for run in runs:
         sentences.append(success_sentence(run))
         if run.versus is not None and run.baseline is not None:
@@ -126,7 +133,7 @@ def conclude(runs: Sequence[Run]) -> tuple[str, ...]:
                 sentences.append(speedup_sentence(run.versus, run.name, run.baseline))
         elif run.alone is not None:
             sentences.append(f"The run {run.name} is not compared: {run.alone}.")
-    return tuple(sentences)
+    return Conclusion(tuple(headlines), tuple(sentences))
 
 
 def headline(run: Run) -> str:
