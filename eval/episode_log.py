@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from rsd_trt.errors import UserError
-from rsd_trt.eval.results import Episode, Settings, write_atomically
+from rsd_trt.eval.results import Episode, Settings
+from rsd_trt.files import write_atomically
 from rsd_trt.jsonio import from_json, to_json
 
 

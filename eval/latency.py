@@ -22,8 +22,8 @@ from rsd_trt.config import COMPONENTS, Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.eval.parity import hidden_states, make_case
 from rsd_trt.eval.plots import check_plots, latency_chart
-from rsd_trt.eval.results import write_atomically
 from rsd_trt.eval.statistics import percentiles
+from rsd_trt.files import write_atomically
 from rsd_trt.manifest import Batch
 from rsd_trt.runtime.backends import Backend, Launcher
 from rsd_trt.runtime.session import Session

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rsd_trt.errors import missing_extra
+from rsd_trt.files import replacing
 
 if TYPE_CHECKING:
     from rsd_trt.eval.latency import Timing
@@ -50,6 +51,5 @@ def latency_chart(timings: Sequence[Timing], title: str, path: Path) -> None:
         axes.set_title(f"{title}, batch {batch}, n = {len(here[0].ms)}", fontsize=10)
         axes.legend(fontsize=8, frameon=False, loc="upper left")
         axes.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

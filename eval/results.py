@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -249,19 +248,6 @@ def read_results(path: Path) -> Results:
 def results_schema() -> dict[str, object]:
     """The JSON Schema of a results file."""
     return json_schema(Results)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside `path` and renames: the file is whole or what it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _rounded(values: NDArray[np.float32]) -> tuple[float, ...]:

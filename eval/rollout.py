@@ -1,64 +1,147 @@
-"""One episode of a policy in LIBERO, by the published protocol."""
+"""One episode, and the process that the simulator runs in. Nothing here needs torch."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.errors import UserError, missing_extra
-from rsd_trt.eval.results import Episode, QueryRecord
-from rsd_trt.eval.simulator import Simulator
-from rsd_trt.runtime.policy import Policy
+from rsd_trt.files import replacing
+from rsd_trt.runtime.observation import Observation
 
 log = logging.getLogger(__name__)
 
 VIDEO_FPS = 20  # the control rate: videos play in real time
+STRIP_FRAMES = 6  # of a failed episode, side by side
+
+
+class Environment(Protocol):
+    """What an episode needs of `rsd_trt.eval.simulator.Simulator`."""
+
+    def reset(self, trial: int) -> None: ...
+    def step(self, action: NDArray[np.float32], render: bool) -> bool: ...
+    def observation(self) -> Observation: ...
+    def frame(self) -> NDArray[np.uint8]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An episode to run."""
+
+    task: int
+    trial: int
+    max_steps: int
+    failures: Path | None = None  # folder for film strips of failed episodes
+    videos: Path | None = None  # folder for a video of the episode
+
+
+@dataclass(frozen=True)
+class Asking:
+    """From the simulator's process: what to do at this step?"""
+
+    observation: Observation
+    step: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """From the simulator's process: the episode is over."""
+
+    success: bool
+    actions: NDArray[np.float32]  # [steps, A], executed
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Broken:
+    """From the simulator's process: it broke. `refused`: it cannot work on this machine at all."""
+
+    message: str
+    refused: bool = False
+
+
+class Abandoned(Exception):
+    """The policy has nothing more to say: the episode ends here."""
 
 
 def run_episode(
-    policy: Policy,
-    simulator: Simulator,
-    task: int,
-    trial: int,
-    max_steps: int,
-    frames: list[NDArray[np.uint8]] | None = None,
-) -> Episode:
-    """One trial: success when the environment says so within `max_steps`.
+    simulator: Environment, assignment: Assignment, act: Callable[[Observation, int], NDArray[np.float32]]
+) -> Finished:
+    """One trial: success when the environment says so within the assignment's steps.
 
-    Images are rendered for the steps at which the policy is queried, or for all when `frames` collects them.
-    An exception of the simulator or a fault of the policy makes the episode an error, not a failure.
+    `act(observation, step)` gives the next actions [n, A]. Images are rendered for the steps at which it is asked,
+    or for all when a video is wanted.
     """
     started = time.perf_counter()
-    queries: list[QueryRecord] = []
-    step, success, error = 0, False, None
+    simulator.reset(assignment.trial)
+    every_step = assignment.videos is not None
+    frames = [simulator.frame()]
+    executed: list[NDArray[np.float32]] = []
+    success = False
+    while len(executed) < assignment.max_steps and not success:
+        actions = act(simulator.observation(), len(executed))[: assignment.max_steps - len(executed)]
+        for i, action in enumerate(actions):
+            rendered = i == len(actions) - 1 or every_step
+            success = simulator.step(action, render=rendered)
+            executed.append(action)
+            if rendered:
+                frames.append(simulator.frame())
+            if success:
+                break
+    finished = Finished(success, np.array(executed, np.float32), time.perf_counter() - started)
+    name = f"task{assignment.task}_trial{assignment.trial}"
     try:
-        policy.reset()
-        simulator.reset(trial)
-        if frames is not None:
-            frames.append(simulator.frame())
-        while step < max_steps and not success and error is None:
-            query = policy.act_batch([simulator.observation()], [0])[0]
-            queries.append(QueryRecord.of(query, step))
-            error = query.fault
-            actions = query.actions[: max_steps - step]
-            for i, action in enumerate(actions):
-                success = simulator.step(action, render=i == len(actions) - 1 or frames is not None)
-                step += 1
-                if frames is not None:
-                    frames.append(simulator.frame())
-                if success:
-                    break
-    except UserError:
-        raise
-    except Exception as exception:  # whatever breaks inside the simulator costs this episode, not the run
-        log.exception("task %d, trial %d broke", task, trial)
-        error = f"{type(exception).__name__}: {exception}"
-    return Episode(task, trial, success, step, time.perf_counter() - started, tuple(queries), error)
+        if assignment.videos is not None:
+            outcome = "success" if success else "failure"
+            write_video(assignment.videos / f"{name}_{outcome}.mp4", frames)
+        if assignment.failures is not None and not success:
+            write_strip(assignment.failures / f"{name}.jpg", frames)
+    except OSError as error:
+        raise UserError(f"{error.filename or name}: {error.strerror or error}") from None
+    return finished
+
+
+def serve(connection: Connection, build: Callable[[int], Environment]) -> None:
+    """The simulator's process: runs the assignments that it is sent until the other end hangs up.
+
+    `build(task)` makes the environment, which is kept for as long as the assignments are of its task. Sends an
+    `Asking` for each query, to which the answer is actions or None (abandon the episode), and at the end of an
+    episode a `Finished`. After a `Broken` the process ends: its simulator cannot be trusted any more.
+    """
+
+    def act(observation: Observation, step: int) -> NDArray[np.float32]:
+        connection.send(Asking(observation, step))
+        actions: NDArray[np.float32] | None = connection.recv()
+        if actions is None:
+            raise Abandoned
+        return actions
+
+    try:
+        assignment: Assignment = connection.recv()
+        while True:
+            task = assignment.task
+            with closing(build(task)) as simulator:
+                while assignment.task == task:
+                    with suppress(Abandoned):
+                        connection.send(run_episode(simulator, assignment, act))
+                    assignment = connection.recv()
+    except (EOFError, ConnectionError):
+        return
+    except UserError as error:
+        connection.send(Broken(str(error), refused=True))
+    except Exception as error:  # whatever breaks inside the simulator
+        log.exception("task %d, trial %d broke", assignment.task, assignment.trial)
+        connection.send(Broken(f"{type(error).__name__}: {error}"))
 
 
 def check_video_writer() -> None:
@@ -73,14 +156,21 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
     """An MP4 (H.264) at the control rate; frames [S, S, 3] uint8."""
     import imageio_ffmpeg
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     height, width, _ = frames[0].shape
-    temporary = path.with_name(f".{path.name}")
-    writer = imageio_ffmpeg.write_frames(
-        str(temporary), (width, height), fps=VIDEO_FPS, output_params=["-f", "mp4"], ffmpeg_log_level="error"
-    )
-    writer.send(None)
-    for frame in frames:
-        writer.send(frame)
-    writer.close()
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        writer = imageio_ffmpeg.write_frames(
+            str(temporary), (width, height), fps=VIDEO_FPS, output_params=["-f", "mp4"], ffmpeg_log_level="error"
+        )
+        writer.send(None)
+        for frame in frames:
+            writer.send(frame)
+        writer.close()
+
+
+def write_strip(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
+    """A JPEG of up to `STRIP_FRAMES` frames [S, S, 3] uint8 side by side, evenly from the first to the last."""
+    from PIL import Image
+
+    chosen = np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames))).round().astype(int)
+    with replacing(path) as temporary:
+        Image.fromarray(np.concatenate([frames[i] for i in chosen], axis=1)).save(temporary, "JPEG", quality=80)

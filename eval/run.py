@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
+import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import DEFAULT_ENGINES, Mode, Precision, protocol_name, with_protocol
 from rsd_trt.errors import UserError
-from rsd_trt.eval.results import Episode, EpisodeLog, Json, summarise, write_atomically
-from rsd_trt.eval.rollout import check_video_writer, run_episode, write_video
+from rsd_trt.eval.episode_log import EpisodeLog
+from rsd_trt.eval.pool import Meter, run_episodes
+from rsd_trt.eval.results import Episode, Results, Settings, Throughput
+from rsd_trt.eval.rollout import Assignment, check_video_writer
 from rsd_trt.eval.simulator import Simulator, check_task, initial_states, open_suite
+from rsd_trt.eval.summary import summarise
+from rsd_trt.files import locked, write_atomically
+from rsd_trt.host import GpuMeter
 from rsd_trt.jsonio import to_json
 from rsd_trt.runtime.policy import Policy, check_device
 
@@ -46,6 +52,21 @@ class EvalRequest:
     precision: Precision = "fp32"
     engines: Path = DEFAULT_ENGINES
     record_hidden: Path | None = None  # `shadow` only
+    workers: int = 1  # simulator processes; with one, each query is answered alone
+    timeout: float = 300.0  # s of a simulator's silence after which its process is replaced
+
+    @property
+    def name(self) -> str:
+        """What the names of the run's files start with."""
+        return f"{self.suite}_{self.mode}"
+
+    @property
+    def results_file(self) -> Path:
+        return self.out / f"{self.name}_results.json"
+
+    def pictures(self, kind: str) -> Path:
+        """The run's folder for `failures` or `videos`."""
+        return self.out / kind / self.name
 
 
 def evaluate(
@@ -53,13 +74,14 @@ def evaluate(
     on_start: Callable[[int, list[Episode]], None],
     on_episode: Callable[[Episode], None],
     command: str,
-) -> Json:
+) -> Results:
     """Runs the episodes that the run in `request.out` still lacks, and writes its results file.
 
     `on_start` is told the number of episodes in all and those that are there already.
 
     Raises:
-        UserError: anything in the request that cannot be done here, or a folder that cannot be written.
+        UserError: anything in the request that cannot be done here, a folder that cannot be written, or the user
+            stopped the run: what had finished is kept, and the same request goes on from there.
     """
     try:
         return _evaluate(request, on_start, on_episode, command)
@@ -72,7 +94,7 @@ def _evaluate(
     on_start: Callable[[int, list[Episode]], None],
     on_episode: Callable[[Episode], None],
     command: str,
-) -> Json:
+) -> Results:
     bundle = Bundle.open(request.bundle)
     control = bundle.config.control
     if request.protocol is not None:
@@ -83,80 +105,125 @@ def _evaluate(
         raise UserError(f"the bundle's control.max_steps has no {request.suite}; give --max-steps")
     if request.video:
         check_video_writer()
-    device = str(check_device(request.device))
+    device = check_device(request.device)
     _seed_everything(request.seed)
     bundle = dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, control=control))
+    rows = request.workers if device.type == "cuda" else 1  # the CPU gains nothing: see `rsd_trt.eval.pool`
     policy = Policy.load(
         bundle,
         request.mode,
         request.backend,
-        device,
+        str(device),
         request.n_action_steps,
+        slots=request.workers,
+        rows=rows,
         precision=request.precision,
         engines=request.engines,
     )
-    name = f"{request.suite}_{request.mode}"
-    results_file = request.out / f"{name}_results.json"
-    log = EpisodeLog(
-        request.out / f"{name}_episodes.jsonl",
-        _settings(request, bundle, policy, list(tasks), max_steps, device),
-        request.fresh,
-    )
-    if request.fresh:
-        results_file.unlink(missing_ok=True)
-    if request.record_hidden is not None:
-        if log.episodes:
-            raise UserError(f"{log.path} has episodes whose hidden states are gone. To record them all: --fresh")
-        request.record_hidden.parent.mkdir(parents=True, exist_ok=True)
-        policy.hidden_states = []
-    missing = {task: [trial for trial in range(request.trials) if log.lacks(task, trial)] for task in tasks}
-    on_start(len(tasks) * request.trials, [e for e in log.episodes.values() if e.error is None])
-    for task, trials in missing.items():
-        if not trials:
-            continue
-        with closing(Simulator(request.suite, task, control)) as simulator:
-            for trial in trials:
-                frames: list[NDArray[np.uint8]] | None = [] if request.video else None
-                episode = run_episode(policy, simulator, task, trial, max_steps, frames)
+    settings = _settings(request, bundle, policy, tuple(tasks), max_steps, str(device))
+    request.out.mkdir(parents=True, exist_ok=True)
+    with locked(request.out / f".{request.name}.lock", partial(_refuse_to_share, request)):
+        log = EpisodeLog(request.out, request.name, settings, request.fresh)
+        if request.record_hidden is not None:
+            if log.episodes:
+                raise UserError(f"{log.path} has episodes whose hidden states are gone. To record them all: --fresh")
+            policy.hidden_states = []
+        if request.fresh:
+            _remove_earlier(request)
+        throughput = _run(request, policy, log, rows, on_start, on_episode)
+        mse = bundle.codec().round_trip_error()
+        results = summarise(settings, list(log.episodes.values()), tasks, mse, command, throughput)
+        write_atomically(request.results_file, json.dumps(to_json(results), indent=1) + "\n")
+        if request.record_hidden is not None:
+            _write_hidden(request.record_hidden, policy)
+        return results
+
+
+def _run(
+    request: EvalRequest,
+    policy: Policy,
+    log: EpisodeLog,
+    rows: int,
+    on_start: Callable[[int, list[Episode]], None],
+    on_episode: Callable[[Episode], None],
+) -> Throughput | None:
+    """Runs what the log lacks; how fast that was, if it was the whole run."""
+    settings = log.settings
+    keys = [(task, trial) for task in settings.tasks for trial in range(settings.trials)]
+    earlier = [episode for episode in log.episodes.values() if episode.error is None]
+    on_start(len(keys), list(earlier))
+    videos = request.pictures("videos") if request.video else None
+    assignments = [
+        Assignment(*key, settings.max_steps, request.pictures("failures"), videos) for key in keys if log.lacks(*key)
+    ]
+    build = partial(Simulator, settings.suite, control=settings.control)
+    meter, gpu, started = Meter(), GpuMeter(torch.device(settings.device)), time.perf_counter()
+    try:
+        with gpu:
+            for episode in run_episodes(policy, build, assignments, request.workers, rows, request.timeout, meter):
                 log.append(episode)
                 on_episode(episode)
-                if frames:
-                    outcome = "error" if episode.error else "success" if episode.success else "failure"
-                    write_video(request.out / "videos" / name / f"task{task}_trial{trial}_{outcome}.mp4", frames)
-    summary = summarise(log.settings, list(log.episodes.values()), tasks, bundle.config.dims)
-    summary |= {"command": command, "results_file": str(results_file)}
-    write_atomically(results_file, json.dumps(summary, indent=1) + "\n")
-    if request.record_hidden is not None:
-        _write_hidden(request.record_hidden, policy)
-    return summary
+    except KeyboardInterrupt:
+        whole = sum(episode.error is None for episode in log.episodes.values())
+        raise UserError(
+            f"stopped with {whole} of {len(keys)} episodes in {log.path}; the same command goes on from there"
+        ) from None
+    if earlier or not assignments:
+        return None
+    seconds = time.perf_counter() - started
+    share = meter.seconds / seconds
+    return Throughput(
+        workers=request.workers,
+        wall_seconds=round(seconds, 3),
+        episodes_per_second=len(assignments) / seconds,
+        policy_share=share,
+        rows_per_forward=meter.rows / meter.forwards if meter.forwards else 0.0,
+        bound="policy" if share > 0.5 else "simulator",
+        gpu_utilisation=gpu.mean,
+    )
+
+
+def _refuse_to_share(request: EvalRequest) -> None:
+    raise UserError(f"another evaluation writes {request.out / request.name}_*. Wait for it, or choose another --out")
+
+
+def _remove_earlier(request: EvalRequest) -> None:
+    """What an earlier run left beside its episodes."""
+    request.results_file.unlink(missing_ok=True)
+    for kind in ("failures", "videos"):
+        shutil.rmtree(request.pictures(kind), ignore_errors=True)
 
 
 def _settings(
-    request: EvalRequest, bundle: Bundle, policy: Policy, tasks: list[int], max_steps: int, device: str
-) -> Json:
-    """All that a result depends on. A run resumes, and runs are compared, only where it is the same."""
-    return {
-        "suite": request.suite,
-        "tasks": tasks,
-        "trials": request.trials,
-        "mode": request.mode,
-        "backend": request.backend,
-        "precision": request.precision,
-        "backbone": "eager",
-        "device": device,
-        "protocol": protocol_name(bundle.config.control),
-        "max_steps": max_steps,
-        "n_action_steps": policy.n_action_steps,
-        "seed": request.seed,
-        "bundle": bundle.config.name,
-        "bundle_sha256": bundle.fingerprint,
-        "exports_sha256": policy.exports,
-        "trained": bundle.config.trained,
-        "rsd": to_json(bundle.config.rsd),
-        "control": to_json(bundle.config.control),
-        "hardware": host.hardware(device),
-        "versions": host.versions(),
-    }
+    request: EvalRequest, bundle: Bundle, policy: Policy, tasks: tuple[int, ...], max_steps: int, device: str
+) -> Settings:
+    config = bundle.config
+    return Settings(
+        suite=request.suite,
+        tasks=tasks,
+        trials=request.trials,
+        mode=request.mode,
+        timing="single" if request.workers == 1 else "batched",
+        backend=request.backend,
+        precision=request.precision,
+        backbone="eager",
+        device=device,
+        protocol=protocol_name(config.control),
+        max_steps=max_steps,
+        n_action_steps=policy.n_action_steps,
+        seed=request.seed,
+        bundle=config.name,
+        bundle_sha256=bundle.fingerprint,
+        exports_sha256=policy.exports,
+        trained=config.trained,
+        backbone_blocks=config.backbone.language.blocks,
+        levels=config.dims.K,
+        rsd=config.rsd,
+        control=config.control,
+        training_actions=config.training_actions,
+        hardware=dict(host.hardware(device)),
+        versions=host.versions(),
+    )
 
 
 def _write_hidden(path: Path, policy: Policy) -> None:
@@ -165,9 +232,7 @@ def _write_hidden(path: Path, policy: Policy) -> None:
 
     assert policy.hidden_states
     prefix, final = (torch.cat(states).float() for states in zip(*policy.hidden_states, strict=True))
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(save({"prefix": prefix, "final": final}))
-    temporary.replace(path)
+    write_atomically(path, save({"prefix": prefix, "final": final}))
 
 
 def _tasks(request: EvalRequest) -> dict[int, str]:

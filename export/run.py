@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import re
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from rsd_trt.config import COMPONENTS, PRECISIONS, Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.export.to_engine import EngineOptions, Progress, build_engine, check_options, layer_report
 from rsd_trt.export.to_onnx import OPSET, export_onnx
+from rsd_trt.files import locked
 from rsd_trt.flavour import Flavour
 from rsd_trt.manifest import (
     Artefact,
@@ -33,12 +35,13 @@ from rsd_trt.manifest import (
     Manifest,
     folder_of,
     freshness,
-    locked,
     read_manifest,
     write_manifest,
 )
 from rsd_trt.models.classifiers import stacked
 from rsd_trt.models.signature import Signature
+
+log = logging.getLogger(__name__)
 
 BATCHES: tuple[Batch, ...] = typing.get_args(Batch)
 BUILDING = ".building."  # prefix of the folder of an artefact under way
@@ -87,7 +90,8 @@ def export_bundle(
     outcomes = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        busy = partial(log.warning, "another export is at work in %s: waiting for it", folder)
+        with locked(folder / ".lock", busy):
             work = Exporter(bundle, folder, request, gpu, on_progress)
             for component in request.components:
                 for batch in BATCHES:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from rsd_trt.config import MAX_BATCH
 from rsd_trt.errors import UserError
+from rsd_trt.files import write_atomically
 from rsd_trt.flavour import RTX_CAPABILITIES, Flavour
 from rsd_trt.host import Gpu
 from rsd_trt.models.signature import BATCH, Signature
@@ -98,9 +99,7 @@ def build_engine(
     if plan is None:
         raise UserError(f"{flavour.target} {flavour.version} cannot build {onnx}: {'; '.join(messages[-3:])}")
     if flavour.target == "tensorrt":
-        temporary = timing_cache.with_name(f".{timing_cache.name}")
-        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
-        temporary.replace(timing_cache)
+        write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
 
 

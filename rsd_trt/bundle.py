@@ -280,6 +280,20 @@ def save(path: Path, config: BundleConfig, parts: dict[str, nn.Module], tokenize
     return Bundle.open(path)
 
 
+def copy_with(bundle: Bundle, config: BundleConfig, path: Path) -> Bundle:
+    """A bundle with the same weights and another configuration.
+
+    Raises:
+        UserError: `path` exists, or cannot be written.
+    """
+    with new_folder(path) as folder:
+        for file in bundle.path.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        (folder / CONFIG).write_text(json.dumps(to_json(config), indent=2) + "\n", "utf-8")
+    return Bundle.open(path)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well, and vanishes when it does not."""

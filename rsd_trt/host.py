@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "rsd-trt",
@@ -63,6 +68,36 @@ def hardware(device: str) -> dict[str, str | int]:
         found |= {"gpu": card.name, "compute_capability": card.compute_capability, "driver": card.driver}
         found["cuda"] = str(torch.version.cuda)
     return found
+
+
+class GpuMeter:
+    """Reads a GPU's utilisation every second while its block runs: the share of time with a kernel on it.
+
+    `mean` is None without a CUDA device or without nvidia-smi.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.mean: float | None = None
+        self._device = device
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> GpuMeter:
+        if self._device.type == "cuda":
+            import torch
+
+            uuid = f"GPU-{torch.cuda.get_device_properties(self._device).uuid}"
+            query = ["nvidia-smi", "-i", uuid, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+            with contextlib.suppress(OSError):
+                self._process = subprocess.Popen([*query, "-l", "1"], stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        samples = [int(line) for line in self._process.communicate()[0].split() if line.isdigit()]
+        if samples:
+            self.mean = sum(samples) / len(samples) / 100
 
 
 def _driver() -> str:

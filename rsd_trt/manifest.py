@@ -6,11 +6,8 @@ never used twice, so that a new manifest, renamed into place, switches from the 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,8 +17,6 @@ from rsd_trt.config import Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.host import Gpu
 from rsd_trt.jsonio import from_json
-
-log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -206,17 +201,3 @@ def usable(
     if not ok:
         raise UserError(f"{reason}. Rebuild: {remedy}")
     return artefact, folder / artefact.files[0].name
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One export at a time in a folder. A second one waits; the lock dies with its process."""
-    import fcntl
-
-    with (folder / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("another export is at work in %s: waiting for it", folder)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

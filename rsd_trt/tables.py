@@ -8,6 +8,7 @@ from typing import cast
 from rich.markup import escape
 from rich.table import Table
 
+from rsd_trt.eval.calibrate import Calibration
 from rsd_trt.eval.compare import FIGURES
 from rsd_trt.eval.conclusion import targets
 from rsd_trt.eval.results import Results
@@ -159,6 +160,30 @@ def targets_table(runs: Sequence[Run]) -> Table:
             verdict = f"{target.verdict} ({escape(target.reason)})" if target.reason else target.verdict
             table.add_row(escape(run.name), f"{target.what} > {target.bound}", measured, bounds, verdict)
         table.add_section()
+    return table
+
+
+def calibration_table(calibration: Calibration) -> Table:
+    """`rsd-trt calibrate`: acceptance against false accepts on the held-out episodes."""
+    rows = [("before", calibration.before), ("chosen", calibration.chosen)]
+    rows += [("", other) for other in calibration.curve]
+    table = Table(title=f"on {calibration.held_out_queries:,} queries of held-out episodes")
+    for name in ("", "alpha"):
+        table.add_column(name)
+    for name in ("accepted", "95% interval", "accepted wrongly", "95% interval", "tolerance by dimension"):
+        table.add_column(name, justify="right")
+    for name, row in rows:
+        table.add_row(
+            name,
+            number(row.alpha),
+            number(row.acceptance, "%"),
+            interval(row.acceptance_interval, "%"),
+            number(row.false_accepts, "%"),
+            interval(row.false_accepts_interval, "%"),
+            " ".join(f"{x:.3f}" for x in row.tolerance),
+        )
+        if name == "chosen":
+            table.add_section()
     return table
 
 

@@ -90,17 +90,18 @@ class Policy:
         device: str = "cpu",
         n_action_steps: int | None = None,
         slots: int = 1,
+        rows: int = 1,
         precision: Precision = "fp32",
         engines: Path = DEFAULT_ENGINES,
     ) -> Policy:
-        """Loads every part of the bundle onto `device` and warms up.
+        """Loads every part of the bundle onto `device` and warms up. rows: queries that may share a forward.
 
         Raises:
             UserError: a part that is missing or does not fit, an unknown backend, or no such device.
         """
         target = check_device(device)
         launcher = Launcher(bundle, check_backend(backend), target, precision, engines)
-        batch: Batch = "1" if slots == 1 else "dynamic"
+        batch: Batch = "1" if rows == 1 else "dynamic"
         policy = cls(
             bundle.config,
             bundle.backbone(target),

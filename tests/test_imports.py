@@ -15,7 +15,7 @@ import rsd_trt
 PACKAGE = Path(rsd_trt.__file__).parent
 # A module imports from its own line and the lines above it. Stages of one line do not import each other.
 LAYERS = (
-    {"__init__", "errors", "config", "jsonio", "presets", "host"},
+    {"__init__", "errors", "config", "files", "jsonio", "presets", "host"},
     {"models"},
     {"bundle", "initialise", "flavour", "manifest", "info"},
     {"export", "runtime"},
@@ -25,7 +25,7 @@ LAYERS = (
 )
 APART = {"export", "runtime"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "transformers"}
-WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "flavour", "host", "info", "initialise"}
+WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
 WITHOUT_TORCH |= {"jsonio", "manifest", "presets", "tables"}
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +28,20 @@ precision_option = click.option(
 engines_option = click.option(
     "--engines", type=click.Path(path_type=Path), default=DEFAULT_ENGINES, show_default=True, help="Folder of exports."
 )
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Makes SIGTERM end the block as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class EpisodeProgress:
@@ -57,9 +74,10 @@ class EpisodeProgress:
         self.episodes.append(episode)
         done = [e for e in self.episodes if e.error is None]
         steps = sum(e.steps for e in done)
-        ms = sum(query.ms for e in done for query in e.queries) / steps if steps else float("nan")
         errors = len(self.episodes) - len(done)
-        figures = f"success {sum(e.success for e in done)}/{len(done)}, {ms:.2f} ms/action"
+        figures = f"success {sum(e.success for e in done)}/{len(done)}"
+        if steps and all(query.rows == 1 for e in done for query in e.queries):
+            figures += f", {sum(e.policy_ms for e in done) / steps:.2f} ms/action"
         figures += f", {errors} errors" if errors else ""
         self.progress.update(self.bar, advance=1, figures=figures)
 

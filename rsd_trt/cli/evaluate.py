@@ -18,9 +18,11 @@ from rsd_trt.cli.console import (
     note_untrained,
     precision_option,
     show,
+    stoppable,
 )
 from rsd_trt.config import MODES, PROTOCOLS, SUITES, Mode, Precision
 from rsd_trt.errors import UserError
+from rsd_trt.jsonio import to_json
 
 MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
 
@@ -74,6 +76,20 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
 @precision_option
 @engines_option
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Simulator processes. More than one: faster, and without times of single queries.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=300.0,
+    show_default=True,
+    help="Seconds of a simulator's silence after which its process is replaced.",
+)
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming the run in --out.")
 @click.option("--video", is_flag=True, help="Record an MP4 of every episode (renders every step: slower).")
 @click.option(
@@ -97,6 +113,8 @@ def evaluate(
     precision: Precision,
     engines: Path,
     out: Path,
+    workers: int,
+    timeout: float,
     fresh: bool,
     video: bool,
     record_hidden: Path | None,
@@ -104,7 +122,7 @@ def evaluate(
 ) -> None:
     """Drive LIBERO episodes with a bundle and write OUT/SUITE_MODE_results.json.
 
-    A run that was interrupted goes on where it stopped. Exit code 1 if an episode ended in an error.
+    A run that was stopped or killed goes on where it was. Exit code 1 if an episode ended in an error.
 
     \b
     Example: rsd-trt eval --suite libero_spatial --tasks 0,3 --trials 2 --mode rsd
@@ -127,25 +145,27 @@ def evaluate(
         max_steps=max_steps,
         seed=seed,
         out=out,
+        workers=workers,
+        timeout=timeout,
         fresh=fresh,
         video=video,
         record_hidden=record_hidden,
         precision=precision,
         engines=engines,
     )
-    with EpisodeProgress() as progress:
-        summary = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))
+    with stoppable(), EpisodeProgress() as progress:
+        results = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))
     if as_json:
-        click.echo(json.dumps(summary))
+        click.echo(json.dumps(to_json(results)))
     else:
         from rsd_trt.eval.compare import figures
         from rsd_trt.tables import figures_table, summary_table
 
-        show(summary_table(summary), figures_table({mode: figures(summary)}))
-        click.echo(f"results: {summary['results_file']}")
-        note_untrained(bool(summary["trained"]))
-    if summary["errors"]:
-        raise UserError(f"{summary['errors']} episodes ended in an error: see {summary['results_file']}")
+        show(summary_table(results), figures_table({mode: figures(results)}))
+        click.echo(f"results: {request.results_file}")
+        note_untrained(results.settings.trained)
+    if results.errors:
+        raise UserError(f"{results.errors} episodes ended in an error: see {request.results_file}")
 
 
 COMMANDS = (evaluate,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from rsd_trt.cli.console import json_option, note_untrained, show
+from rsd_trt.cli.console import bundle_argument, json_option, note_untrained, show
 
 
 @click.command()
@@ -71,4 +72,60 @@ def report(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
     note_untrained(all(run.results.settings.trained for run in written.runs))
 
 
-COMMANDS = (compare, report)
+@click.command()
+@bundle_argument
+@click.argument("shadow", type=click.Path(path_type=Path))
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Bound on the share of queries accepted wrongly, of those that can be.",
+)
+@click.option(
+    "--limit",
+    type=click.FloatRange(0, min_open=True),
+    help="How far the main head may move a step of a plan that still counts as right, in environment units. "
+    "[default: the tolerance that SHADOW was run with]",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the held-out episodes.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="The calibrated copy. [default: BUNDLE with -calibrated]"
+)
+@json_option
+def calibrate(
+    bundle: Path, shadow: Path, alpha: float, limit: float | None, seed: int, out: Path | None, as_json: bool
+) -> None:
+    """Choose the acceptance tolerance from a shadow run, and write it into a copy of the bundle.
+
+    SHADOW is the results file of rsd-trt eval --mode shadow. One half of its episodes chooses the tolerance of each
+    dimension, the other half shows what it does.
+
+    \b
+    Example: rsd-trt calibrate bundles/mine results/libero_spatial_shadow_results.json --alpha 0.05
+    """
+    from rsd_trt.bundle import Bundle, copy_with
+    from rsd_trt.eval.calibrate import calibrate as choose
+    from rsd_trt.eval.runs import read_run
+    from rsd_trt.jsonio import to_json
+
+    opened = Bundle.open(bundle)
+    calibration = choose(opened, read_run(shadow), alpha, limit, seed)
+    rsd = dataclasses.replace(opened.config.rsd, tolerance=calibration.chosen.tolerance)
+    copy = copy_with(
+        opened, dataclasses.replace(opened.config, rsd=rsd), out or bundle.with_name(f"{bundle.name}-calibrated")
+    )
+    if as_json:
+        click.echo(json.dumps({**to_json(calibration), "bundle": str(copy.path)}, indent=2))
+        return
+    from rsd_trt.tables import calibration_table
+
+    show(calibration_table(calibration))
+    click.echo(
+        f"chosen on {calibration.queries:,} queries of {calibration.episodes} episodes; a step is right while the main "
+        f"head moves it by at most {', '.join(f'{x:g}' for x in calibration.limit)}"
+    )
+    click.echo(f"bundle with the chosen tolerance: {copy.path}")
+
+
+COMMANDS = (compare, report, calibrate)

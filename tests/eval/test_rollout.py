@@ -1,92 +1,87 @@
-"""The episode loop on doubles: when it renders, when it ends, and what counts as an error."""
+"""The episode loop on doubles: when it renders, when it ends, and the pictures that it leaves."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
+from doubles import World
 from numpy.typing import NDArray
+from PIL import Image
 
-from rsd_trt.eval.rollout import run_episode, write_video
-from rsd_trt.eval.simulator import Simulator
+from rsd_trt.config import Dims
+from rsd_trt.errors import UserError
+from rsd_trt.eval.rollout import Assignment, Finished, run_episode, write_strip, write_video
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.plan import Query
-from rsd_trt.runtime.policy import Policy
 
 
-class FakePolicy:
-    def __init__(self, chunk: int = 4, faults_at: int | None = None) -> None:
-        self.chunk, self.faults_at, self.calls = chunk, faults_at, 0
+class Until(World):
+    """Solved at step `solved_at`."""
 
-    def reset(self, slot: int | None = None) -> None:
-        self.calls = 0
-
-    def act_batch(self, observations: list[Observation], slots: list[int]) -> list[Query]:
-        self.calls += 1
-        if self.calls == self.faults_at:
-            return [Query(np.zeros((0, 7), np.float32), "full", fault="the hidden state after block 4 is not finite")]
-        return [Query(np.zeros((self.chunk, 7), np.float32), "full", ms=2.0)]
-
-
-class FakeSimulator:
-    def __init__(self, solved_at: int | None = None, breaks_at: int | None = None) -> None:
-        self.solved_at, self.breaks_at = solved_at, breaks_at
-        self.rendered: list[bool] = []
-
-    def reset(self, trial: int) -> None:
-        self.rendered = []
+    solved_at = 10**6
 
     def step(self, action: NDArray[np.float32], render: bool) -> bool:
-        self.rendered.append(render)
-        if len(self.rendered) == self.breaks_at:
-            raise RuntimeError("the GL context is lost")
+        super().step(action, render)
         return len(self.rendered) == self.solved_at
 
-    def observation(self) -> Observation:
-        return Observation(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(8, np.float32), "lift")
 
-    def frame(self) -> NDArray[np.uint8]:
-        return np.zeros((8, 8, 3), np.uint8)
+def run(
+    simulator: World, max_steps: int = 10, failures: Path | None = None, videos: Path | None = None
+) -> tuple[Finished, list[int]]:
+    asked: list[int] = []
 
+    def act(_: Observation, step: int) -> NDArray[np.float32]:
+        asked.append(step)
+        return np.full((4, Dims.A), step, np.float32)
 
-def run(policy: FakePolicy, simulator: FakeSimulator, max_steps: int = 10, frames: list | None = None):  # type: ignore[no-untyped-def, type-arg]
-    return run_episode(cast(Policy, policy), cast(Simulator, simulator), 0, 0, max_steps, frames)
+    return run_episode(simulator, Assignment(0, 0, max_steps, failures, videos), act), asked
 
 
 def test_renders_only_before_queries() -> None:
-    simulator = FakeSimulator()
-    episode = run(FakePolicy(chunk=4), simulator, max_steps=10)
+    simulator = Until(0)
+    finished, asked = run(simulator)
     assert simulator.rendered == [False, False, False, True, False, False, False, True, False, True]
-    assert (episode.success, episode.steps, episode.error) == (False, 10, None)
-    assert [query.step for query in episode.queries] == [0, 4, 8]
+    assert (finished.success, asked) == (False, [0, 4, 8])
+    assert finished.actions[:, 0].tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+    assert finished.seconds > 0
 
 
 def test_success_ends_the_episode_inside_a_chunk() -> None:
-    simulator = FakeSimulator(solved_at=6)
-    episode = run(FakePolicy(chunk=4), simulator)
-    assert (episode.success, episode.steps, len(simulator.rendered)) == (True, 6, 6)
+    simulator = Until(0)
+    simulator.solved_at = 6
+    finished, _ = run(simulator)
+    assert (finished.success, finished.actions.shape) == (True, (6, Dims.A))
+    assert len(simulator.rendered) == 6
 
 
-def test_a_fault_of_the_policy_is_an_error() -> None:
-    episode = run(FakePolicy(faults_at=2), FakeSimulator())
-    assert episode.error == "the hidden state after block 4 is not finite"
-    assert (episode.success, episode.steps) == (False, 4)
+def test_a_failure_leaves_a_film_strip_and_a_success_does_not(tmp_path: Path) -> None:
+    run(Until(0), max_steps=40, failures=tmp_path)
+    with Image.open(tmp_path / "task0_trial0.jpg") as strip:
+        assert strip.size == (6 * 8, 8)  # from the first frame to the last
+        assert abs(int(strip.getpixel((1, 1))[0])) < 4  # type: ignore[index]
+        assert abs(int(strip.getpixel((46, 6))[0]) - 40) < 4  # type: ignore[index]
+    solved = Until(0)
+    solved.solved_at = 5
+    run(solved, failures=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
-def test_a_broken_simulator_is_an_error() -> None:
-    episode = run(FakePolicy(), FakeSimulator(breaks_at=3))
-    assert episode.error == "RuntimeError: the GL context is lost"
-    assert not episode.success
+def test_a_short_episode_has_a_short_strip(tmp_path: Path) -> None:
+    write_strip(tmp_path / "a.jpg", [np.zeros((8, 8, 3), np.uint8)] * 2)
+    with Image.open(tmp_path / "a.jpg") as strip:
+        assert strip.size == (2 * 8, 8)
 
 
-def test_video_renders_every_step() -> None:
-    frames: list[NDArray[np.uint8]] = []
-    simulator = FakeSimulator(solved_at=5)
-    run(FakePolicy(), simulator, frames=frames)
+def test_a_video_renders_every_step(tmp_path: Path) -> None:
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    simulator = Until(0, side=64)
+    simulator.solved_at = 5
+    run(simulator, videos=tmp_path)
     assert simulator.rendered == [True] * 5
-    assert len(frames) == 6
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "task0_trial0_success.mp4"))
+    assert next(reader)["size"] == (64, 64)
+    assert sum(1 for _ in reader) == 6
 
 
 def test_write_video_makes_h264(tmp_path: Path) -> None:
@@ -99,3 +94,9 @@ def test_write_video_makes_h264(tmp_path: Path) -> None:
     assert (meta["codec"], meta["size"], meta["fps"]) == ("h264", (64, 64), 20.0)
     assert sum(1 for _ in reader) == 20
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        run(Until(0), failures=tmp_path / "file" / "failures")

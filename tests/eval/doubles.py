@@ -1,0 +1,124 @@
+"""A simulator and a policy that need neither LIBERO nor weights; the simulator's processes import them from here."""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd_trt.config import PROPRIO_DIM, ControlConfig, Dims
+from rsd_trt.errors import UserError
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.plan import Query
+
+SIDE = 8  # pixels
+
+
+@dataclass
+class World:
+    """A simulator whose images show all that has been done to it, and that succeeds at a step of the trial's own."""
+
+    task: int
+    side: int = SIDE
+    cameras: int = 1
+    state: NDArray[np.float64] = field(default_factory=lambda: np.zeros(Dims.A))
+    trial: int = -1
+    rendered: list[bool] = field(default_factory=list)
+
+    def reset(self, trial: int) -> None:
+        self.trial, self.rendered = trial, []
+        self.state = np.full(Dims.A, 0.1 * trial + self.task)
+
+    def step(self, action: NDArray[np.float32], render: bool) -> bool:
+        self.rendered.append(render)
+        self.state = np.sin(3 * self.state + action)  # a small difference grows
+        return bool(self.state[0] > 0.9) and len(self.rendered) > self.trial + 3
+
+    def observation(self) -> Observation:
+        shape = (self.cameras, self.side, self.side, 3)
+        images = np.random.default_rng(zlib.crc32(self.state.tobytes())).integers(0, 256, shape, dtype=np.uint8)
+        proprio = np.resize(self.state, PROPRIO_DIM).astype(np.float32)
+        proprio[-1] = len(self.rendered)
+        return Observation(images, proprio, f"task {self.task}")
+
+    def frame(self) -> NDArray[np.uint8]:
+        return np.full((self.side, self.side, 3), len(self.rendered) % 256, np.uint8)
+
+    def close(self) -> None:
+        self.state = np.zeros(Dims.A)
+
+
+@dataclass
+class Troubled(World):
+    """A world with an accident at step 2 of trial 1: `how` it goes wrong, and how often (`marks` counts)."""
+
+    how: str = ""
+    times: int = 1
+    marks: Path = Path()
+
+    def step(self, action: NDArray[np.float32], render: bool) -> bool:
+        if self.trial == 1 and len(self.rendered) == 2 and len(list(self.marks.iterdir())) < self.times:
+            (self.marks / str(time.monotonic_ns())).touch()
+            if self.how == "dies":
+                os.kill(os.getpid(), 9)
+            if self.how == "hangs":
+                time.sleep(3600)
+            raise RuntimeError("the GL context is lost")
+        return super().step(action, render)
+
+
+def world(suite: str, task: int, control: ControlConfig) -> World:
+    """In the place of `Simulator`."""
+    return Slow(task, side=control.camera_size, cameras=len(control.cameras))
+
+
+@dataclass
+class Slow(World):
+    """A world that leaves time to stop a run in the middle."""
+
+    def step(self, action: NDArray[np.float32], render: bool) -> bool:
+        time.sleep(0.02)
+        return super().step(action, render)
+
+
+def unusable(task: int) -> World:
+    raise UserError("no headless OpenGL for EGL or OSMesa: apt-get install libegl1")
+
+
+@dataclass
+class Reader:
+    """A policy that answers from the image alone. From step `fault_step` of task 0 on, its answers are wrong."""
+
+    chunk: int = 2
+    fault: str = ""
+    fault_step: int = 4
+    batches: list[int] = field(default_factory=list)
+
+    def reset(self, slot: int | None = None) -> None:
+        assert slot is not None
+
+    def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
+        self.batches.append(len(slots))
+        wrong = [
+            bool(self.fault) and o.instruction == "task 0" and o.proprio[-1] >= self.fault_step for o in observations
+        ]
+        if self.fault == "raises" and any(wrong):
+            raise ValueError("images are uint8 (1, 9, 9, 3)")
+        queries = []
+        for observation, bad in zip(observations, wrong, strict=True):
+            actions = np.resize(observation.images[0, 0] / 255.0, (self.chunk, Dims.A)).astype(np.float32)
+            query = Query(actions, "full", ms=1.0)
+            if bad and self.fault == "nan":
+                query = replace(query, actions=actions * np.nan)
+            if bad and self.fault == "shape":
+                query = replace(query, actions=actions[:, :3])
+            if bad and self.fault == "told":
+                query = replace(query, actions=actions[:0], fault="the hidden state after block 4 is not finite")
+            queries.append(query)
+        return queries

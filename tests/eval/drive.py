@@ -1,0 +1,15 @@
+"""`rsd-trt eval` on the simulator's double, as a process of its own: python drive.py OPTIONS."""
+
+from __future__ import annotations
+
+import sys
+
+import doubles
+
+from rsd_trt.cli import main
+from rsd_trt.eval import run
+
+if __name__ == "__main__":
+    run.Simulator = doubles.world  # type: ignore[assignment,misc]
+    run._tasks = lambda request: {task: f"task {task}" for task in request.tasks or ()}
+    main(["eval", *sys.argv[1:]], prog_name="rsd-trt")

@@ -1,0 +1,62 @@
+"""Files that are whole or absent, and the lock."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from rsd_trt.files import locked, replacing, write_atomically
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_are_made_and_text_is_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    write_atomically(path, "é")
+    assert path.read_bytes() == "é".encode()
+
+
+def test_a_block_that_writes_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "file"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def hold(path: Path, ready: multiprocessing.synchronize.Event, done: multiprocessing.synchronize.Event) -> None:
+    def never() -> None:
+        raise AssertionError
+
+    with locked(path, never):
+        ready.set()
+        done.wait(30)
+
+
+def test_a_second_process_is_told_and_may_wait_or_leave(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path / ".lock", ready, done))
+    process.start()
+    assert ready.wait(30)
+
+    def leave() -> None:
+        raise RuntimeError("busy")
+
+    with pytest.raises(RuntimeError, match="busy"), locked(tmp_path / ".lock", leave):
+        pass
+    with locked(tmp_path / ".lock", done.set):
+        assert done.is_set()
+    process.join(30)
