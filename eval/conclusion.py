@@ -43,15 +43,8 @@ class Target:
     reason: Annotated[str | None, "why it is not measured, or why there is no interval"]
 
     @property
-    def sentence(self) -> str:
-        """`success 90.4% (87.5% to 92.7%), target > 85%: met`."""
-        figure = self.reason or "" if self.value is None else number(self.value, self.unit)
-        if self.value is not None:
-            figure += f" ({interval(self.interval, self.unit) if self.interval else self.reason})"
-        return f"{self.what} {figure}, target > {self.bound}: {self.verdict}"
-
-    @property
     def bound(self) -> str:
+        """`85%`, `1.2x`."""
         return f"{self.above:.0%}" if self.unit == "%" else f"{self.above:g}x"
 
 
@@ -78,11 +71,12 @@ def _success(results: Results) -> Target:
 
 def _speedup(run: Run) -> Target:
     if run.versus is None or run.versus.speedup is None:
-        reason = run.versus.no_speedup if run.versus else run.alone
-        return Target("speed-up", SPEEDUP_TARGET, "x", None, None, "not measured", reason)
+        reason = (run.versus.no_speedup if run.versus else run.alone) or ""
+        said = reason.removeprefix("not measured: ")
+        return Target("speed-up", SPEEDUP_TARGET, "x", None, None, "not measured", said)
     found = run.versus.speedup
-    said, reason = _judged(found.interval, SPEEDUP_TARGET)
-    return Target("speed-up", SPEEDUP_TARGET, "x", found.value, found.interval, said, reason)
+    judged, why = _judged(found.interval, SPEEDUP_TARGET)
+    return Target("speed-up", SPEEDUP_TARGET, "x", found.value, found.interval, judged, why)
 
 
 def _acceptance(results: Results) -> Target:
