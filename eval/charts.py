@@ -27,7 +27,7 @@ from rsd_trt.eval.breakdown import (
 from rsd_trt.eval.conclusion import SUCCESS_TARGET
 from rsd_trt.eval.diagnosis import Picture
 from rsd_trt.eval.plots import COLOURS
-from rsd_trt.eval.results import HISTOGRAM_BINS, Results
+from rsd_trt.eval.results import HISTOGRAM_BINS, Results, Throughput
 from rsd_trt.eval.runs import Run
 from rsd_trt.eval.svg import INK, Chart, draw_chart, legend
 from rsd_trt.eval.wording import listed, number
@@ -126,39 +126,38 @@ def route_chart(run: Run) -> Chart | None:
 
 
 def throughput_chart(runs: Sequence[Run]) -> Chart | None:
-    """Episodes per second over workers; None unless two numbers of workers were measured."""
-    modes: dict[str, list[tuple[int, float]]] = {}
+    """Episodes per second over workers, of modes that ran on two numbers of them or more; None without one."""
+    modes: dict[str, dict[int, Throughput]] = {}
     for run in runs:
         if (found := run.results.throughput) is not None:
-            modes.setdefault(run.results.settings.mode, []).append((found.workers, found.episodes_per_second))
-    workers = sorted({count for points in modes.values() for count, _ in points})
-    if len(workers) < 2:
+            points = modes.setdefault(run.results.settings.mode, {})
+            fastest = points.get(found.workers, found)
+            points[found.workers] = max(fastest, found, key=lambda one: one.episodes_per_second)
+    modes = {mode: points for mode, points in modes.items() if len(points) > 1}
+    if not modes:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
+        ticks = sorted({workers for points in modes.values() for workers in points})
         for i, (mode, points) in enumerate(modes.items()):
-            xs, ys = zip(*sorted(points), strict=True)
-            axes.plot(xs, ys, marker=MARKERS[i], color=COLOURS[i], label=mode, linewidth=1.8)
-        first = min((count, rate) for points in modes.values() for count, rate in points)
-        axes.plot(
-            workers,
-            [first[1] * count / first[0] for count in workers],
-            linestyle=":",
-            color=INK,
-            alpha=0.6,
-            label="in proportion",
-            linewidth=1.2,
-        )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(workers, [str(count) for count in workers])
-        axes.minorticks_off()
+            xs = sorted(points)
+            ys = [points[x].episodes_per_second for x in xs]
+            axes.plot(xs, ys, color=COLOURS[i], linewidth=1.8, label=mode)
+            for x, y in zip(xs, ys, strict=True):
+                fill = "none" if points[x].bound == "policy" else COLOURS[i]
+                axes.plot(x, y, MARKERS[i], color=COLOURS[i], markerfacecolor=fill, markersize=7)
+            first = ys[0] / xs[0]
+            axes.plot((0, xs[-1]), (0, first * xs[-1]), ":", color=COLOURS[i], linewidth=1.2)
+        axes.set_xticks(ticks, [str(count) for count in ticks])
+        axes.set_xlim(0, ticks[-1] * 1.05)
+        axes.set_ylim(bottom=0)
         axes.set_xlabel("workers (simulator processes)")
         axes.set_ylabel("episodes per second")
-        axes.set_ylim(bottom=0)
-        legend(axes, len(modes) + 1)
+        legend(axes, len(modes))
 
-    return draw_chart("throughput", draw, 2.9, "Episodes per second of the whole run, building of scenes included.")
+    caption = "Episodes per second of the whole run. Dotted: in proportion to the workers; hollow: bound by the policy."
+    return draw_chart("throughput", draw, 2.9, caption)
 
 
 def picture(kind: Picture, name: str, results: Results) -> Chart | None:
@@ -186,13 +185,13 @@ def _actions_chart(name: str, results: Results) -> Chart | None:
             if training is not None:
                 axes.axvspan(training.q01[i], training.q99[i], color=ORANGE, alpha=0.25, linewidth=0, zorder=0)
             axes.axvline(found.mean[i], color=VERMILION, linewidth=1.2)
-            axes.set_title(title, fontsize=9, pad=2)
+            axes.set_title(title, fontsize=10, pad=2)
             axes.grid(visible=False)
         for axes in panels[len(ACTION_NAMES) :]:
             axes.set_axis_off()
         panels[len(ACTION_NAMES) - 2].tick_params(labelbottom=True)  # the lowest of its column
-        figure.supxlabel("environment units", fontsize=9)
-        figure.supylabel("steps, %", fontsize=9)
+        figure.supxlabel("environment units", fontsize=10)
+        figure.supylabel("steps, %", fontsize=10)
 
     band = "band: 1% to 99% of the training data" if training else "the bundle has no training statistics"
     return draw_chart(

@@ -43,15 +43,8 @@ class Target:
     reason: Annotated[str | None, "why it is not measured, or why there is no interval"]
 
     @property
-    def sentence(self) -> str:
-        """`success 90.4% (87.5% to 92.7%), target > 85%: met`."""
-        figure = self.reason or "" if self.value is None else number(self.value, self.unit)
-        if self.value is not None:
-            figure += f" ({interval(self.interval, self.unit) if self.interval else self.reason})"
-        return f"{self.what} {figure}, target > {self.bound}: {self.verdict}"
-
-    @property
     def bound(self) -> str:
+        """`85%`, `1.2x`."""
         return f"{self.above:.0%}" if self.unit == "%" else f"{self.above:g}x"
 
 
@@ -78,11 +71,12 @@ def _success(results: Results) -> Target:
 
 def _speedup(run: Run) -> Target:
     if run.versus is None or run.versus.speedup is None:
-        reason = run.versus.no_speedup if run.versus else run.alone
-        return Target("speed-up", SPEEDUP_TARGET, "x", None, None, "not measured", reason)
+        reason = (run.versus.no_speedup if run.versus else run.alone) or ""
+        said = reason.removeprefix("not measured: ")
+        return Target("speed-up", SPEEDUP_TARGET, "x", None, None, "not measured", said)
     found = run.versus.speedup
-    said, reason = _judged(found.interval, SPEEDUP_TARGET)
-    return Target("speed-up", SPEEDUP_TARGET, "x", found.value, found.interval, said, reason)
+    judged, why = _judged(found.interval, SPEEDUP_TARGET)
+    return Target("speed-up", SPEEDUP_TARGET, "x", found.value, found.interval, judged, why)
 
 
 def _acceptance(results: Results) -> Target:
@@ -106,18 +100,25 @@ def _judged(bounds: Interval | None, target: float) -> tuple[Verdict, str | None
     return verdict(bounds, target), None
 
 
-def conclude(runs: Sequence[Run]) -> tuple[str, ...]:
-    """The conclusion, a sentence each: first what matters most."""
-    sentences = []
+@dataclass(frozen=True)
+class Conclusion:
+    headlines: Annotated[tuple[str, ...], "what matters most"]
+    sentences: Annotated[tuple[str, ...], "the figures behind it"]
+
+
+def conclude(runs: Sequence[Run]) -> Conclusion:
+    """The conclusion in words."""
+    headlines = []
     if untrained := [run.name for run in runs if not run.results.settings.trained]:
-        sentences.append(
+        headlines.append(
             f"The bundle of {listed(untrained)} is untrained (random weights): these figures show that the tools work, "
             "and say nothing about a policy."
         )
     speculative = [run for run in runs if run.results.settings.mode == "rsd"]
-    sentences += [headline(run) for run in speculative]
+    headlines += [headline(run) for run in speculative]
     if not speculative:
-        sentences.append("No run of mode rsd is among the results: speed-up and acceptance are not measured.")
+        headlines.append("No run of mode rsd is among the results: speed-up and acceptance of rsd are not measured.")
+    sentences = []
     for run in runs:
         sentences.append(success_sentence(run))
         if run.versus is not None and run.baseline is not None:
@@ -126,7 +127,7 @@ def conclude(runs: Sequence[Run]) -> tuple[str, ...]:
                 sentences.append(speedup_sentence(run.versus, run.name, run.baseline))
         elif run.alone is not None:
             sentences.append(f"The run {run.name} is not compared: {run.alone}.")
-    return tuple(sentences)
+    return Conclusion(tuple(headlines), tuple(sentences))
 
 
 def headline(run: Run) -> str:

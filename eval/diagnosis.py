@@ -23,7 +23,7 @@ from rsd_trt.eval.compare import Comparison, differences
 from rsd_trt.eval.conclusion import targets
 from rsd_trt.eval.results import Results
 from rsd_trt.eval.runs import Run
-from rsd_trt.eval.wording import ABSENT, listed, number
+from rsd_trt.eval.wording import ABSENT, listed, number, signed
 
 OUTSIDE = 0.05  # share of actions outside the training data's 1% to 99% quantiles, of which the data itself has 0.02
 NARROW = 0.5  # of the training range: less is hardly moving
@@ -84,13 +84,13 @@ def _actions(run: str, results: Results) -> Finding:
     rows: list[tuple[str, ...]] = []
     odd: list[str] = []
     for i, name in enumerate(ACTION_NAMES):
-        row = [name, *(f"{values[i]:+.2f}" for values in (done.minimum, done.mean, done.maximum))]
+        row = [name, *(signed(values[i]) for values in (done.minimum, done.mean, done.maximum))]
         if training is None:
             rows.append((*row, ABSENT, ABSENT, ABSENT))
             continue
         low, high = training.q01[i], training.q99[i]
         outside = share_outside(done.histogram[i], low, high)
-        rows.append((*row, f"{low:+.2f}", f"{high:+.2f}", number(outside, "%")))
+        rows.append((*row, signed(low), signed(high), number(outside, "%")))
         if i < ARM_DIMS:
             reached = done.maximum[i] - done.minimum[i]
             if outside > OUTSIDE:
@@ -98,7 +98,7 @@ def _actions(run: str, results: Results) -> Finding:
             elif reached < NARROW * (high - low):
                 odd.append(f"{name} covers {reached / (high - low):.0%} of the training range")
             elif abs(done.mean[i] - (low + high) / 2) > BIASED * (high - low):
-                odd.append(f"{name} is biased: its mean is {done.mean[i]:+.2f}")
+                odd.append(f"{name} is biased: its mean is {signed(done.mean[i])}")
     if training is None:
         sentence = "Not judged: the bundle has no training_actions to set them against."
     elif odd:

@@ -20,7 +20,7 @@ PREFERRED = ("rsd", "baseline", "shadow")  # shadow acts as the baseline
 
 @dataclass(frozen=True)
 class Strip:
-    """The last look at a failed episode."""
+    """A failed episode in a few frames."""
 
     caption: str
     jpeg: str  # base64

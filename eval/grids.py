@@ -13,6 +13,7 @@ from rsd_trt.eval.breakdown import PHASES, phases, route_times
 from rsd_trt.eval.conclusion import targets
 from rsd_trt.eval.results import Results, TaskResult
 from rsd_trt.eval.runs import Run
+from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.wording import ABSENT, interval, number
 from rsd_trt.jsonio import to_json
 
@@ -27,7 +28,7 @@ class Grid:
 
 def summary_grid(runs: Sequence[Run]) -> Grid:
     """A row for each run."""
-    columns = ("run", "backend", "n_action_steps", "timing", "episodes", "errors", "success (95% interval)")
+    columns = ("run", "backend", "n_action_steps", "timing", "episodes", "success (95% interval)")
     return Grid(
         (*columns, "ms per action", "actions per query", "accepted", "partial", "rejected"),
         tuple(_summary_row(run.name, run.results) for run in runs),
@@ -39,11 +40,10 @@ def _summary_row(name: str, results: Results) -> tuple[str, ...]:
     batched = settings.timing == "batched"
     return (
         name,
-        f"{settings.backend} {settings.precision}, backbone {settings.backbone}",
+        f"{settings.backend} {settings.precision}, {settings.backbone} backbone",
         number(settings.n_action_steps),
         settings.timing,
-        number(results.total_episodes),
-        number(results.errors),
+        number(results.total_episodes) + _errors(results.errors),
         _rate(results.total_successes, results.total_episodes, results.final_success_interval),
         UNTIMED if batched else number(results.avg_inference_time_ms),
         number(results.actions_per_query),
@@ -105,8 +105,7 @@ def tasks_grid(runs: Sequence[Run]) -> Grid:
 def _task(task: TaskResult | None) -> str:
     if task is None:
         return ABSENT
-    errors = f", {task.errors} errors" if task.errors else ""
-    return _rate(task.successes, task.episodes, task.success_interval) + errors
+    return _rate(task.successes, task.episodes, task.success_interval) + _errors(task.errors)
 
 
 def phases_grid(runs: Sequence[Run]) -> Grid:
@@ -186,7 +185,12 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, value if isinstance(value, str) else json.dumps(value)
 
 
+def _errors(count: int) -> str:
+    return f", {counted(count, 'error')}" if count else ""
+
+
 def _rate(successes: int, episodes: int, bounds: tuple[float, float] | None) -> str:
     if not episodes:
         return ABSENT
-    return f"{successes:,}/{episodes:,}: {number(successes / episodes, '%')} ({interval(bounds, '%')})"
+    unbroken = interval(bounds, "%").replace(" ", "\u00a0")
+    return f"{successes:,}/{episodes:,}: {number(successes / episodes, '%')} ({unbroken})"

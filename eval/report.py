@@ -16,7 +16,7 @@ from rsd_trt import __version__
 from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.eval import charts, grids, markdown, wording
 from rsd_trt.eval.compare import Comparison, figures
-from rsd_trt.eval.conclusion import Target, conclude, targets
+from rsd_trt.eval.conclusion import Conclusion, Target, conclude, targets
 from rsd_trt.eval.diagnosis import Finding, diagnose
 from rsd_trt.eval.gallery import Gallery, gallery
 from rsd_trt.eval.grids import Grid
@@ -43,6 +43,7 @@ class RunSummary:
     final_success_interval: Annotated[Interval | None, "95%, Wilson's score"]
     task_results: tuple[TaskResult, ...]
     throughput: Throughput | None
+    throughput_only: Annotated[bool, "another run of its kind has as many episodes or more"]
     targets: tuple[Target, ...]
     baseline: Annotated[str | None, "the name of the run that it is compared with"]
     comparison: Comparison | None
@@ -54,7 +55,7 @@ class RunSummary:
 class PerformanceComparison:
     """`performance_comparison.json`: what the report says, for programs."""
 
-    conclusion: tuple[str, ...]
+    conclusion: Conclusion
     runs: tuple[RunSummary, ...]
     diagnosis: tuple[Finding, ...]
     command: str
@@ -89,6 +90,7 @@ class Page:
     tiles: tuple[RunSummary, ...]  # the runs whose targets head the page
     summary: Grid
     targets: Grid
+    other_targets: Grid  # of the runs that do not head the page
     success: Chart | None
     comparisons: Grid
     tasks: Grid
@@ -142,7 +144,8 @@ def _comparison(runs: Sequence[Run], command: str) -> PerformanceComparison:
             final_success_interval=run.results.final_success_interval,
             task_results=run.results.task_results,
             throughput=run.results.throughput,
-            targets=targets(run),
+            throughput_only=run.throughput_only,
+            targets=() if run.throughput_only else targets(run),
             baseline=run.baseline,
             comparison=run.versus,
             not_compared=run.alone,
@@ -150,33 +153,36 @@ def _comparison(runs: Sequence[Run], command: str) -> PerformanceComparison:
         )
         for run in runs
     )
-    return PerformanceComparison(conclude(runs), summaries, diagnose(runs), command)
+    told = [run for run in runs if not run.throughput_only]
+    return PerformanceComparison(conclude(told), summaries, diagnose(told), command)
 
 
 def _page(runs: Sequence[Run], comparison: PerformanceComparison) -> Page:
-    by_name = {run.name: run for run in runs}
-    timed = [run for run in runs if _untimed(run) is None]
+    told = [run for run in runs if not run.throughput_only]
+    by_name = {run.name: run for run in told}
+    timed = [run for run in told if _untimed(run) is None]
     shared, varying = grids.settings_grids(runs)
     suites = dict.fromkeys(run.results.task_suite for run in runs)
-    speculative = tuple(run for run in comparison.runs if run.settings.mode == "rsd")
+    heads = [run.name for run in told if run.results.settings.mode == "rsd"] or list(by_name)
     return Page(
         comparison=comparison,
         title=f"Residual speculative decoding on {', '.join(suites)}",
-        tiles=speculative or comparison.runs,
+        tiles=tuple(run for run in comparison.runs if run.name in heads),
         summary=grids.summary_grid(runs),
-        targets=grids.targets_grid(runs),
-        success=charts.success_chart(runs),
-        comparisons=grids.comparisons_grid(runs),
-        tasks=grids.tasks_grid(runs),
-        phases=grids.phases_grid(runs),
-        phase_charts=tuple(chart for run in runs if (chart := charts.phase_chart(run))),
+        targets=grids.targets_grid(told),
+        other_targets=grids.targets_grid([run for run in told if run.name not in heads]),
+        success=charts.success_chart(told),
+        comparisons=grids.comparisons_grid(told),
+        tasks=grids.tasks_grid(told),
+        phases=grids.phases_grid(told),
+        phase_charts=tuple(chart for run in told if (chart := charts.phase_chart(run))),
         routes=grids.routes_grid(timed),
         route_charts=tuple(chart for run in timed if (chart := charts.route_chart(run))),
-        not_timed=tuple(f"{run.name}: {reason}" for run in runs if (reason := _untimed(run))),
+        not_timed=tuple(f"{run.name}: {reason}" for run in told if (reason := _untimed(run))),
         throughput=grids.throughput_grid(runs),
         throughput_chart=charts.throughput_chart(runs),
         findings=tuple(_illustrated(finding, by_name) for finding in comparison.diagnosis),
-        gallery=gallery(runs),
+        gallery=gallery(told),
         files=grids.files_grid(runs),
         shared=shared,
         varying=varying,

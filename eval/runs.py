@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rsd_trt.config import MODES
 from rsd_trt.errors import UserError
 from rsd_trt.eval.compare import Comparison, compare, differences
 from rsd_trt.eval.results import Results, read_results
+from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.summary import summarise
+from rsd_trt.jsonio import to_json
 
 COUNTS = ("total_episodes", "total_successes", "errors", "queries", "full_passes", "steps")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a report. `versus` is its comparison with the run named `baseline`; `alone` says why there is none."""
+    """A run of a report. `versus` is its comparison with the run named `baseline`; `alone` says why there is none.
+
+    throughput_only: another run of its kind has as many episodes or more, so that this one, of a series over
+    workers for instance, adds nothing but its throughput.
+    """
 
     name: str
     path: Path
@@ -26,10 +32,7 @@ class Run:
     baseline: str | None = None
     versus: Comparison | None = None
     alone: str | None = None
-
-    @property
-    def workers(self) -> int | None:
-        return self.results.throughput.workers if self.results.throughput else None
+    throughput_only: bool = False
 
 
 def read_run(path: Path) -> Results:
@@ -83,24 +86,39 @@ def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
 def pair_up(runs: Sequence[tuple[Path, Results]]) -> tuple[Run, ...]:
     """Names the runs and compares each with its baseline."""
     ordered = sorted(runs, key=lambda run: MODES.index(run[1].settings.mode))
-    names = run_names([results for _, results in ordered])
-    named = [Run(name, path, results) for name, (path, results) in zip(names, ordered, strict=True)]
+    every = [results for _, results in ordered]
+    names = run_names(every)
+    named = [
+        Run(name, path, results, throughput_only=_adds_only_throughput(results, every))
+        for name, (path, results) in zip(names, ordered, strict=True)
+    ]
     baselines = [run for run in named if run.results.settings.mode == "baseline"]
-    return tuple(run if run in baselines else _compared(run, baselines) for run in named)
+    return tuple(run if run in baselines or run.throughput_only else _compared(run, baselines) for run in named)
 
 
 def run_names(runs: Sequence[Results]) -> list[str]:
-    """The mode of each run, and whatever else tells it from the others."""
+    """The mode of each run, and whatever else it takes to tell it from the others."""
+    names: list[str] = [run.settings.mode for run in runs]
     traits = [_traits(run) for run in runs]
-    varying = [i for i in range(len(traits[0])) if len({trait[i] for trait in traits}) > 1] if traits else []
-    names = [", ".join([run.settings.mode, *(t[i] for i in varying)]) for run, t in zip(runs, traits, strict=True)]
+    for i in range(len(traits[0]) if traits else 0):
+        alike = {name: {t[i] for n, t in zip(names, traits, strict=True) if n == name} for name in names}
+        names = [f"{n}, {t[i]}" if len(alike[n]) > 1 else n for n, t in zip(names, traits, strict=True)]
     seen = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if names.count(name) == 1 else f"{name}, #{n}" for name, n in zip(names, seen, strict=True)]
 
 
+def _adds_only_throughput(run: Results, runs: Sequence[Results]) -> bool:
+    """Of runs that differ in timing, tasks and trials only, the largest counts, and the largest of single timing."""
+    kind = {**to_json(run.settings), "timing": None, "tasks": None, "trials": None}
+    alike = [r for r in runs if {**to_json(r.settings), "timing": None, "tasks": None, "trials": None} == kind]
+    single = [r for r in alike if r.settings.timing == "single"]
+    largest = max(alike, key=lambda r: (r.total_episodes, r.settings.timing == "single"))
+    return run is not largest and not (single and run is max(single, key=lambda r: r.total_episodes))
+
+
 def _traits(run: Results) -> tuple[str, ...]:
     settings = run.settings
-    workers = f"{run.throughput.workers} workers" if run.throughput else "interrupted"
+    workers = counted(run.throughput.workers, "worker") if run.throughput else "interrupted"
     return (
         settings.suite,
         settings.bundle,
@@ -110,6 +128,7 @@ def _traits(run: Results) -> tuple[str, ...]:
         f"protocol {settings.protocol}",
         f"{settings.timing} timing",
         workers,
+        counted(run.total_episodes, "episode"),
     )
 
 
@@ -117,15 +136,15 @@ def _compared(run: Run, baselines: Sequence[Run]) -> Run:
     """`run` beside the baseline of the same settings; one of the same timing is preferred."""
     settings = run.results.settings
     if not baselines:
-        return Run(run.name, run.path, run.results, alone="no baseline run is among the results")
+        return replace(run, alone="no baseline run is among the results")
     timed_alike = sorted(baselines, key=lambda other: other.results.settings.timing != settings.timing)
     reasons = [differences(other.results.settings, settings) for other in timed_alike]
     baseline, different = min(zip(timed_alike, reasons, strict=True), key=lambda pair: len(pair[1]))
     if different:
         reason = f"it differs from {baseline.name}: {'; '.join(different)}"
-        return Run(run.name, run.path, run.results, alone=reason)
+        return replace(run, alone=reason)
     try:
         versus = compare(baseline.results, run.results)
     except UserError as error:
-        return Run(run.name, run.path, run.results, alone=str(error))
-    return Run(run.name, run.path, run.results, baseline.name, versus)
+        return replace(run, alone=str(error))
+    return replace(run, baseline=baseline.name, versus=versus)

@@ -27,7 +27,7 @@ class Chart:
 
 def legend(axes: Axes, columns: int) -> None:
     """Above the axes, where it covers nothing."""
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=9)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False)
 
 
 def draw_chart(name: str, draw: Callable[[Figure], None], height: float, caption: str) -> Chart:
@@ -48,7 +48,7 @@ def draw_chart(name: str, draw: Callable[[Figure], None], height: float, caption
             "axes.axisbelow": True,
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "font.size": 9,
+            "font.size": 10,
             "svg.fonttype": "none",
             "svg.hashsalt": name,  # ids are the same at each run, and differ between the charts of a page
         }

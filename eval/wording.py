@@ -33,7 +33,6 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def one_line(text: str, most: int = 200) -> str:
-    """Text of foreign origin on one line of at most `most` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 3] + "..."
+def signed(value: float) -> str:
+    """`+0.50`, `-0.25`, and no minus before what rounds to zero."""
+    return f"{round(value, 2) + 0.0:+.2f}"

@@ -153,7 +153,7 @@ def targets_table(runs: Sequence[Run]) -> Table:
     table = Table()
     for name in ("run", "target", "measured", "95% interval", "verdict"):
         table.add_column(name)
-    for run in runs:
+    for run in (run for run in runs if not run.throughput_only):
         for target in targets(run):
             measured = number(target.value, target.unit)
             bounds = interval(target.interval, target.unit)

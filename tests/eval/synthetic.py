@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from rsd_trt.config import ControlConfig, Mode, Quantiles, RsdConfig
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
+from rsd_trt.jsonio import to_json
 from rsd_trt.runtime.plan import Gap, Verdict, judge
 from rsd_trt.runtime.speculate import Route
 
@@ -90,6 +93,17 @@ def run(
     tasks = {task: TASKS[task % len(TASKS)] for task in chosen.tasks}
     command = f"rsd-trt eval bundles/made-up --mode {mode} --trials {chosen.trials}"
     return summarise(chosen, episodes, tasks, codec_mse, command, throughput)
+
+
+def outcome(*succeeded: tuple[int, int]) -> Callable[[Episode], Episode]:
+    """A `change` after which these episodes succeed and all others fail."""
+    return lambda episode: dataclasses.replace(episode, success=episode.key in succeeded)
+
+
+def write(path: Path, results: Results) -> Path:
+    """A results file."""
+    path.write_text(json.dumps(to_json(results)))
+    return path
 
 
 def throughput(workers: int, per_second: float) -> Throughput:

@@ -1,0 +1,151 @@
+"""Results files are checked against their own episodes, named, and paired with the baseline of their settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from synthetic import run, throughput, write
+
+from rsd_trt.errors import UserError
+from rsd_trt.eval.results import Results
+from rsd_trt.eval.runs import pair_up, read_run, read_runs, run_names
+
+
+def test_reads_what_was_written(tmp_path: Path) -> None:
+    results = run("shadow", broken=((1, 2),), throughput=throughput(4, 2.0))
+    assert read_run(write(tmp_path / "r.json", results)) == results
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read"),
+        ("\x00", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "is not a results file"),
+        ("{}", "is not a results file"),
+        ('{"task_suite": 1, "final_success_rate": 1}', "has schema_version None, this version reads 1: evaluate again"),
+        ('{"task_suite": 1, "final_success_rate": 1, "schema_version": 9}', "reads 1: update rsd-trt"),
+        ('{"task_suite": 1, "final_success_rate": 1, "schema_version": 1}', "the key .* is missing"),
+    ],
+)
+def test_old_and_foreign_files_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"r\.json.*{message}") as error:
+        read_run(path)
+    assert "\n" not in str(error.value)
+
+
+def twice(data: dict[str, object]) -> None:
+    data["episodes"] = [*data["episodes"], data["episodes"][0]]  # type: ignore[index, misc]
+
+
+def first(**changes: object) -> Callable[[dict[str, object]], None]:
+    def change(data: dict[str, object]) -> None:
+        data["episodes"][0] |= changes  # type: ignore[index]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (twice, "holds task 0, trial 0 twice"),
+        (first(trial=99), "holds task 0, trial 99, which its settings do not ask for"),
+        (first(run="0123"), "mixes runs: task 0, trial 0 is of run 0123"),
+        (first(run=""), r"mixes runs: .* is of run \(none\), its settings are of [0-9a-f]+"),
+        (first(success="yes"), r"episodes\[0\].success is 'yes', not true or false"),
+        (first(stpes=3), "unknown key .*stpes; did you mean 'steps'"),
+        (lambda data: data.update(total_successes=12), r"is damaged: total_successes is 12, its episodes give \d+"),
+        (lambda data: data.update(errors=1), "is damaged: errors is 1, its episodes give 0"),
+        (lambda data: data.update(task_results=[]), r"has results for tasks \[\], its settings ask for \[0, 1, 2\]"),
+        (lambda data: data.update(steps=float("nan")), "steps is nan"),
+    ],
+)
+def test_damaged_files_are_one_line(tmp_path: Path, damage: Callable[[dict[str, object]], None], message: str) -> None:
+    path = write(tmp_path / "r.json", run("rsd", success=0.5))
+    data = json.loads(path.read_text())
+    damage(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=rf"r\.json:? ?{message}"):
+        read_run(path)
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.json", run("rsd"))
+    with pytest.raises(UserError, match="is given twice"):
+        read_runs([path, tmp_path / "." / "r.json"])
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        ([run("baseline"), run("rsd")], ["baseline", "rsd"]),
+        ([run("rsd"), run("rsd", backend="trt"), run("shadow")], ["rsd, ort", "rsd, trt", "shadow"]),
+        (
+            [run("rsd", throughput=throughput(n, 1.0)) for n in (1, 2)],
+            ["rsd, 1 worker", "rsd, 2 workers"],
+        ),
+        (
+            [run("rsd"), run("rsd", timing="batched"), run("rsd", timing="batched", throughput=throughput(2, 1.0))],
+            ["rsd, single timing", "rsd, batched timing, interrupted", "rsd, batched timing, 2 workers"],
+        ),
+        ([run("rsd"), run("rsd")], ["rsd, #1", "rsd, #2"]),
+        ([], []),
+    ],
+)
+def test_names_say_what_differs(runs: list[Results], names: list[str]) -> None:
+    assert run_names(runs) == names
+
+
+def paired(*runs: Results) -> dict[str, tuple[str | None, str | None]]:
+    return {run.name: (run.baseline, run.alone) for run in pair_up([(Path(str(i)), r) for i, r in enumerate(runs)])}
+
+
+def test_each_run_is_compared_with_the_baseline_of_its_settings() -> None:
+    found = paired(run("rsd"), run("baseline"), run("shadow"))
+    assert list(found) == ["baseline", "rsd", "shadow"]
+    assert found == {"baseline": (None, None), "rsd": ("baseline", None), "shadow": ("baseline", None)}
+    found = paired(*(run(mode, backend=backend) for mode in ("baseline", "rsd") for backend in ("ort", "trt")))
+    assert found["rsd, trt"] == ("baseline, trt", None)
+
+
+def test_a_baseline_of_the_same_timing_is_preferred() -> None:
+    runs = [run(mode, timing=timing) for mode in ("baseline", "rsd") for timing in ("batched", "single")]
+    runs = [runs[0], runs[1], runs[3]]
+    assert paired(*runs)["rsd"] == ("baseline, single timing", None)
+    larger = run("baseline", timing="batched", trials=5), run("baseline"), run("rsd", timing="batched", trials=5)
+    assert paired(*larger)["rsd"] == ("baseline, batched timing", None)
+
+
+def test_why_a_run_is_alone() -> None:
+    assert paired(run("rsd"))["rsd"] == (None, "no baseline run is among the results")
+    found = paired(run("baseline", seed=8), run("baseline", seed=9, suite="libero_goal"), run("rsd"))
+    assert found["rsd"] == (None, "it differs from baseline, libero_spatial: seed is 8 and 7")
+    everything = tuple((task, trial) for task in range(3) for trial in range(4))
+    assert "no episode ended without an error in both" in str(paired(run("baseline", broken=everything), run("rsd")))
+
+
+def throughput_only(*runs: Results) -> list[bool]:
+    return [run.throughput_only for run in pair_up([(Path(str(i)), r) for i, r in enumerate(runs)])]
+
+
+def test_a_series_over_workers_adds_its_throughput_only() -> None:
+    single, series = run("rsd"), [run("rsd", timing="batched", trials=2, throughput=throughput(n, n)) for n in (1, 2)]
+    assert throughput_only(single, *series) == [False, True, True]
+    large = run("rsd", timing="batched", trials=5)
+    assert throughput_only(single, *series, large) == [False, True, True, False]
+    assert throughput_only(run("baseline"), *series) == [False, False, True]
+    assert throughput_only(run("rsd"), run("rsd", backend="trt", trials=2)) == [False, False]
+
+
+def test_a_run_whose_fields_are_out_of_range_is_not_accepted(tmp_path: Path) -> None:
+    results = run("rsd")
+    wrong = dataclasses.replace(results, queries=results.queries + 1)
+    with pytest.raises(UserError, match="queries is"):
+        read_run(write(tmp_path / "r.json", wrong))
