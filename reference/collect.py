@@ -27,13 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import rsd_trt
+from rsd_trt.config import PROPRIO_DIM
 from rsd_trt.eval.simulator import Simulator
 from rsd_trt.presets import preset
-from rsd_trt.reference.demonstrate import Actor, Demonstration, demonstrate
+from rsd_trt.reference.demonstrate import SCENE_DIM, Actor, Demonstration, demonstrate
 from rsd_trt.runtime.observation import Observation
 
 if TYPE_CHECKING:
-    from multiprocessing.process import BaseProcess
+    from multiprocessing.context import SpawnProcess
 
     from rsd_trt.runtime.policy import Policy
 
@@ -43,7 +44,7 @@ SUITE = "libero_spatial"
 TASKS = 10
 FIRST_SEED = 1_000_000  # of the training scenes
 SEEDS_PER_TASK = 100_000
-MAX_STEPS = 300
+MAX_STEPS = 220  # the evaluation's: what takes longer is no example
 MANIFEST = "manifest.json"
 
 
@@ -107,7 +108,7 @@ def collect(settings: Settings, workers: int, minutes: float | None = None, devi
     if not jobs:
         log.info("%s has everything already", settings.out)
     policy = _load_policy(settings.policy, workers, device) if settings.policy and jobs else None
-    processes: dict[Connection, BaseProcess] = {}
+    processes: dict[Connection, SpawnProcess] = {}
     running: dict[Connection, Job | None] = {}
     context = multiprocessing.get_context("spawn")
     for worker in range(min(workers, len(jobs))):
@@ -215,20 +216,26 @@ def _work(connection: Connection, settings: Settings) -> None:
                 kept[seed] = found
             else:
                 failed.append(seed)
-        frames = write_chunk(settings.file(job.task, job.chunk), job, kept, failed, broken)
+        file = settings.file(job.task, job.chunk)
+        frames = write_chunk(file, job, simulator.instruction if simulator else "", kept, failed, broken)
         connection.send(frames)
     if simulator is not None:
         simulator.close()
 
 
 def write_chunk(
-    file: Path, job: Job, kept: dict[int, Demonstration], failed: Sequence[int], broken: Sequence[int]
+    file: Path,
+    job: Job,
+    instruction: str,
+    kept: dict[int, Demonstration],
+    failed: Sequence[int],
+    broken: Sequence[int],
 ) -> int:
     """Writes the episodes of a chunk as one uncompressed .npz, and returns its number of frames F.
 
     images [F, cameras, size, size, 3] uint8; proprio [F, 8]; scene [F, 6]; row [F], the frame's action in `actions`;
-    end [F], behind its episode's last; seed [F]; actions [S, A], the expert's at every step of all episodes; task;
-    summary, JSON.
+    end [F], behind its episode's last; seed [F]; actions [S, A], the expert's at every step of all episodes; task,
+    instruction; summary, JSON.
     """
     config = preset("reference", "reference")
     size, cameras = config.backbone.image_size, len(config.control.cameras)
@@ -251,13 +258,14 @@ def write_chunk(
     np.savez(
         buffer,
         images=np.concatenate([np.zeros((0, cameras, size, size, 3), np.uint8)] + [demo.images for demo in shown]),
-        proprio=np.concatenate([np.zeros((0, 8), np.float32)] + [demo.proprio for demo in shown]),
-        scene=np.concatenate([np.zeros((0, 6), np.float32)] + [demo.scene for demo in shown]),
+        proprio=np.concatenate([np.zeros((0, PROPRIO_DIM), np.float32)] + [demo.proprio for demo in shown]),
+        scene=np.concatenate([np.zeros((0, SCENE_DIM), np.float32)] + [demo.scene for demo in shown]),
         row=np.concatenate([np.zeros(0, np.int64), *rows]),
         end=np.repeat(ends, counts),
         seed=np.repeat(np.array([seed for seed, demo in kept.items() if len(demo.steps)], np.int64), counts),
-        actions=np.concatenate([np.zeros((0, 7), np.float32)] + [demo.actions for demo in shown]),
+        actions=np.concatenate([np.zeros((0, config.dims.A), np.float32)] + [demo.actions for demo in shown]),
         task=np.array(job.task),
+        instruction=np.array(instruction),
         summary=np.array(json.dumps(summary)),
     )
     _replace(file, buffer.getvalue())

@@ -28,12 +28,12 @@ POSITION_DIMS = 3  # of the arm's dimensions; the others turn the hand
 SCENE_DIM = 6  # bowl and plate, relative to the grip site
 
 UNDISTURBED_SHARE = 0.3  # of the episodes run without Gaussian noise
-NOISE = (0.05, 0.35)  # standard deviation on the position dimensions, in action units
+NOISE = (0.03, 0.2)  # standard deviation on the position dimensions, in action units
 TURN_SHARE = 0.3  # of that on the rotation dimensions
-BURST_COUNTS = (0.45, 0.35, 0.2)  # how probable 0, 1 and 2 bursts are
+BURST_COUNTS = (0.55, 0.3, 0.15)  # how probable 0, 1 and 2 bursts are
 BURST_STEPS = (3, 10)
 BURST_BEGIN = 90  # a burst begins before this step
-GRIPPER_BURSTS = 0.3  # of the bursts have the gripper the wrong way round
+GRIPPER_BURSTS = 0.2  # of the bursts have the gripper the wrong way round
 DISPLACED_SHARE = 0.3  # of the episodes have the bowl displaced
 DISPLACED_BEGIN = (3, 30)  # the first step at which it may be
 DISPLACEMENT = (0.02, 0.05)  # m
