@@ -27,10 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import rsd_trt
-from rsd_trt.config import PROPRIO_DIM
 from rsd_trt.eval.simulator import Simulator
 from rsd_trt.presets import preset
-from rsd_trt.reference.demonstrate import SCENE_DIM, Actor, Demonstration, demonstrate
+from rsd_trt.reference.demonstrate import Actor, Demonstration, demonstrate
 from rsd_trt.runtime.observation import Observation
 
 if TYPE_CHECKING:
@@ -237,8 +236,6 @@ def write_chunk(
     end [F], behind its episode's last; seed [F]; actions [S, A], the expert's at every step of all episodes; task,
     instruction; summary, JSON.
     """
-    config = preset("reference", "reference")
-    size, cameras = config.backbone.image_size, len(config.control.cameras)
     shown = [demo for demo in kept.values() if len(demo.steps)]
     ends = np.cumsum([len(demo.actions) for demo in shown], dtype=np.int64)
     rows = [demo.steps + end - len(demo.actions) for demo, end in zip(shown, ends, strict=True)]
@@ -257,19 +254,23 @@ def write_chunk(
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        images=np.concatenate([np.zeros((0, cameras, size, size, 3), np.uint8)] + [demo.images for demo in shown]),
-        proprio=np.concatenate([np.zeros((0, PROPRIO_DIM), np.float32)] + [demo.proprio for demo in shown]),
-        scene=np.concatenate([np.zeros((0, SCENE_DIM), np.float32)] + [demo.scene for demo in shown]),
-        row=np.concatenate([np.zeros(0, np.int64), *rows]),
+        images=_join([demo.images for demo in shown], np.uint8),
+        proprio=_join([demo.proprio for demo in shown], np.float32),
+        scene=_join([demo.scene for demo in shown], np.float32),
+        row=_join(rows, np.int64),
         end=np.repeat(ends, counts),
         seed=np.repeat(np.array([seed for seed, demo in kept.items() if len(demo.steps)], np.int64), counts),
-        actions=np.concatenate([np.zeros((0, config.dims.A), np.float32)] + [demo.actions for demo in shown]),
+        actions=_join([demo.actions for demo in shown], np.float32),
         task=np.array(job.task),
         instruction=np.array(instruction),
         summary=np.array(json.dumps(summary)),
     )
     _replace(file, buffer.getvalue())
     return sum(counts)
+
+
+def _join(arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
 
 
 def _replace(file: Path, content: bytes) -> None:

@@ -65,6 +65,8 @@ def load_demonstrations(folder: Path, device: torch.device) -> Demonstrations:
     tasks, seeds, instructions, offset = [], [], {}, 0
     with ThreadPoolExecutor(READERS) as pool:
         for arrays in pool.map(_read, files):
+            if not len(arrays["row"]):  # no episode of this chunk ended well
+                continue
             for name, tensors in parts.items():
                 tensor = torch.from_numpy(arrays[name]).to(device)
                 tensors.append(tensor + offset if name in ("row", "end") else tensor)
@@ -72,8 +74,7 @@ def load_demonstrations(folder: Path, device: torch.device) -> Demonstrations:
             task = int(arrays["task"])
             tasks.append(torch.full((len(arrays["row"]),), task, device=device))
             seeds.append(torch.from_numpy(arrays["seed"]).to(device))
-            if len(arrays["row"]):
-                instructions[task] = str(arrays["instruction"])
+            instructions[task] = str(arrays["instruction"])
     log.info("%d files, %d frames of %d tasks", len(files), sum(map(len, seeds)), len(instructions))
     return Demonstrations(
         **{name: torch.cat(tensors) for name, tensors in parts.items()},
@@ -91,7 +92,8 @@ def load_actions(folder: Path) -> Tensor:
     found = []
     for file in files:
         with np.load(file) as arrays:
-            found.append(torch.from_numpy(arrays["actions"]))
+            if len(arrays["actions"]):
+                found.append(torch.from_numpy(arrays["actions"]))
     return torch.cat(found)
 
 

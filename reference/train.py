@@ -24,7 +24,7 @@ from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.models.codec import Codec
 from rsd_trt.presets import preset
 from rsd_trt.reference.data import Batches, load_actions, load_demonstrations, proprio_quantiles
-from rsd_trt.reference.fit_codec import CodecSettings, codec_errors, fit_codec
+from rsd_trt.reference.fit_codec import check_codec, fit_codec
 from rsd_trt.reference.fit_policy import PolicySettings, RsdModel, build_model, fit_draft, fit_policy
 from rsd_trt.reference.loop import METRICS, LoopSettings, Trained, read_trained, write_state
 from rsd_trt.reference.measure import measure
@@ -52,7 +52,6 @@ class Request:
     limits: LoopSettings = field(default_factory=lambda: LoopSettings(minutes=8.0))
     draft_minutes: float | None = 1.0
     draft_steps: int | None = None
-    codec: CodecSettings = field(default_factory=CodecSettings)
 
 
 class Training:
@@ -70,11 +69,9 @@ class Training:
         """Fits the codec, unless that is done."""
         file = self.request.run / "codec.pt"
         if not file.is_file():
-            actions = load_actions(self.request.data)
-            codec = fit_codec(self.config, actions.to(self.device), self.request.codec)
-            write_state(
-                file, {"codec": codec.state_dict(), "errors": asdict(codec_errors(codec, actions.to(self.device)))}
-            )
+            codec = fit_codec(self.config)
+            errors = check_codec(codec, load_actions(self.request.data))
+            write_state(file, {"codec": codec.state_dict(), "errors": asdict(errors)})
         codec = Codec(self.config.codec, self.config.dims)
         codec.load_state_dict(torch.load(file, weights_only=True)["codec"])
         return codec.requires_grad_(False).eval().to(self.device)
@@ -218,7 +215,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draft-minutes", type=float, default=1.0)
     parser.add_argument("--draft-steps", type=int)
     parser.add_argument("--total-minutes", type=float, help="of `all`; the policy gets what is left of it")
-    parser.add_argument("--codec-steps", type=int, default=CodecSettings.steps)
     parser.add_argument("--batch", type=int, default=PolicySettings.batch)
     parser.add_argument("--lr", type=float, default=LoopSettings.learning_rate)
     parser.add_argument("--warm-up", type=int, default=LoopSettings.warm_up)
@@ -242,7 +238,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
         args.draft_minutes if args.draft_steps is None else None,
         args.draft_steps,
-        CodecSettings(steps=args.codec_steps),
     )
     if args.step == "plot":
         log.info("%s", plot(args.run))
