@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import rsd_trt
+from rsd_trt.errors import UserError
 from rsd_trt.eval.simulator import Simulator
 from rsd_trt.presets import preset
 from rsd_trt.reference.demonstrate import Actor, Demonstration, demonstrate
@@ -43,6 +44,7 @@ SUITE = "libero_spatial"
 TASKS = 10
 FIRST_SEED = 1_000_000  # of the training scenes
 SEEDS_PER_TASK = 100_000
+LAG = 4  # chunks
 MAX_STEPS = 220  # the evaluation's: what takes longer is no example
 MANIFEST = "manifest.json"
 
@@ -90,11 +92,16 @@ def plan(settings: Settings) -> list[Job]:
 
 
 def take(jobs: list[Job], task: int | None) -> Job | None:
-    """Removes the next job for a process whose environment is that of `task`: another environment takes seconds."""
+    """Removes the next job for a process whose environment is that of `task`: another environment takes seconds.
+
+    A task that lags behind by `LAG` chunks is preferred all the same, so that all tasks are done at about one time.
+    """
     if not jobs:
         return None
     left = Counter(job.task for job in jobs)
-    wanted = task if task in left else max(left, key=lambda t: left[t])
+    wanted = max(left, key=lambda t: left[t])
+    if task is not None and task in left and left[wanted] - left[task] < LAG:
+        wanted = task
     job = next(job for job in jobs if job.task == wanted)
     jobs.remove(job)
     return job
@@ -311,7 +318,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     names = ("out", "episodes", "chunk", "tasks", "seed0", "every", "policy", "beta")
     settings = Settings(**{name: getattr(args, name) for name in names})
-    collect(settings, args.workers, args.minutes, args.device)
+    try:
+        collect(settings, args.workers, args.minutes, args.device)
+    except UserError as error:
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

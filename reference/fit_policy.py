@@ -71,16 +71,19 @@ class RsdModel(nn.Module):
         state = self.backbone.run(inputs, self.draft_block)
         draft_hidden = self.backbone.hidden(state)
         hidden = self.backbone.hidden(self.backbone.resume(state, self.blocks))
-        return Outputs(draft_hidden, hidden, self.draft(draft_hidden), self.head(hidden))
+        with torch.autocast(hidden.device.type, enabled=False):  # the targets depend on an exact argmax
+            draft, head = self.draft(draft_hidden.float()), self.head(hidden.float())
+        return Outputs(draft_hidden, hidden, draft, head)
 
-    def compile_blocks(self) -> None:
-        """Compiles each kind of block once: as fast as compiling the whole, and done in a fraction of the time."""
-        torch.set_float32_matmul_precision("high")
-        for tower in self.backbone.vision_backbone.values():
-            for block in tower.blocks:  # type: ignore[union-attr]
+    def compile_blocks(self, enabled: bool = True) -> None:
+        """Compiles each kind of block once: about as fast as compiling the whole, and done in a fraction of the
+        time. `enabled=False` takes it back."""
+        towers = [block for tower in self.backbone.vision_backbone.values() for block in tower.blocks]  # type: ignore[union-attr]
+        for block in [*towers, *self.backbone.llama.layers]:
+            if enabled:
                 block.compile(dynamic=False)
-        for layer in self.backbone.llama.layers:
-            layer.compile(dynamic=False)
+            else:
+                block._compiled_call_impl = None
 
 
 def build_model(config: BundleConfig, device: torch.device, seed: int) -> RsdModel:
@@ -102,9 +105,9 @@ def fit_policy(
     device = batches.data.images.device
     model = build_model(config, device, settings.seed)
     loop = Loop("policy", run, model, limits)
+    batches.generator.manual_seed(settings.seed + loop.step)
     if settings.compiled:
-        log.info("compiling the blocks; without: --no-compile")
-        model.compile_blocks()
+        _compile(model, batches.inputs(batches.draw(settings.batch), settings.augmented), device)
     table = codec.rfsq.table()
     measured = loop.elapsed
     for _ in loop.steps(settings.batch):
@@ -132,6 +135,19 @@ def fit_policy(
     return loop.average
 
 
+def _compile(model: RsdModel, inputs: BackboneInputs, device: torch.device) -> None:
+    """Compiles the blocks by a first pass; where that does not work, says so and leaves them as they were."""
+    log.info("compiling the blocks; without: --no-compile")
+    model.compile_blocks()
+    try:
+        with autocast(device):
+            model(inputs).hidden.float().sum().backward()
+    except Exception:  # whatever the compiler, its back end or the driver raises
+        log.exception("the blocks cannot be compiled here: training goes on without, at about half the speed")
+        model.compile_blocks(enabled=False)
+    model.zero_grad(set_to_none=True)
+
+
 def fit_draft(
     config: BundleConfig,
     codec: Codec,
@@ -151,10 +167,10 @@ def fit_draft(
         with torch.no_grad(), autocast(device):
             state = model.backbone.run(inputs, model.draft_block)
             early = model.backbone.hidden(state).float()
-            choices = model.head(model.backbone.hidden(model.backbone.resume(state, model.blocks))).argmax(-1)
-        z = decode_z(choices, table, dims)
-        with autocast(device):
-            logits = model.draft(early)
+            hidden = model.backbone.hidden(model.backbone.resume(state, model.blocks)).float()
+        with torch.no_grad():
+            z = decode_z(model.head(hidden).argmax(-1), table, dims)
+        logits = model.draft(early)
         losses = layer_losses(logits, corrected_targets(z, logits, table), config.dims.T)
         loss = total_loss(losses)
         loop.update(loss, {"loss": loss} | {f"draft_ce{i}": value for i, value in enumerate(losses)})

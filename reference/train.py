@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from rsd_trt.bundle import Bundle, save
 from rsd_trt.config import BundleConfig, Quantiles, Size
-from rsd_trt.errors import missing_extra
+from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.models.codec import Codec
 from rsd_trt.presets import preset
@@ -222,6 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the blocks (default: on CUDA)")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        _run(args)
+    except UserError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+def _run(args: argparse.Namespace) -> None:
     compiled = check_device(args.device).type == "cuda" if args.compile is None else args.compile
     request = Request(
         args.data,

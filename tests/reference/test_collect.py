@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 
 from rsd_trt.config import ControlConfig
 from rsd_trt.eval.simulator import Simulator, initial_states, open_suite
-from rsd_trt.reference.collect import SUITE, Job, Settings, plan, take, write_chunk
+from rsd_trt.reference.collect import LAG, SUITE, Job, Settings, plan, take, write_chunk
 from rsd_trt.reference.demonstrate import (
     DISPLACEMENT,
     TARGET,
@@ -54,6 +53,12 @@ def test_a_process_stays_with_its_task_while_there_are_chunks() -> None:
     assert [job.task if job else None for job in taken] == [0, 0, 1]
     assert [job.task for job in jobs] == [1, 1]
     assert take([], 0) is None
+
+
+def test_a_task_that_lags_behind_is_helped() -> None:
+    jobs = [Job(0, 0, ()), *(Job(1, chunk, ()) for chunk in range(LAG + 1))]
+    taken = [take(jobs, 0) for _ in range(3)]
+    assert [job.task if job else None for job in taken] == [1, 0, 1]
 
 
 def test_the_processes_do_without_torch() -> None:
@@ -104,7 +109,7 @@ def test_rows_point_at_the_frames_actions(tmp_path: Path, demonstration: Callabl
 def test_training_scenes_are_no_evaluation_states_and_the_bowl_can_be_displaced() -> None:
     stored = initial_states(open_suite(SUITE), 3)
     settings = Settings(Path())
-    with closing(Simulator(SUITE, 3, replace(ControlConfig(), camera_size=64, settle_steps=1))) as simulator:
+    with closing(Simulator(SUITE, 3, ControlConfig(camera_size=64))) as simulator:
         for episode in range(3):
             simulator.sample(settings.seed(3, episode), render=False)
             state = simulator.physics.get_state().flatten()
