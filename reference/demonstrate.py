@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS, PROPRIO_DIM, ControlConfig, Dims
 from rsd_trt.eval.simulator import Simulator
-from rsd_trt.reference.expert import TARGET, SceneState, expert_action, scene_state
+from rsd_trt.reference.expert import TARGET, expert_action, scene_state
 from rsd_trt.runtime.observation import Observation
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 Actor = Callable[[Observation], NDArray[np.float32]]  # a policy: observation -> action [A]
 
+PLATE, HAND = "plate_1", "robot0_eef_pos"  # robosuite's names of the plate and of the grip site's position
 POSITION_DIMS = 3  # of the arm's dimensions; the others turn the hand
 SCENE_DIM = 6  # bowl and plate, relative to the grip site
 
-UNDISTURBED_SHARE = 0.3  # of the episodes run without Gaussian noise
-NOISE = (0.03, 0.2)  # standard deviation on the position dimensions, in action units
+UNDISTURBED_SHARE = 0.4  # of the episodes run without Gaussian noise
+NOISE = (0.03, 0.15)  # standard deviation on the position dimensions, in action units
 TURN_SHARE = 0.3  # of that on the rotation dimensions
 BURST_COUNTS = (0.55, 0.3, 0.15)  # how probable 0, 1 and 2 bursts are
 BURST_STEPS = (3, 10)
@@ -131,13 +132,13 @@ def demonstrate(
     success, displaced, step = False, False, 0
     simulator.sample(seed, render=actor is not None or phase == 0)
     while step < max_steps and not success:
-        state = scene_state(simulator.raw, simulator.physics)
-        label = expert_action(state)
+        raw = simulator.raw
+        label = expert_action(scene_state(raw, simulator.physics))
         observation = simulator.observation()
         if step % every == phase:
             images.append(model_images(observation.images, control, size))
             proprio.append(observation.proprio)
-            scene.append(np.concatenate([state.bowl_position, state.plate_position]) - np.tile(state.eef_position, 2))
+            scene.append(np.concatenate([raw[f"{TARGET}_pos"] - raw[HAND], raw[f"{PLATE}_pos"] - raw[HAND]]))
             steps.append(step)
         actions.append(label)
         if actor is not None and step < disturbances.handover:
@@ -145,7 +146,7 @@ def demonstrate(
         else:
             executed = disturb(label, disturbances, step, random)
         if not displaced and disturbances.displace_from is not None and step >= disturbances.displace_from:
-            displaced = displace_bowl(simulator.physics, state, random)
+            displaced = displace_bowl(simulator, random)
         step += 1
         wanted = step % every == phase or (actor is not None and step < disturbances.handover)
         success = simulator.step(executed, render=wanted)
@@ -172,12 +173,13 @@ def model_images(images: NDArray[np.uint8], control: ControlConfig, size: int) -
     return np.stack([np.asarray(image) for image in resized])
 
 
-def displace_bowl(physics: MjSim, state: SceneState, random: np.random.Generator) -> bool:
+def displace_bowl(simulator: Simulator, random: np.random.Generator) -> bool:
     """Moves the target by 2-5 cm on its support, if nothing but the support touches it before and after.
 
     Returns whether it did; otherwise the bowl is where it was.
     """
-    if np.linalg.norm(state.bowl_position - state.eef_position) < DISPLACED_CLEARANCE:
+    physics, raw = simulator.physics, simulator.raw
+    if np.linalg.norm(raw[f"{TARGET}_pos"] - raw[HAND]) < DISPLACED_CLEARANCE:
         return False
     joint = f"{TARGET}_joint0"
     before = physics.data.get_joint_qpos(joint).copy()

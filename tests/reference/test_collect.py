@@ -26,7 +26,6 @@ from rsd_trt.reference.demonstrate import (
     draw_disturbances,
     model_images,
 )
-from rsd_trt.reference.expert import scene_state
 from rsd_trt.runtime.preprocess import resize
 
 
@@ -114,7 +113,8 @@ def test_training_scenes_are_no_evaluation_states_and_the_bowl_can_be_displaced(
             simulator.sample(settings.seed(3, episode), render=False)
             state = simulator.physics.get_state().flatten()
             assert np.abs(stored[:, 1:] - state[1:]).max(1).min() > 1e-3  # the first number is the time
-        before = scene_state(simulator.raw, simulator.physics)
-        assert displace_bowl(simulator.physics, before, np.random.default_rng(0))
-        moved = simulator.physics.data.get_joint_qpos(f"{TARGET}_joint0")[:3] - before.bowl_position
-        assert DISPLACEMENT[0] - 0.002 < np.linalg.norm(moved) < DISPLACEMENT[1] + 0.002
+        joint = f"{TARGET}_joint0"
+        before = simulator.physics.data.get_joint_qpos(joint).copy()
+        assert displace_bowl(simulator, np.random.default_rng(0))
+        moved = (simulator.physics.data.get_joint_qpos(joint) - before)[:3]
+        assert DISPLACEMENT[0] <= np.linalg.norm(moved) <= DISPLACEMENT[1]
