@@ -51,7 +51,7 @@ def preset(size: Size, name: str) -> BundleConfig:
                     DINO_TOWER(width=192, blocks=5, heads=3, mlp_width=768, patch=16),
                     SIGLIP_TOWER(width=192, blocks=5, heads=3, mlp_width=768, patch=16),
                 ),
-                language=LanguageConfig(hidden=256, intermediate=688, blocks=12, heads=4, vocab=320),
+                language=LanguageConfig(hidden=256, intermediate=640, blocks=12, heads=4, vocab=320),
                 image_size=128,
                 proprio=True,
             ),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -49,7 +50,9 @@ class Preprocessor:
             pixels=self.pixels(torch.from_numpy(images).to(self.device)),
             tokens=tokens.to(self.device),
             lengths=torch.tensor([len(prompt) for prompt in prompts], device=self.device),
-            proprio=self._proprio(observations) if self.backbone.proprio else None,
+            proprio=self.proprio(np.stack([observation.proprio for observation in observations]))
+            if self.backbone.proprio
+            else None,
         )
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -90,9 +93,9 @@ class Preprocessor:
             self._prompts[instruction] = ids
         return self._prompts[instruction]
 
-    def _proprio(self, observations: Sequence[Observation]) -> Tensor:
-        """[B, 8]; with quantiles, 2 (x - q01) / (q99 - q01) - 1 where the mask is true (OpenVLA-OFT)."""
-        x = np.stack([observation.proprio for observation in observations]).astype(np.float32)
+    def proprio(self, values: NDArray[np.float32]) -> Tensor:
+        """[B, 8] -> [B, 8]; with quantiles, 2 (x - q01) / (q99 - q01) - 1 where the mask is true (OpenVLA-OFT)."""
+        x = values.astype(np.float32)
         if (quantiles := self.control.proprio_quantiles) is not None:
             q01, q99 = np.array(quantiles.q01, np.float32), np.array(quantiles.q99, np.float32)
             normalised = np.clip(2 * (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)

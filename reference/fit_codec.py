@@ -1,0 +1,171 @@
+"""The codec: an autoencoder that spreads every action dimension over latents of its own.
+
+Latent j carries one action dimension d(j), z_j = RANGE * a_d + offset_j, and the decoder takes the mean over the
+latents of a dimension. That keeps what matters here: all of [-1, 1] decodes, an error of a latent is an error of
+one dimension and of no more than its own size, and the offsets put the latents' quantisation errors out of step, so
+that they cancel. The two networks are fitted to these functions; their hidden units are shared out among the latents.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsd_trt.config import ARM_DIMS, BundleConfig
+from rsd_trt.errors import UserError
+from rsd_trt.models.codec import Codec
+
+log = logging.getLogger(__name__)
+
+# A layer reaches three times as far as what the layer before leaves when it chooses the nearest level, so that the
+# layers behind can also make good a neighbouring choice. The last layer's half step is (1/3)^7 / 6 = 8e-5.
+SCALE_RATIO = 1 / 3
+RANGE = 2 / 3  # of z: the largest actions, which are frequent, lie on a level of layer 0
+OFFSETS = {1: (0.0,), 2: (-0.0278, 0.0278), 3: (-0.086, 0.0, 0.049)}  # by the number of latents of a dimension
+ENCODER_UNITS = (1.5, 3.0, 1.0)  # slope, spread and middle of the biases that the hidden units start from
+DECODER_UNITS = (0.5, 3.0, 0.0)  # so smooth that four of them make a straight line to 1e-6
+GRID = 401  # points that a function is fitted on
+LARGEST_ERROR = 1e-2  # of any of the data's actions, in action units
+
+
+@dataclass(frozen=True)
+class CodecErrors:
+    """Reconstruction errors, by the number of layers that are decoded."""
+
+    largest: tuple[float, ...]
+    mean: tuple[float, ...]
+    wrong_grippers: tuple[float, ...]  # share of the gripper signs that are wrong
+
+
+def fit_codec(config: BundleConfig, iterations: int = 300) -> Codec:
+    """A codec with static scales, the same on every machine but for rounding."""
+    dims = config.dims
+    codec = Codec(config.codec, dims)
+    assert codec.rfsq.scales is not None, "the reference policy's codec has static scales"
+    codec.rfsq.scales.copy_(SCALE_RATIO ** torch.arange(dims.L))
+    owner, offsets, copies = _share_out(dims.D, dims.A)
+    grid = torch.linspace(-1, 1, GRID, dtype=torch.float64).expand(dims.D, -1)  # [D, G]
+    z = RANGE * grid + offsets[:, None]
+    units = config.codec.width // dims.D
+    encode = _Units(dims.D, units, ENCODER_UNITS)
+    encode.solve(grid, z.atanh(), weight=1 - z.square())
+    _polish(encode, grid, z, iterations)
+    decode = _Units(dims.D, units, DECODER_UNITS)
+    decode.solve(encode(grid).tanh(), grid, weight=torch.ones_like(grid))
+    with torch.no_grad():
+        first, _, last, _ = codec.encoder
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        _place(first, last, encode, torch.eye(dims.A)[owner], torch.eye(dims.D))
+        first, _, last = codec.decoder
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        _place(first, last, decode, torch.eye(dims.D), (torch.eye(dims.A)[owner] / copies[:, None]).T)
+    return codec.requires_grad_(False).eval()
+
+
+def check_codec(codec: Codec, actions: Tensor) -> CodecErrors:
+    """The codec's errors over the data's actions [S, A] and over as much uniform noise.
+
+    Raises:
+        UserError: an action is off by more than `LARGEST_ERROR`, or a gripper's sign is wrong, with all layers.
+    """
+    uniform = torch.rand(actions.shape, generator=torch.Generator().manual_seed(0)).to(actions) * 2 - 1
+    errors = codec_errors(codec, actions)
+    largest = max(errors.largest[-1], codec_errors(codec, uniform).largest[-1])
+    log.info("codec: %s, largest error over uniform noise too: %.2g", errors, largest)
+    if largest > LARGEST_ERROR or errors.wrong_grippers[-1] > 0:
+        raise UserError(
+            f"the codec is off by up to {largest:.3g} (limit {LARGEST_ERROR}), with a share of "
+            f"{errors.wrong_grippers[-1]:.3g} of the grippers wrong: fit it with more iterations"
+        )
+    return errors
+
+
+@torch.no_grad()
+def codec_errors(codec: Codec, actions: Tensor) -> CodecErrors:
+    """Reconstruction errors over actions [S, A]."""
+    tokens = codec.encode(actions[:, None])  # [S, 1, D, L]
+    largest, mean, wrong = [], [], []
+    for n in range(1, tokens.shape[-1] + 1):
+        decoded = codec.decode(tokens, n)[:, 0]
+        error = (decoded - actions).abs()
+        largest.append(float(error.max()))
+        mean.append(float(error.mean()))
+        wrong.append(float(((decoded[:, ARM_DIMS] > 0) != (actions[:, ARM_DIMS] > 0)).float().mean()))
+    return CodecErrors(tuple(largest), tuple(mean), tuple(wrong))
+
+
+def _share_out(latents: int, actions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each latent [D]: its action dimension, its offset, and how many latents that dimension has."""
+    counts = [latents // actions] * actions
+    for dimension in range(latents - sum(counts)):
+        counts[dimension] += 1
+    for spare in range(3):  # the gripper has two values and needs one latent; the positions get what is left
+        if counts[ARM_DIMS] > 1 and counts[spare] < max(OFFSETS):
+            counts[ARM_DIMS] -= 1
+            counts[spare] += 1
+    owner = torch.repeat_interleave(torch.arange(actions), torch.tensor(counts))
+    offsets = torch.tensor([offset for count in counts for offset in OFFSETS[count]], dtype=torch.float64)
+    return owner, offsets, torch.tensor(counts)[owner]
+
+
+class _Units(nn.Module):
+    """n functions of one variable each: sum_m out[m] * mish(slope[m] * x + bias[m]) + constant."""
+
+    def __init__(self, functions: int, units: int, start: tuple[float, float, float]) -> None:
+        super().__init__()
+        slope, spread, centre = start
+        biases = centre + torch.linspace(-spread, spread, units, dtype=torch.float64)
+        self.slope = nn.Parameter(torch.full((functions, units), slope, dtype=torch.float64))
+        self.bias = nn.Parameter(biases.repeat(functions, 1))
+        self.out = nn.Parameter(torch.zeros(functions, units, dtype=torch.float64))
+        self.constant = nn.Parameter(torch.zeros(functions, 1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [n, G] -> [n, G]."""
+        return (self.out[..., None] * self._hidden(x)).sum(1) + self.constant
+
+    @torch.no_grad()
+    def solve(self, x: Tensor, target: Tensor, weight: Tensor) -> None:
+        """Sets `out` and `constant` by weighted least squares; x, target and weight are [n, G]."""
+        hidden = torch.cat([self._hidden(x), torch.ones_like(x)[:, None]], dim=1)  # [n, units + 1, G]
+        system = (hidden * weight[:, None]).transpose(1, 2)
+        found = torch.linalg.lstsq(system, (target * weight)[..., None]).solution[..., 0]  # [n, units + 1]
+        self.out.copy_(found[:, :-1])
+        self.constant.copy_(found[:, -1:])
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return F.mish(self.slope[..., None] * x[:, None] + self.bias[..., None])  # [n, units, G]
+
+
+def _polish(encode: _Units, x: Tensor, z: Tensor, iterations: int) -> None:
+    """L-BFGS on all of the encoder's weights: tanh(encode(x)) should be z, [n, G]."""
+    optimiser = torch.optim.LBFGS(
+        encode.parameters(), max_iter=iterations, history_size=50, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> float:
+        optimiser.zero_grad()
+        loss = (encode(x).tanh() - z).square().mean()
+        loss.backward()
+        return float(loss.detach())
+
+    optimiser.step(closure)
+    encode.requires_grad_(False)
+
+
+def _place(first: nn.Linear, last: nn.Linear, units: _Units, inputs: Tensor, outputs: Tensor) -> None:
+    """Writes the functions into two layers. inputs [n, first's inputs] says what each function reads, outputs
+    [last's outputs, n] where it goes."""
+    functions, count = units.slope.shape
+    used = functions * count
+    for layer in (first, last):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    first.weight[:used] = (units.slope[..., None] * inputs[:, None]).flatten(0, 1)
+    first.bias[:used] = units.bias.flatten()
+    last.weight[:, :used] = (outputs.double()[..., None] * units.out).flatten(1)
+    last.bias.copy_(outputs.double() @ units.constant[:, 0])
