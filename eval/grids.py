@@ -182,7 +182,7 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, str]]:
         for key, entry in value.items():
             yield from _flat(entry, f"{path}.{key}" if path else str(key))
     else:
-        yield path, value if isinstance(value, str) else json.dumps(value)
+        yield path, value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
 def _errors(count: int) -> str:
