@@ -77,7 +77,8 @@ def comparisons_grid(runs: Sequence[Run]) -> Grid:
     for run in runs:
         if (versus := run.versus) is not None:
             test, faster = versus.mcnemar, versus.speedup
-            speedup = f"{number(faster.value, 'x')} ({interval(faster.interval, 'x')})" if faster else versus.no_speedup
+            bounds = interval(faster.interval, "x") if faster and faster.interval else "too few episodes"
+            speedup = f"{number(faster.value, 'x')} ({bounds})" if faster else versus.no_speedup
             changed = (f"{versus.success_points:+.1f} points", number(test.gained), number(test.lost), f"{test.p:.2g}")
             pairs = (number(versus.pairs), number(versus.left_out))
             rows.append((run.name, run.baseline or ABSENT, *pairs, *changed, speedup or ABSENT))

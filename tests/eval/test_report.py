@@ -251,6 +251,11 @@ def test_batched_runs_show_no_latency_and_no_speedup(tmp_path: Path) -> None:
     assert not re.search(r"\d\.\d\dx", shown)
 
 
+def test_a_speedup_without_an_interval_says_so(tmp_path: Path) -> None:
+    report = make(tmp_path, run("baseline", tasks=(0,)), run("rsd", tasks=(0,)))
+    assert re.search(r"\d\.\d\dx \(too few episodes\)", check((report / "report.html").read_text("utf-8")).text)
+
+
 def test_a_met_report_has_nothing_to_diagnose(tmp_path: Path) -> None:
     good = {"success": 2.0, "acceptance": 1.0, "tasks": tuple(range(10)), "trials": 10}
     report = make(tmp_path, run("baseline", **good), run("rsd", **good))  # type: ignore[arg-type]
