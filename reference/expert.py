@@ -167,7 +167,7 @@ def choose_grasp(state: SceneState) -> tuple[Array, float]:
     angle = np.arange(DIRECTIONS) * (2 * np.pi / DIRECTIONS)
     side = np.stack([np.cos(angle), np.sin(angle), np.zeros_like(angle)], axis=1)
     out = side - (side @ up)[:, None] * up  # [c, 3], from the bowl's axis to the rim
-    out /= np.linalg.norm(out, axis=1, keepdims=True)
+    out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
     positions = state.bowl_position + GRASP_HEIGHT * up + GRASP_RADIUS * out
     yaws = np.arctan2(out[:, 1], out[:, 0]) % np.pi - np.pi / 2  # either finger may be the outer one
     costs = HEIGHT_COST * RIM_RADIUS * (out[:, 2].max() - out[:, 2]) + TURN_COST * np.abs(yaws)

@@ -130,6 +130,9 @@ def fit_policy(
             assert isinstance(loop.average, RsdModel)
             report = measure(loop.average, codec, config, batches, settings.measured, settings.batch)
             loop.record(kind="held_out", **report)
+            log.info(
+                "held out: %s", {key: report.get(key) for key in ("head_first_error", "head_gripper", "agreement")}
+            )
             measured = loop.elapsed
     assert isinstance(loop.average, RsdModel)
     return loop.average

@@ -180,6 +180,6 @@ def gpu_percent(device: torch.device) -> int | None:
         return None
     try:
         return torch.cuda.utilization(device)
-    except (RuntimeError, ModuleNotFoundError) as error:  # no NVML, or no driver for it
+    except Exception as error:  # no NVML, no driver for it, or one that refuses: NVML's errors share no base
         log.debug("the GPU's utilisation cannot be read: %s", error)
         return None

@@ -161,6 +161,8 @@ class Training:
 def run_all(request: Request, total_minutes: float | None) -> None:
     """Every step; with `total_minutes`, the policy gets what the others leave of that time."""
     started = time.perf_counter()
+    if request.bundle.exists():  # said before the training, not after it
+        raise UserError(f"{request.bundle} exists; choose another path or remove it first")
     training = Training(request)
     training.codec()
     training.batches()
