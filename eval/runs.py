@@ -124,7 +124,7 @@ def _traits(run: Results) -> tuple[str, ...]:
         settings.bundle,
         settings.backend,
         settings.precision,
-        f"{settings.n_action_steps} actions a query",
+        f"{counted(settings.n_action_steps, 'action')} a query",
         f"protocol {settings.protocol}",
         f"{settings.timing} timing",
         workers,

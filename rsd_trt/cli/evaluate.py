@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -129,6 +130,8 @@ def evaluate(
     """
     if record_hidden is not None and mode != "shadow":
         raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
+    if workers > 1:  # before torch is loaded: waiting threads that spin would take the cores from the simulators
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rsd_trt.eval.run import EvalRequest
     from rsd_trt.eval.run import evaluate as run
 
@@ -153,7 +156,7 @@ def evaluate(
         precision=precision,
         engines=engines,
     )
-    with stoppable(), EpisodeProgress() as progress:
+    with stoppable(), EpisodeProgress(timed=workers == 1) as progress:
         results = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))
     if as_json:
         click.echo(json.dumps(to_json(results)))
