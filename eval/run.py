@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,14 +154,18 @@ def _run(
     earlier = [episode for episode in log.episodes.values() if episode.error is None]
     on_start(len(keys), list(earlier))
     videos = request.pictures("videos") if request.video else None
-    assignments = [
-        Assignment(*key, settings.max_steps, request.pictures("failures"), videos) for key in keys if log.lacks(*key)
-    ]
+    missing = sorted((key for key in keys if log.lacks(*key)), key=lambda key: key in log.episodes)  # errors last
+    assignments = [Assignment(*key, settings.max_steps, request.pictures("failures"), videos) for key in missing]
     build = partial(Simulator, settings.suite, control=settings.control)
     meter, gpu, started = Meter(), GpuMeter(torch.device(settings.device)), time.perf_counter()
     try:
-        with gpu:
-            for episode in run_episodes(policy, build, assignments, request.workers, rows, request.timeout, meter):
+        with (
+            gpu,
+            closing(
+                run_episodes(policy, build, assignments, request.workers, rows, request.timeout, meter)
+            ) as episodes,
+        ):
+            for episode in episodes:
                 log.append(episode)
                 on_episode(episode)
             seconds = time.perf_counter() - started
@@ -230,7 +235,8 @@ def _write_hidden(path: Path, policy: Policy) -> None:
     """The recorded hidden states, as `rsd-trt verify` reads them: `prefix` and `final`, each [n, H] float32."""
     from safetensors.torch import save
 
-    assert policy.hidden_states
+    if not policy.hidden_states:
+        raise UserError(f"no query was answered, so there are no hidden states to write to {path}")
     prefix, final = (torch.cat(states).float() for states in zip(*policy.hidden_states, strict=True))
     write_atomically(path, save({"prefix": prefix, "final": final}))
 

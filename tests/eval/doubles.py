@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 import zlib
 from collections.abc import Sequence
@@ -69,6 +70,10 @@ class Troubled(World):
                 os.kill(os.getpid(), 9)
             if self.how == "hangs":
                 time.sleep(3600)
+            if self.how == "freezes":  # once its next message, larger than a pipe's buffer, is half-sent
+                stop = f"sleep 0.3; kill -STOP {os.getpid()}"
+                subprocess.Popen(["sh", "-c", stop])
+                return super().step(action, render)
             raise RuntimeError("the GL context is lost")
         return super().step(action, render)
 
@@ -87,6 +92,14 @@ class Slow(World):
         return super().step(action, render)
 
 
+@dataclass
+class Broken(World):
+    """A world that never starts."""
+
+    def reset(self, trial: int) -> None:
+        raise RuntimeError("no")
+
+
 def unusable(task: int) -> World:
     raise UserError("no headless OpenGL for EGL or OSMesa: apt-get install libegl1")
 
@@ -98,6 +111,7 @@ class Reader:
     chunk: int = 2
     fault: str = ""
     fault_step: int = 4
+    seconds: float = 0.0  # that a forward takes
     batches: list[int] = field(default_factory=list)
 
     def reset(self, slot: int | None = None) -> None:
@@ -105,6 +119,7 @@ class Reader:
 
     def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
         self.batches.append(len(slots))
+        time.sleep(self.seconds)
         wrong = [
             bool(self.fault) and o.instruction == "task 0" and o.proprio[-1] >= self.fault_step for o in observations
         ]
