@@ -76,7 +76,8 @@ class EpisodeProgress:
         steps = sum(e.steps for e in done)
         errors = len(self.episodes) - len(done)
         figures = f"success {sum(e.success for e in done)}/{len(done)}"
-        if steps and all(query.rows == 1 for e in done for query in e.queries):
+        queries = [query for e in done for query in e.queries]
+        if steps and queries and all(query.rows == 1 for query in queries):
             figures += f", {sum(e.policy_ms for e in done) / steps:.2f} ms/action"
         figures += f", {errors} errors" if errors else ""
         self.progress.update(self.bar, advance=1, figures=figures)
