@@ -230,10 +230,9 @@ def _ended(worker: Worker, message: Finished | Broken, policy: Answering | None)
     if isinstance(message, Finished):
         actions = ActionStatistics.of(message.actions) if len(message.actions) else None
         episode = worker.episode(message.success, actions, len(message.actions), None)
-        moved = message.displacement
-        disturbance = assignment.disturbance if moved is not None else None
-        episode = replace(episode, displaced_at=disturbance.step if disturbance else None, displacement=moved)
-        return replace(episode, seconds=round(message.seconds, 4))
+        planned, moved = assignment.disturbance, message.displacement
+        step = planned.step if planned and moved else None
+        return replace(episode, seconds=round(message.seconds, 4), displaced_at=step, displacement=moved)
     if message.refused:
         raise UserError(message.message)
     again = worker.attempt < ATTEMPTS

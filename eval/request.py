@@ -1,4 +1,4 @@
-"""What to evaluate, and who acts."""
+"""What to evaluate, and what acts."""
 
 from __future__ import annotations
 

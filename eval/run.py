@@ -15,7 +15,7 @@ import torch
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.cast import Cast, cast_bundle, cast_script
+from rsd_trt.eval.driver import Driver, bundle_driver, scripted_driver
 from rsd_trt.eval.disturb import check_target, draw
 from rsd_trt.eval.episode_log import EpisodeLog
 from rsd_trt.eval.pool import Meter, run_episodes
@@ -58,17 +58,16 @@ def _evaluate(
 ) -> Results:
     if request.disturb is not None:
         check_target(request.suite)
-    who = request.policy if isinstance(request.policy, Scripted) else Bundle.open(request.policy)
+    acting = request.policy if isinstance(request.policy, Scripted) else Bundle.open(request.policy)
     tasks = _tasks(request)
     if request.video:
         check_video_writer()
     _seed_everything(request.seed)
-    cast = (
-        cast_script(request, who, tuple(tasks))
-        if isinstance(who, Scripted)
-        else cast_bundle(request, who, tuple(tasks))
-    )
-    policy, settings = cast.policy, cast.settings
+    if isinstance(acting, Scripted):
+        driver = scripted_driver(request, acting, tuple(tasks))
+    else:
+        driver = bundle_driver(request, acting, tuple(tasks))
+    policy, settings = driver.policy, driver.settings
     request.out.mkdir(parents=True, exist_ok=True)
     with locked(request.out / f".{request.name}.lock", partial(_refuse_to_share, request)):
         log = EpisodeLog(request.out, request.name, settings, request.fresh)
@@ -78,9 +77,9 @@ def _evaluate(
             policy.hidden_states = []
         if request.fresh:
             _remove_earlier(request)
-        throughput = _run(request, cast, log, on_start, on_episode)
+        throughput = _run(request, driver, log, on_start, on_episode)
         episodes = list(log.episodes.values())
-        results = summarise(settings, episodes, tasks, cast.codec_round_trip_mse, command, throughput)
+        results = summarise(settings, episodes, tasks, driver.codec_round_trip_mse, command, throughput)
         write_atomically(request.results_file, json.dumps(to_json(results), indent=1) + "\n")
         if policy is not None and request.record_hidden is not None:
             _write_hidden(request.record_hidden, policy)
@@ -89,7 +88,7 @@ def _evaluate(
 
 def _run(
     request: EvalRequest,
-    cast: Cast,
+    driver: Driver,
     log: EpisodeLog,
     on_start: Callable[[int, list[Episode]], None],
     on_episode: Callable[[Episode], None],
@@ -100,17 +99,17 @@ def _run(
     earlier = [episode for episode in log.episodes.values() if episode.error is None]
     on_start(len(keys), list(earlier))
     videos = request.pictures("videos") if request.video else None
-    failures = request.pictures("failures") if cast.script is None else None  # a script sees no images to keep
+    failures = request.pictures("failures") if driver.script is None else None  # a script sees no images to keep
     disturbances = {key: draw(settings.disturb, *key) for key in keys} if settings.disturb is not None else {}
     assignments = [
         Assignment(*key, settings.max_steps, failures, videos, disturbances.get(key)) for key in keys if log.lacks(*key)
     ]
-    process = partial(serve, build=partial(Simulator, settings.suite, control=settings.control), script=cast.script)
+    process = partial(serve, build=partial(Simulator, settings.suite, control=settings.control), script=driver.script)
     meter, gpu, started = Meter(), GpuMeter(torch.device(settings.device)), time.perf_counter()
     try:
         with gpu:
             for episode in run_episodes(
-                cast.policy, process, assignments, request.workers, cast.rows, request.timeout, meter
+                driver.policy, process, assignments, request.workers, driver.rows, request.timeout, meter
             ):
                 log.append(episode)
                 on_episode(episode)

@@ -1,4 +1,4 @@
-"""Who acts in a run: a bundle's policy, which the simulators' processes ask, or a script, which runs inside them."""
+"""What acts in a run: a bundle's policy, which the simulators' processes ask, or a script, which runs inside them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NONE = "none"  # what a script's settings say where a bundle's name a backend
 
 
 @dataclass(frozen=True)
-class Cast:
-    """Who acts, and what a run's settings say of it. Either `policy` or `script` is there."""
+class Driver:
+    """What acts, and what a run's settings say of it. Either `policy` or `script` is there."""
 
     settings: Settings
     policy: Policy | None = None
@@ -35,7 +35,7 @@ class Cast:
     codec_round_trip_mse: float | None = None
 
 
-def cast_bundle(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) -> Cast:
+def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) -> Driver:
     """The bundle's policy, loaded.
 
     Raises:
@@ -85,10 +85,10 @@ def cast_bundle(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) ->
         versions=host.versions(),
         disturb=request.disturb,
     )
-    return Cast(settings, policy, rows, codec_round_trip_mse=bundle.codec().round_trip_error())
+    return Driver(settings, policy, rows, codec_round_trip_mse=bundle.codec().round_trip_error())
 
 
-def cast_script(request: EvalRequest, script: Scripted, tasks: tuple[int, ...]) -> Cast:
+def scripted_driver(request: EvalRequest, script: Scripted, tasks: tuple[int, ...]) -> Driver:
     """The script, under protocol `oft` if none is asked for.
 
     Raises:
@@ -125,7 +125,7 @@ def cast_script(request: EvalRequest, script: Scripted, tasks: tuple[int, ...]) 
         policy=script.kind,
         disturb=request.disturb,
     )
-    return Cast(settings, script=script.act)
+    return Driver(settings, script=script.act)
 
 
 def _max_steps(request: EvalRequest, control: ControlConfig) -> int:
