@@ -15,8 +15,8 @@ import torch
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.driver import Driver, bundle_driver, scripted_driver
 from rsd_trt.eval.disturb import check_target, draw
+from rsd_trt.eval.driver import Driver, bundle_driver, scripted_driver
 from rsd_trt.eval.episode_log import EpisodeLog
 from rsd_trt.eval.pool import Meter, run_episodes
 from rsd_trt.eval.request import EvalRequest, Scripted
