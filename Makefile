@@ -3,8 +3,7 @@
 
 PYTHON ?= python3
 RSD_TRT := .venv/bin/rsd-trt
-BUNDLE := bundles/untrained
-DEMO := --tasks 0,1 --trials 1 --max-steps 60 --n-action-steps 1 --out results/demo --fresh
+DEMO := --backend ort --tasks 0,1 --trials 1 --n-action-steps 1 --out results/demo --fresh
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 10
@@ -16,16 +15,14 @@ setup: .venv/installed ## Make .venv with everything that demo and test need
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,report,dev]'
 	@touch $@
 
-$(BUNDLE): | setup
-	$(RSD_TRT) init $@ --size reference --seed 0
+demo: setup ## The reference policy in LIBERO, baseline and RSD, with a report
+	$(RSD_TRT) export --target onnx
+	$(RSD_TRT) eval --mode baseline $(DEMO)
+	$(RSD_TRT) eval --mode rsd $(DEMO)
+	$(RSD_TRT) report results/demo/*_results.json -o results/demo/report
 
-demo: setup $(BUNDLE) ## Drive real LIBERO episodes, baseline and RSD, and compare them
-	$(RSD_TRT) eval $(BUNDLE) --mode baseline $(DEMO)
-	$(RSD_TRT) eval $(BUNDLE) --mode rsd $(DEMO)
-	$(RSD_TRT) compare results/demo/libero_spatial_baseline_results.json results/demo/libero_spatial_rsd_results.json
-
-export: setup $(BUNDLE) ## Export the bundle to ONNX and engines
-	$(RSD_TRT) export $(BUNDLE) -o engines/
+export: setup ## Export the reference policy to ONNX and engines
+	$(RSD_TRT) export
 
 test: setup ## Run all tests
 	.venv/bin/pytest

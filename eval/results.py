@@ -10,8 +10,10 @@ The expert's runs have `expert` in the place of the mode.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +30,7 @@ from rsd_trt.runtime.speculate import Route
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
+MAX_BYTES = 1 << 29  # of a results file: a compressed one may not fill the memory
 HISTOGRAM_BINS = 20  # of executed actions, over [-1, 1]
 
 Timing = Literal["single", "batched"]
@@ -244,14 +247,18 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """A results file, checked against its schema.
+    """A results file, plain or compressed (`.json.gz`), checked against its schema.
 
     Raises:
         UserError: it is absent, not a results file, of another version, or damaged.
     """
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            text = stream.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise UserError(f"{path} holds more than {MAX_BYTES:,} bytes: no results file does")
+        data = json.loads(text)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
         raise UserError(f"{path} is not a results file of rsd-trt eval")

@@ -113,6 +113,7 @@ def _run(
             ):
                 log.append(episode)
                 on_episode(episode)
+            seconds = time.perf_counter() - started
     except KeyboardInterrupt:
         whole = sum(episode.error is None for episode in log.episodes.values())
         raise UserError(
@@ -120,7 +121,6 @@ def _run(
         ) from None
     if earlier or not assignments:
         return None
-    seconds = time.perf_counter() - started
     share = meter.seconds / seconds
     return Throughput(
         workers=request.workers,

@@ -102,9 +102,9 @@ def _read(file: Path) -> dict[str, NDArray[np.generic]]:
         return {name: arrays[name] for name in ARRAYS}
 
 
-def proprio_quantiles(data: Demonstrations) -> Quantiles:
-    """1% and 99% of the training frames' proprioception."""
-    values = data.proprio[~data.held_out].double().cpu().numpy()
+def quantiles(numbers: Tensor) -> Quantiles:
+    """1% and 99% of each column of [n, columns]."""
+    values = numbers.double().cpu().numpy()
     low, high = np.quantile(values, 0.01, axis=0), np.quantile(values, 0.99, axis=0)
     high = np.maximum(high, low + NARROWEST)
     return Quantiles(tuple(low.round(6).tolist()), tuple(high.round(6).tolist()), (True,) * len(low))

@@ -21,9 +21,10 @@ from rsd_trt.bundle import Bundle, save
 from rsd_trt.config import BundleConfig, Quantiles, Size
 from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.initialise import byte_tokenizer
+from rsd_trt.jsonio import from_json
 from rsd_trt.models.codec import Codec
 from rsd_trt.presets import preset
-from rsd_trt.reference.data import Batches, load_actions, load_demonstrations, proprio_quantiles
+from rsd_trt.reference.data import Batches, load_actions, load_demonstrations, quantiles
 from rsd_trt.reference.fit_codec import check_codec, fit_codec
 from rsd_trt.reference.fit_policy import PolicySettings, RsdModel, build_model, fit_draft, fit_policy
 from rsd_trt.reference.loop import METRICS, LoopSettings, Trained, read_trained, write_state
@@ -83,10 +84,12 @@ class Training:
             data = load_demonstrations(self.request.data, self.device)
             file = self.request.run / "quantiles.json"
             if not file.is_file():
-                file.write_text(json.dumps(asdict(proprio_quantiles(data))), "utf-8")
-            found = {key: tuple(values) for key, values in json.loads(file.read_text("utf-8")).items()}
+                file.write_text(json.dumps(asdict(quantiles(data.proprio[~data.held_out]))), "utf-8")
+            proprio = from_json(Quantiles, json.loads(file.read_text("utf-8")), str(file))
             self.config = replace(
-                self.config, control=replace(self.config.control, proprio_quantiles=Quantiles(**found))
+                self.config,
+                control=replace(self.config.control, proprio_quantiles=proprio),
+                training_actions=quantiles(data.actions),
             )
             self._batches = Batches(data, self.config, self.tokenizer, self.request.policy.seed)
             log.info("read %s in %.1f s", self.request.data, time.perf_counter() - started)

@@ -20,7 +20,7 @@ MAX_BATCH = 64  # rows that engines with a dynamic batch take
 ARM_DIMS = 6  # dx dy dz droll dpitch dyaw; the gripper is the action dimension behind them
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
-DEFAULT_BUNDLE = Path("bundles/untrained")
+DEFAULT_BUNDLE = Path(__file__).parent / "reference" / "bundle"  # the policy that is shipped with the toolkit
 DEFAULT_ENGINES = Path("engines")
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")

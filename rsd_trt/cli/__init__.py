@@ -35,8 +35,8 @@ class Cli(click.Group):
 def main(verbose: bool) -> None:
     """Deploy Residual Speculative Decoding robot policies, and prove that the deployment is right.
 
-    A policy is a bundle: one folder with its configuration, weights and tokenizer. BUNDLE is
-    bundles/untrained where a command is not given one.
+    A policy is a bundle: one folder with its configuration, weights and tokenizer. Commands that are not given a
+    BUNDLE take the reference policy, which is shipped with the toolkit and solves libero_spatial.
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from rsd_trt.cli.console import bundle_argument, engines_option, json_option, show
-from rsd_trt.config import DEFAULT_BUNDLE, SIZES, Size
+from rsd_trt.config import SIZES, Size
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--size", type=click.Choice(SIZES), default="reference", show_default=True, help="Size preset.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random weights.")
 @click.option("--without-backbone", is_flag=True, help="Write draft, head and codec only (7B: saves 15 GB).")

@@ -45,7 +45,10 @@ def stoppable() -> Iterator[None]:
 
 
 class EpisodeProgress:
-    """A progress bar on stderr: episodes, success so far, policy time per action."""
+    """A progress bar on stderr: episodes, success so far and, if `timed`, policy time per action."""
+
+    def __init__(self, timed: bool) -> None:
+        self.timed = timed
 
     def __enter__(self) -> EpisodeProgress:
         from rich.console import Console
@@ -66,7 +69,10 @@ class EpisodeProgress:
         self.progress.stop()
 
     def start(self, total: int, done: list[Episode]) -> None:
+        from rsd_trt.eval.statistics import what_can_be_shown
+
         self.episodes = done
+        self.progress.console.print(what_can_be_shown(total), soft_wrap=True)
         self.progress.start()
         self.bar = self.progress.add_task("", total=total, completed=len(done), figures="")
 
@@ -76,8 +82,7 @@ class EpisodeProgress:
         steps = sum(e.steps for e in done)
         errors = len(self.episodes) - len(done)
         figures = f"success {sum(e.success for e in done)}/{len(done)}"
-        queries = [query for e in done for query in e.queries]
-        if steps and queries and all(query.rows == 1 for query in queries):
+        if steps and self.timed:
             figures += f", {sum(e.policy_ms for e in done) / steps:.2f} ms/action"
         figures += f", {errors} errors" if errors else ""
         self.progress.update(self.bar, advance=1, figures=figures)

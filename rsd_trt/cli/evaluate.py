@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -149,6 +150,8 @@ def evaluate(
         raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
     if policy == "expert":
         _refuse_what_is_of_a_bundle()
+    if workers > 1:  # before torch is loaded: waiting threads that spin would take the cores from the simulators
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rsd_trt.eval.request import EvalRequest
     from rsd_trt.eval.run import evaluate as run
     from rsd_trt.reference.scripted import scripted_expert
@@ -175,7 +178,7 @@ def evaluate(
         precision=precision,
         engines=engines,
     )
-    with stoppable(), EpisodeProgress() as progress:
+    with stoppable(), EpisodeProgress(timed=workers == 1 and policy == "bundle") as progress:
         results = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))
     if as_json:
         click.echo(json.dumps(to_json(results)))

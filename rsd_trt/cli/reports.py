@@ -90,7 +90,7 @@ def report(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the held-out episodes.")
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="The calibrated copy. [default: BUNDLE with -calibrated]"
+    "-o", "--out", type=click.Path(path_type=Path), help="The calibrated copy. [default: bundles/NAME-calibrated]"
 )
 @json_option
 def calibrate(
@@ -113,7 +113,7 @@ def calibrate(
     calibration = choose(opened, read_run(shadow), alpha, limit, seed)
     rsd = dataclasses.replace(opened.config.rsd, tolerance=calibration.chosen.tolerance)
     copy = copy_with(
-        opened, dataclasses.replace(opened.config, rsd=rsd), out or bundle.with_name(f"{bundle.name}-calibrated")
+        opened, dataclasses.replace(opened.config, rsd=rsd), out or Path("bundles", f"{opened.config.name}-calibrated")
     )
     if as_json:
         click.echo(json.dumps({**to_json(calibration), "bundle": str(copy.path)}, indent=2))

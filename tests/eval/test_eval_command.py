@@ -45,6 +45,33 @@ def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.libero
+def test_two_simulators_give_what_one_gives(tiny_bundle: Path, tmp_path: Path) -> None:
+    found = []
+    for workers in (1, 2):
+        options = ("--tasks", "0,4", "--trials", "2", "--max-steps", "6", "--workers", workers, "--out", tmp_path / "x")
+        result = rsd_trt("eval", tiny_bundle, "--json", "--fresh", *options)
+        assert result.exit_code == 0, result.output
+        results = json.loads(result.stdout)
+        assert (results["settings"]["timing"] == "single") == (results["query_ms"] is not None) == (workers == 1)
+        for episode in results["episodes"]:
+            del episode["seconds"], episode["run"]
+            for query in episode["queries"]:
+                del query["ms"]
+        found.append(results["episodes"])
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+
+
+@pytest.mark.libero
+def test_the_shipped_policy_solves_its_task(tmp_path: Path) -> None:
+    result = rsd_trt("eval", "--tasks", "0", "--trials", "1", "--n-action-steps", "8", "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert results["settings"]["trained"]
+    assert results["total_successes"] == 1
+
+
+@pytest.mark.libero
 def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     arguments = ("eval", tiny_bundle, "--mode", "baseline", "--out", tmp_path, *EPISODE)
     first = rsd_trt(*arguments, "--video")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,6 +20,24 @@ from rsd_trt.eval.runs import pair_up, read_run, read_runs, run_names
 def test_reads_what_was_written(tmp_path: Path) -> None:
     results = run("shadow", broken=((1, 2),), throughput=throughput(4, 2.0))
     assert read_run(write(tmp_path / "r.json", results)) == results
+
+
+def test_reads_compressed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = run()
+    plain = write(tmp_path / "r.json", results).read_bytes()
+    path = tmp_path / "r.json.gz"
+    path.write_bytes(gzip.compress(plain))
+    assert read_run(path) == results
+    path.write_bytes(gzip.compress(plain)[:-20])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_run(path)
+    path.write_bytes(plain)
+    with pytest.raises(UserError, match="cannot be read: Not a gzipped file"):
+        read_run(path)
+    monkeypatch.setattr("rsd_trt.eval.results.MAX_BYTES", 1000)
+    path.write_bytes(gzip.compress(b" " * 2000))
+    with pytest.raises(UserError, match="holds more than 1,000 bytes"):
+        read_run(path)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,25 @@ def test_trials_are_openvla_ofts_in_any_order(suite: str, task: int) -> None:
 
 
 @pytest.mark.libero
+def test_a_sampled_scene_is_that_of_a_newly_compiled_model() -> None:
+    """LIBERO places a bowl on the cabinet where the model has the cabinet at that moment."""
+    benchmark = open_suite("libero_spatial")
+    from libero.libero.envs import OffScreenRenderEnv
+
+    env = OffScreenRenderEnv(bddl_file_name=benchmark.get_task_bddl_file_path(9), camera_heights=8, camera_widths=8)
+    np.random.seed(1001)
+    env.reset()
+    for _ in range(10):
+        env.step(list(IDLE))
+    expected = env.get_sim_state()
+    env.close()
+    with closing(Simulator("libero_spatial", 9, SMALL)) as simulator:
+        for seed in (1000, 1001):
+            simulator.sample(seed)
+        assert np.array_equal(simulator._env.get_sim_state(), expected)
+
+
+@pytest.mark.libero
 def test_sampled_scenes_repeat_by_seed_and_are_no_trial() -> None:
     with closing(Simulator("libero_spatial", 4, SMALL)) as simulator:
         states = []
@@ -105,3 +124,13 @@ def test_sampled_scenes_repeat_by_seed_and_are_no_trial() -> None:
         assert not np.array_equal(states[0], states[1])
         simulator.reset(0)
         assert not np.array_equal(states[0], simulator._env.get_sim_state())
+
+
+@pytest.mark.libero
+def test_a_lost_gl_context_is_an_error_and_not_a_wrong_image() -> None:
+    with closing(Simulator("libero_spatial", 0, SMALL)) as simulator:
+        simulator.reset(0)
+        simulator.physics._render_context_offscreen.gl_ctx.free()
+        simulator.step(ACTION, render=False)
+        with pytest.raises(RuntimeError, match="the OpenGL context is lost"):
+            simulator.step(ACTION, render=True)
