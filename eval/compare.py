@@ -16,8 +16,8 @@ Unit = Literal["%", "ms", ""]
 
 # What must be equal. The mode is what differs; `timing` may, and then no speed-up is given.
 SAME = (
-    *("suite", "tasks", "trials", "backend", "precision", "backbone", "device", "protocol", "max_steps"),
-    *("n_action_steps", "seed", "bundle_sha256", "exports_sha256", "control", "hardware", "versions"),
+    *("policy", "suite", "tasks", "trials", "disturb", "backend", "precision", "backbone", "device", "protocol"),
+    *("max_steps", "n_action_steps", "seed", "bundle_sha256", "exports_sha256", "control", "hardware", "versions"),
 )
 
 

@@ -110,6 +110,7 @@ def _actions(run: str, results: Results) -> Finding:
 
 def _codec(run: str, results: Results) -> Finding:
     mse = results.codec_round_trip_mse
+    assert mse is not None, "a report is on runs of bundles"
     rms = math.sqrt(mse)
     lossy = rms > LOSSY
     sentence = (

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ import numpy as np
 from rsd_trt.config import Dims
 from rsd_trt.errors import UserError
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
-from rsd_trt.eval.rollout import Asking, Assignment, Broken, Environment, Finished, serve
+from rsd_trt.eval.rollout import Asking, Assignment, Broken, Finished
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Query
 
@@ -81,7 +81,7 @@ class Schedule:
 class Worker:
     """A simulator's process, and the episode that it is at."""
 
-    def __init__(self, slot: int, build: Callable[[int], Environment], timeout: float) -> None:
+    def __init__(self, slot: int, serve: Callable[[Connection], None], timeout: float) -> None:
         self.slot = slot
         self.assignment: Assignment | None = None
         self.task: int | None = None  # whose environment the process has
@@ -89,7 +89,7 @@ class Worker:
         self.started = 0.0
         self.queries: list[QueryRecord] = []
         self.deadline = np.inf  # monotonic time at which it is taken for hung; infinite while it waits for us
-        self._build = build
+        self._serve = serve
         self.timeout = timeout
         self._start()
 
@@ -147,7 +147,7 @@ class Worker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the parent alone
         try:
             self.connection, theirs = context.Pipe()
-            self._process = context.Process(target=serve, args=(theirs, self._build), daemon=True)
+            self._process = context.Process(target=self._serve, args=(theirs,), daemon=True)
             self._process.start()
         except OSError as error:
             raise UserError(
@@ -159,8 +159,8 @@ class Worker:
 
 
 def run_episodes(
-    policy: Answering,
-    build: Callable[[int], Environment],
+    policy: Answering | None,
+    serve: Callable[[Connection], None],
     assignments: Sequence[Assignment],
     workers: int,
     rows: int,
@@ -169,8 +169,9 @@ def run_episodes(
 ) -> Generator[Episode, None, None]:
     """Runs the episodes and gives each as it finishes.
 
-    build(task) makes the environment in a simulator's process, and has to be picklable. rows: queries that share a
-    forward at the most. timeout: seconds of silence after which a process is taken for hung.
+    policy: None if the processes never ask. serve(connection): what a simulator's process runs, picklable: see
+    `rsd_trt.eval.rollout.serve`. rows: queries that share a forward at the most. timeout: seconds of silence after
+    which a process is taken for hung.
 
     Raises:
         UserError: the simulator cannot work on this machine, or broke in `HOPELESS` episodes in a row.
@@ -180,7 +181,7 @@ def run_episodes(
     broken = 0  # episodes in a row
     try:
         for slot in range(min(workers, len(assignments))):
-            pool.append(Worker(slot, build, timeout))
+            pool.append(Worker(slot, serve, timeout))
             _next_episode(pool[-1], pool, schedule, policy)
         while busy := [worker for worker in pool if worker.assignment is not None]:
             asking: list[tuple[Worker, Asking]] = []
@@ -222,41 +223,48 @@ def _messages(busy: Sequence[Worker]) -> Iterator[tuple[Worker, Asking | Finishe
             yield worker, Broken(f"the simulator's process said nothing for {worker.timeout:g} s")
 
 
-def _next_episode(worker: Worker, pool: Sequence[Worker], schedule: Schedule, policy: Answering) -> None:
+def _next_episode(worker: Worker, pool: Sequence[Worker], schedule: Schedule, policy: Answering | None) -> None:
     at_work = [w.assignment.task for w in pool if w is not worker and w.assignment is not None]
     assignment = schedule.take(worker.task, at_work)
     if assignment is None:
         worker.assignment = None
         return
-    policy.reset(worker.slot)
-    worker.begin(assignment)
+    _begin(worker, policy, assignment)
 
 
-def _ended(worker: Worker, message: Finished | Broken, policy: Answering) -> Episode | None:
+def _begin(worker: Worker, policy: Answering | None, assignment: Assignment, attempt: int = 1) -> None:
+    if policy is not None:
+        policy.reset(worker.slot)
+    worker.begin(assignment, attempt)
+
+
+def _ended(worker: Worker, message: Finished | Broken, policy: Answering | None) -> Episode | None:
     """The worker's episode, or None if it is tried again."""
+    assignment = worker.assignment
+    assert assignment is not None
     if isinstance(message, Finished):
         actions = ActionStatistics.of(message.actions) if len(message.actions) else None
         episode = worker.episode(message.success, actions, len(message.actions), None)
-        return replace(episode, seconds=round(message.seconds, 4))
+        planned, moved = assignment.disturbance, message.displacement
+        step = planned.step if planned and moved else None
+        return replace(episode, seconds=round(message.seconds, 4), displaced_at=step, displacement=moved)
     if message.refused:
         raise UserError(message.message)
-    assignment = worker.assignment
-    assert assignment is not None
     again = worker.attempt < ATTEMPTS
     log.warning("task %d, trial %d: %s%s", assignment.task, assignment.trial, message.message, "; again" * again)
     failed = worker.episode(False, None, worker.queries[-1].step if worker.queries else 0, message.message)
     worker.restart()
     if not again:
         return failed
-    policy.reset(worker.slot)
-    worker.begin(assignment, worker.attempt + 1)
+    _begin(worker, policy, assignment, worker.attempt + 1)
     return None
 
 
 def _answer(
-    policy: Answering, asking: Sequence[tuple[Worker, Asking]], meter: Meter
+    policy: Answering | None, asking: Sequence[tuple[Worker, Asking]], meter: Meter
 ) -> Iterator[tuple[Worker, Episode]]:
     """Sends each process its actions; gives the episodes that end because the policy has none."""
+    assert policy is not None, "a process asks, and nobody answers"
     started = time.perf_counter()
     queries = _decide(policy, [message.observation for _, message in asking], [worker.slot for worker, _ in asking])
     meter.seconds += time.perf_counter() - started

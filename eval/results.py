@@ -4,10 +4,12 @@
 `<suite>_<mode>_episodes.jsonl`: one `Episode` a line, in the order in which they finished.
 `<suite>_<mode>_results.json`: one `Results`, under the original experiment's names and more. Its JSON Schema is
 `results.schema.json` beside this file, made from the records here; what is read is checked against them.
+The expert's runs have `expert` in the place of the mode.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -19,8 +21,9 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.config import ARM_DIMS, ControlConfig, Mode, Quantiles, RsdConfig
+from rsd_trt.config import ARM_DIMS, ControlConfig, Mode, PolicyKind, Quantiles, RsdConfig
 from rsd_trt.errors import UserError
+from rsd_trt.eval.disturb import Offset
 from rsd_trt.jsonio import from_json, json_schema, to_json
 from rsd_trt.runtime.plan import Query, Verdict
 from rsd_trt.runtime.speculate import Route
@@ -114,6 +117,8 @@ class Episode:
     actions: Annotated[ActionStatistics | None, "null when none was executed"] = None
     error: Annotated[str | None, "what broke"] = None
     run: Annotated[str, "which run the episode is of: the start of the sha256 of its settings"] = ""
+    displaced_at: Annotated[int | None, "the step before which the target was displaced; null if it was not"] = None
+    displacement: Annotated[Offset | None, "of the target, along x and y of the world, in m"] = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -142,8 +147,8 @@ class Settings:
     max_steps: int
     n_action_steps: int
     seed: int
-    bundle: Annotated[str, "the bundle's name"]
-    bundle_sha256: str
+    bundle: Annotated[str, "the bundle's name; that of a policy in its place"]
+    bundle_sha256: Annotated[str, "of the bundle, or of the source of the policy in its place"]
     exports_sha256: dict[str, str]
     trained: bool
     backbone_blocks: Annotated[int, "N; the draft reads after block rsd.draft_block"]
@@ -153,11 +158,21 @@ class Settings:
     training_actions: Annotated[Quantiles | None, "of the actions that the policy was trained on"]
     hardware: dict[str, object]
     versions: dict[str, str]
+    policy: Annotated[PolicyKind, "expert: it acts by the scene's state, step by step, and no model is run"] = "bundle"
+    disturb: Annotated[int | None, "the seed of the target's displacements; null if there are none"] = None
+
+    @property
+    def label(self) -> str:
+        """The mode of a bundle's run, or the policy in its place."""
+        return self.mode if self.policy == "bundle" else self.policy
 
     @property
     def run(self) -> str:
-        """The name that the run's episodes carry."""
-        return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()[:12]
+        """The name that the run's episodes carry. A setting at its default is left out, so that a setting which did
+        not exist when a run was made does not change the run's name."""
+        data = to_json(self)
+        told = {f.name: data[f.name] for f in dataclasses.fields(self) if data[f.name] != f.default}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -206,7 +221,9 @@ class Results:
     final_success_rate: float | None
     final_success_interval: Annotated[tuple[float, float] | None, "95%, Wilson's score"]
     errors: int
-    avg_inference_time_ms: Annotated[float | None, "policy time per executed action; null unless timing is single"]
+    avg_inference_time_ms: Annotated[
+        float | None, "policy time per executed action; null without queries or unless timing is single"
+    ]
     rsd_stats: RsdStats
     routes: Annotated[dict[str, int], "queries by route"]
     verdicts: Annotated[dict[str, int], "shadow mode: queries by verdict"]
@@ -219,7 +236,9 @@ class Results:
     actions_per_query: float | None
     steps_per_second: Annotated[float | None, "of one simulator, simulation and policy included"]
     throughput: Annotated[Throughput | None, "null when the run was interrupted"]
-    codec_round_trip_mse: Annotated[float, "decode(tokens(x)) against the codec's own reconstruction"]
+    codec_round_trip_mse: Annotated[
+        float | None, "decode(tokens(x)) against the codec's own reconstruction; null without a codec"
+    ]
     task_results: tuple[TaskResult, ...]
     settings: Settings
     episodes: tuple[Episode, ...]

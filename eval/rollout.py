@@ -7,17 +7,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.errors import UserError, missing_extra
+from rsd_trt.eval.disturb import Disturbance, Offset
 from rsd_trt.files import replacing
 from rsd_trt.runtime.observation import Observation
 
@@ -30,11 +31,15 @@ STRIP_FRAMES = 6  # of a failed episode, side by side
 class Environment(Protocol):
     """What an episode needs of `rsd_trt.eval.simulator.Simulator`."""
 
-    def reset(self, trial: int) -> None: ...
+    def reset(self, trial: int, render: bool) -> None: ...
     def step(self, action: NDArray[np.float32], render: bool) -> bool: ...
+    def displace(self, candidates: Iterable[Offset]) -> Offset | None: ...
     def observation(self) -> Observation: ...
     def frame(self) -> NDArray[np.uint8]: ...
     def close(self) -> None: ...
+
+
+EnvironmentT = TypeVar("EnvironmentT", bound=Environment)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Assignment:
     max_steps: int
     failures: Path | None = None  # folder for film strips of failed episodes
     videos: Path | None = None  # folder for a video of the episode
+    disturbance: Disturbance | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Finished:
     success: bool
     actions: NDArray[np.float32]  # [steps, A], executed
     seconds: float
+    displacement: Offset | None = None  # of the target, at the step that the assignment asked for
 
 
 @dataclass(frozen=True)
@@ -82,30 +89,36 @@ class HungUp(Exception):
 
 
 def run_episode(
-    simulator: Environment, assignment: Assignment, act: Callable[[Observation, int], NDArray[np.float32]]
+    simulator: EnvironmentT,
+    assignment: Assignment,
+    act: Callable[[EnvironmentT, int], NDArray[np.float32]],
+    looks: bool = True,
 ) -> Finished:
     """One trial: success when the environment says so within the assignment's steps.
 
-    `act(observation, step)` gives the next actions [n, A]. Images are rendered for the steps at which it is asked,
-    or for all when a video is wanted.
+    `act(simulator, step)` gives the next actions [n, A]. Images are rendered for the steps at which it is asked if
+    it `looks` at them, and for all when a video is wanted.
     """
     started = time.perf_counter()
-    simulator.reset(assignment.trial)
-    every_step = assignment.videos is not None
+    every_step, disturbance = assignment.videos is not None, assignment.disturbance
+    simulator.reset(assignment.trial, render=looks or every_step)
+    displacement: Offset | None = None
     frames = [simulator.frame()]
     executed: list[NDArray[np.float32]] = []
     success = False
     while len(executed) < assignment.max_steps and not success:
-        actions = act(simulator.observation(), len(executed))[: assignment.max_steps - len(executed)]
+        actions = act(simulator, len(executed))[: assignment.max_steps - len(executed)]
         for i, action in enumerate(actions):
-            rendered = i == len(actions) - 1 or every_step
+            rendered = every_step or (looks and i == len(actions) - 1)
+            if disturbance is not None and len(executed) == disturbance.step:
+                displacement = simulator.displace(disturbance.offsets)
             success = simulator.step(action, render=rendered)
             executed.append(action)
             if rendered:
                 frames.append(simulator.frame())
             if success:
                 break
-    finished = Finished(success, np.array(executed, np.float32), time.perf_counter() - started)
+    finished = Finished(success, np.array(executed, np.float32), time.perf_counter() - started, displacement)
     name = f"task{assignment.task}_trial{assignment.trial}"
     try:
         if assignment.videos is not None:
@@ -118,19 +131,26 @@ def run_episode(
     return finished
 
 
-def serve(connection: Connection, build: Callable[[int], Environment]) -> None:
+def serve(
+    connection: Connection,
+    build: Callable[[int], EnvironmentT],
+    script: Callable[[EnvironmentT], NDArray[np.float32]] | None = None,
+) -> None:
     """The simulator's process: runs the assignments that it is sent until the other end hangs up.
 
     `build(task)` makes the environment, which is kept for as long as the assignments are of its task. Sends an
     `Asking` for each query, to which the answer is actions or None (abandon the episode), and at the end of an
     episode a `Finished`. After a `Broken` the process ends: its simulator cannot be trusted any more.
+    With a `script(environment)`, that gives the actions: nobody is asked, and no images are rendered for it.
     """
 
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     line = Line(connection)
 
-    def act(observation: Observation, step: int) -> NDArray[np.float32]:
-        line.send(Asking(observation, step))
+    def act(simulator: EnvironmentT, step: int) -> NDArray[np.float32]:
+        if script is not None:
+            return script(simulator)
+        line.send(Asking(simulator.observation(), step))
         actions = line.actions()
         if actions is None:
             raise Abandoned
@@ -143,7 +163,7 @@ def serve(connection: Connection, build: Callable[[int], Environment]) -> None:
             with closing(build(task)) as simulator:
                 while assignment.task == task:
                     with suppress(Abandoned):
-                        line.send(run_episode(simulator, assignment, act))
+                        line.send(run_episode(simulator, assignment, act, looks=script is None))
                     assignment = line.assignment()
     except HungUp:
         return

@@ -74,13 +74,17 @@ def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
     """Every file as a run, baselines first, each compared with the baseline of the same settings.
 
     Raises:
-        UserError: as `read_run`, or a file is given twice.
+        UserError: as `read_run`, a file is given twice, or a run is not of a bundle.
     """
     resolved = [path.resolve() for path in paths]
     for path, place in zip(paths, resolved, strict=True):
         if resolved.count(place) > 1:
             raise UserError(f"{path} is given twice")
-    return pair_up([(path, read_run(path)) for path in paths])
+    runs = [(path, read_run(path)) for path in paths]
+    for path, results in runs:
+        if results.settings.policy != "bundle":
+            raise UserError(f"{path} is a run of the {results.settings.policy}; a report is on runs of bundles")
+    return pair_up(runs)
 
 
 def pair_up(runs: Sequence[tuple[Path, Results]]) -> tuple[Run, ...]:
@@ -126,6 +130,7 @@ def _traits(run: Results) -> tuple[str, ...]:
         settings.precision,
         f"{counted(settings.n_action_steps, 'action')} a query",
         f"protocol {settings.protocol}",
+        "undisturbed" if settings.disturb is None else f"disturbed with seed {settings.disturb}",
         f"{settings.timing} timing",
         workers,
         counted(run.total_episodes, "episode"),

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import SUITES, ControlConfig
 from rsd_trt.errors import UserError, did_you_mean, missing_extra
+from rsd_trt.eval.disturb import Offset, displace
 from rsd_trt.runtime.observation import Observation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from libero.libero.benchmark import Benchmark
     from robosuite.utils.binding_utils import MjSim
@@ -99,6 +100,10 @@ class Simulator:
         self._rendering = render
         self._raw, _, done, _ = self._env.step(action.astype(np.float64))
         return bool(done)
+
+    def displace(self, candidates: Iterable[Offset]) -> Offset | None:
+        """`rsd_trt.eval.disturb.displace`; the next step's observation shows it."""
+        return displace(self.physics, candidates)
 
     def observation(self) -> Observation:
         """What the policy sees; the images are those of the last rendered step."""

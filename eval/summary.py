@@ -14,7 +14,7 @@ def summarise(
     settings: Settings,
     episodes: Sequence[Episode],
     tasks: Mapping[int, str],
-    codec_round_trip_mse: float,
+    codec_round_trip_mse: float | None,
     command: str,
     throughput: Throughput | None = None,
 ) -> Results:
@@ -35,7 +35,7 @@ def summarise(
         final_success_rate=successes / len(done) if done else None,
         final_success_interval=wilson(successes, len(done)),
         errors=len(episodes) - len(done),
-        avg_inference_time_ms=sum(q.ms for q in queries) / steps if steps and single else None,
+        avg_inference_time_ms=sum(q.ms for q in queries) / steps if steps and queries and single else None,
         rsd_stats=RsdStats(**acceptance.rates()),
         routes=dict(sorted(Counter(query.route for query in queries).items())),
         verdicts=dict(sorted(Counter(query.verdict for query in queries if query.verdict).items())),

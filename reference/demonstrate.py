@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS, PROPRIO_DIM, ControlConfig, Dims
+from rsd_trt.eval.disturb import TARGET, offsets
 from rsd_trt.eval.simulator import Simulator
-from rsd_trt.reference.expert import TARGET, expert_action, scene_state
+from rsd_trt.reference.expert import expert_action, scene_state
 from rsd_trt.runtime.observation import Observation
-
-if TYPE_CHECKING:
-    from robosuite.utils.binding_utils import MjSim
 
 Actor = Callable[[Observation], NDArray[np.float32]]  # a policy: observation -> action [A]
 
@@ -37,10 +34,6 @@ BURST_BEGIN = 90  # a burst begins before this step
 GRIPPER_BURSTS = 0.2  # of the bursts have the gripper the wrong way round
 DISPLACED_SHARE = 0.3  # of the episodes have the bowl displaced
 DISPLACED_BEGIN = (3, 30)  # the first step at which it may be
-DISPLACEMENT = (0.02, 0.05)  # m
-DISPLACED_CLEARANCE = 0.07  # m between grip site and bowl, at least
-DISPLACED_TRIES = 8
-PENETRATION = 0.002  # m into anything that a displaced bowl may be
 HANDOVER = (10, 140)  # the step at which a policy hands over to the expert
 
 
@@ -146,7 +139,7 @@ def demonstrate(
         else:
             executed = disturb(label, disturbances, step, random)
         if not displaced and disturbances.displace_from is not None and step >= disturbances.displace_from:
-            displaced = displace_bowl(simulator, random)
+            displaced = simulator.displace(offsets(random)) is not None
         step += 1
         wanted = step % every == phase or (actor is not None and step < disturbances.handover)
         success = simulator.step(executed, render=wanted)
@@ -171,43 +164,3 @@ def model_images(images: NDArray[np.uint8], control: ControlConfig, size: int) -
     images = images[:, ::-1, ::-1] if control.rotate_images else images
     resized = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images]
     return np.stack([np.asarray(image) for image in resized])
-
-
-def displace_bowl(simulator: Simulator, random: np.random.Generator) -> bool:
-    """Moves the target by 2-5 cm on its support, if nothing but the support touches it before and after.
-
-    Returns whether it did; otherwise the bowl is where it was.
-    """
-    physics, raw = simulator.physics, simulator.raw
-    if np.linalg.norm(raw[f"{TARGET}_pos"] - raw[HAND]) < DISPLACED_CLEARANCE:
-        return False
-    joint = f"{TARGET}_joint0"
-    before = physics.data.get_joint_qpos(joint).copy()
-    supports = _touching(physics)
-    for _ in range(DISPLACED_TRIES):
-        angle, distance = random.uniform(0.0, 2 * np.pi), random.uniform(*DISPLACEMENT)
-        moved = before.copy()
-        moved[:2] += distance * np.cos(angle), distance * np.sin(angle)
-        physics.data.set_joint_qpos(joint, moved)
-        physics.forward()
-        touching = _touching(physics)
-        if touching is not None and touching == supports:
-            return True
-    physics.data.set_joint_qpos(joint, before)
-    physics.forward()
-    return False
-
-
-def _touching(physics: MjSim) -> set[int] | None:
-    """The bodies that touch the target; None where it is inside of one, or touches none."""
-    model, data = physics.model, physics.data
-    target = model.body_name2id(f"{TARGET}_main")
-    found = set()
-    for i in range(data.ncon):
-        contact = data.contact[i]
-        bodies = {int(model.geom_bodyid[contact.geom1]), int(model.geom_bodyid[contact.geom2])}
-        if target in bodies:
-            if contact.dist < -PENETRATION:
-                return None
-            found |= bodies - {target}
-    return found or None

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd_trt.eval.disturb import TARGET
+
 if TYPE_CHECKING:
     from robosuite.utils.binding_utils import MjSim
 
@@ -288,7 +290,6 @@ def _shorten(vector: Array, limit: float) -> Array:
     return vector * (limit / max(float(np.abs(vector).max()), limit))
 
 
-TARGET = "akita_black_bowl_1"
 NOT_OBSTACLES = (TARGET, "plate_1", "robot0", "gripper0", "mount0", "table", "world")
 BOX = 6  # mujoco.mjtGeom.mjGEOM_BOX
 

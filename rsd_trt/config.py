@@ -25,10 +25,12 @@ DEFAULT_ENGINES = Path("engines")
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 Mode = Literal["baseline", "rsd", "shadow"]
+PolicyKind = Literal["bundle", "expert"]
 Size = Literal["tiny", "reference", "openvla-7b"]
 Component = Literal["draft", "head", "decoder", "accept", "chain"]
 Precision = Literal["fp32", "fp16", "bf16"]
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
+POLICIES: tuple[PolicyKind, ...] = typing.get_args(PolicyKind)
 SIZES: tuple[Size, ...] = typing.get_args(Size)
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)

@@ -120,7 +120,8 @@ def latency_table(rows: Sequence[Json], title: str) -> Table:
 def summary_table(results: Results) -> Table:
     """`rsd-trt eval`: a row for each task, and all of them below."""
     settings = results.settings
-    table = Table(title=f"{settings.suite}, {settings.mode}, {escape(settings.backend)} on {escape(settings.device)}")
+    ran = f"{settings.label}, {escape(settings.backend)} on {escape(settings.device)}"
+    table = Table(title=f"{settings.suite}, {ran if settings.policy == 'bundle' else settings.label}")
     table.add_column("task")
     table.add_column("success", justify="right")
     table.add_column("95% interval", justify="right")

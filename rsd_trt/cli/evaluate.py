@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from rsd_trt.cli.console import (
     EpisodeProgress,
@@ -22,10 +23,11 @@ from rsd_trt.cli.console import (
     show,
     stoppable,
 )
-from rsd_trt.config import MODES, PROTOCOLS, SUITES, Mode, Precision
+from rsd_trt.config import MODES, POLICIES, PROTOCOLS, SUITES, Mode, PolicyKind, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.jsonio import to_json
 
+OF_A_BUNDLE = ("bundle", "mode", "backend", "device", "n_action_steps", "precision", "engines", "record_hidden")
 MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
 
 
@@ -55,6 +57,14 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
 
 @click.command("eval")
 @bundle_argument
+@click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    default="bundle",
+    show_default=True,
+    help="expert: a scripted one that is told where the objects of libero_spatial are. Needs no bundle; shows whether "
+    "the simulator is right.",
+)
 @click.option("--suite", default="libero_spatial", show_default=True, help=f"One of {', '.join(SUITES)}.")
 @click.option("--tasks", type=TaskList(), default="all", show_default=True, help="As in 0,3 or 0-4.")
 @click.option("--trials", type=click.IntRange(1), default=50, show_default=True, help="Of every task.")
@@ -74,6 +84,12 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
 @click.option("--max-steps", type=click.IntRange(1), help="Of an episode. [default: the protocol's for the suite]")
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=7, show_default=True, help="Of every random generator."
+)
+@click.option(
+    "--disturb",
+    type=click.IntRange(0),
+    metavar="SEED",
+    help="Displace the target of libero_spatial once an episode, by 2-5 cm before the grasp: the same in every mode.",
 )
 @precision_option
 @engines_option
@@ -102,6 +118,7 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
 @json_option
 def evaluate(
     bundle: Path,
+    policy: PolicyKind,
     suite: str,
     tasks: tuple[int, ...] | None,
     trials: int,
@@ -112,6 +129,7 @@ def evaluate(
     protocol: str | None,
     max_steps: int | None,
     seed: int,
+    disturb: int | None,
     precision: Precision,
     engines: Path,
     out: Path,
@@ -122,7 +140,7 @@ def evaluate(
     record_hidden: Path | None,
     as_json: bool,
 ) -> None:
-    """Drive LIBERO episodes with a bundle and write OUT/SUITE_MODE_results.json.
+    """Drive LIBERO episodes with a bundle and write OUT/SUITE_MODE_results.json, or OUT/SUITE_expert_results.json.
 
     A run that was stopped or killed goes on where it was. Exit code 1 if an episode ended in an error.
 
@@ -131,13 +149,16 @@ def evaluate(
     """
     if record_hidden is not None and mode != "shadow":
         raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
+    if policy == "expert":
+        _refuse_what_is_of_a_bundle()
     if workers > 1:  # before torch is loaded: waiting threads that spin would take the cores from the simulators
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from rsd_trt.eval.run import EvalRequest
+    from rsd_trt.eval.request import EvalRequest
     from rsd_trt.eval.run import evaluate as run
+    from rsd_trt.reference.scripted import scripted_expert
 
     request = EvalRequest(
-        bundle=bundle,
+        policy=scripted_expert() if policy == "expert" else bundle,
         suite=suite,
         tasks=tasks,
         trials=trials,
@@ -148,6 +169,7 @@ def evaluate(
         protocol=protocol,
         max_steps=max_steps,
         seed=seed,
+        disturb=disturb,
         out=out,
         workers=workers,
         timeout=timeout,
@@ -157,7 +179,7 @@ def evaluate(
         precision=precision,
         engines=engines,
     )
-    with stoppable(), EpisodeProgress(timed=workers == 1) as progress:
+    with stoppable(), EpisodeProgress(timed=workers == 1 and policy == "bundle") as progress:
         results = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))
     if as_json:
         click.echo(json.dumps(to_json(results)))
@@ -165,11 +187,20 @@ def evaluate(
         from rsd_trt.eval.compare import figures
         from rsd_trt.tables import figures_table, summary_table
 
-        show(summary_table(results), figures_table({mode: figures(results)}))
+        show(summary_table(results), figures_table({results.settings.label: figures(results)}))
         click.echo(f"results: {request.results_file}")
         note_untrained(results.settings.trained)
     if results.errors:
         raise UserError(f"{results.errors} episodes ended in an error: see {request.results_file}")
+
+
+def _refuse_what_is_of_a_bundle() -> None:
+    """Raises UsageError if the command line says anything of a bundle."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name in OF_A_BUNDLE:
+            raise click.UsageError(f"--policy expert runs no bundle: leave out {parameter.get_error_hint(context)}")
 
 
 COMMANDS = (evaluate,)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, Dims
 from rsd_trt.errors import UserError
+from rsd_trt.eval.disturb import Offset
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Query
 
@@ -31,15 +32,24 @@ class World:
     state: NDArray[np.float64] = field(default_factory=lambda: np.zeros(Dims.A))
     trial: int = -1
     rendered: list[bool] = field(default_factory=list)
+    displaced: list[tuple[int, Offset]] = field(default_factory=list)  # (steps done by then, by how much)
 
-    def reset(self, trial: int) -> None:
-        self.trial, self.rendered = trial, []
+    def reset(self, trial: int, render: bool) -> None:
+        self.trial, self.rendered, self.displaced = trial, [], []
         self.state = np.full(Dims.A, 0.1 * trial + self.task)
 
     def step(self, action: NDArray[np.float32], render: bool) -> bool:
         self.rendered.append(render)
         self.state = np.sin(3 * self.state + action)  # a small difference grows
         return bool(self.state[0] > 0.9) and len(self.rendered) > self.trial + 3
+
+    def displace(self, candidates: Iterable[Offset]) -> Offset | None:
+        """By the first candidate to the right, if there is one."""
+        offset = next((offset for offset in candidates if offset[0] > 0), None)
+        if offset is not None:
+            self.displaced.append((len(self.rendered), offset))
+            self.state = self.state + offset[0]
+        return offset
 
     def observation(self) -> Observation:
         shape = (self.cameras, self.side, self.side, 3)
@@ -98,6 +108,11 @@ class Broken(World):
 
     def reset(self, trial: int) -> None:
         raise RuntimeError("no")
+
+
+def shake(world: World) -> NDArray[np.float32]:
+    """A script: one action, from all that is known of the world."""
+    return np.resize(np.cos(world.state), (1, Dims.A)).astype(np.float32)
 
 
 def unusable(task: int) -> World:

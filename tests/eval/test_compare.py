@@ -102,6 +102,8 @@ def test_runs_without_an_action_give_no_speedup() -> None:
         ({"max_steps": 9}, "max_steps is 220 and 9"),
         ({"trials": 3}, "trials is 4 and 3"),
         ({"tasks": (0, 1)}, r"tasks is \[0, 1, 2\] and \[0, 1\]"),
+        ({"disturb": 0}, "disturb is None and 0"),
+        ({"policy": "expert"}, "policy is 'bundle' and 'expert'"),
         ({"bundle_sha256": "ff"}, "bundle_sha256 is '3f2a.*' and 'ff'"),
         ({"versions": {**settings().versions, "torch": "3"}}, "versions.torch is '2.13.0' and '3'$"),
         ({"control": ControlConfig(rotate_images=False)}, "control.rotate_images is True and False"),

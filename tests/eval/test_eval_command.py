@@ -11,6 +11,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from rsd_trt.cli import main
+from rsd_trt.errors import UserError
+from rsd_trt.eval.compare import compare
+from rsd_trt.eval.disturb import draw
+from rsd_trt.eval.runs import read_run
 
 EPISODE = ("--tasks", "3", "--trials", "1", "--max-steps", "8", "--n-action-steps", "2")
 
@@ -101,6 +105,56 @@ def test_bad_requests_are_one_line(tiny_bundle: Path, tmp_path: Path, arguments:
     assert result.exit_code == 1
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.libero
+def test_the_expert_succeeds_disturbed_or_not(tmp_path: Path) -> None:
+    found = {}
+    for name, extra in (("calm", ()), ("disturbed", ("--disturb", "0"))):
+        out = tmp_path / name
+        arguments = ("eval", "--policy", "expert", "--out", out, "--tasks", "2", "--trials", "1", *extra)
+        result = rsd_trt(*arguments, "--json")
+        assert result.exit_code == 0, result.output
+        found[name] = read_run(out / "libero_spatial_expert_results.json")
+        assert found[name].total_successes == 1
+        assert (found[name].queries, found[name].avg_inference_time_ms, found[name].query_ms) == (0, None, None)
+        assert not (out / "failures").exists()
+        refused = rsd_trt(*arguments, "--disturb", "5")
+        assert refused.exit_code == 1
+        assert "disturb is" in refused.stderr
+    (calm,), (disturbed,) = found["calm"].episodes, found["disturbed"].episodes
+    drawn = draw(0, 2, 0)
+    assert (calm.displaced_at, calm.displacement) == (None, None)
+    assert (disturbed.displaced_at, disturbed.displacement in drawn.offsets) == (drawn.step, True)
+    assert calm.actions != disturbed.actions
+    with pytest.raises(UserError, match="disturb is None and 0"):
+        compare(found["calm"], found["disturbed"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mode", "rsd"), "--policy expert runs no bundle: leave out '--mode'"),
+        (("--n-action-steps", "2"), "leave out '--n-action-steps'"),
+        (("bundles/mine",), "leave out '[BUNDLE]'"),
+    ],
+)
+def test_the_expert_runs_no_bundle(arguments: tuple[str, ...], message: str) -> None:
+    result = rsd_trt("eval", "--policy", "expert", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.libero
+def test_the_expert_and_the_disturbance_know_one_suite(tiny_bundle: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--policy", "expert"), "--policy expert knows libero_spatial only, not libero_goal"),
+        ((tiny_bundle, "--disturb", "0"), "--disturb displaces the bowl of libero_spatial"),
+    ):
+        result = rsd_trt("eval", *arguments, "--suite", "libero_goal", "--out", tmp_path)
+        assert result.exit_code == 1
+        assert message in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from doubles import Broken, Reader, Troubled, World, unusable
+from doubles import Broken, Reader, Troubled, World, shake, unusable
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
+from rsd_trt.eval.disturb import Disturbance
 from rsd_trt.eval.pool import HOPELESS, Meter, Schedule, run_episodes
 from rsd_trt.eval.results import Episode
-from rsd_trt.eval.rollout import Assignment, Environment
+from rsd_trt.eval.rollout import Assignment, Environment, serve
 from rsd_trt.runtime.policy import Policy
 
 STEPS = 12
@@ -34,7 +35,9 @@ def run(
     """The episodes by key, without what the clock puts into them."""
     assignments = [Assignment(task, trial, STEPS) for task in range(tasks) for trial in range(trials)]
     found = {}
-    for episode in run_episodes(policy, build, assignments, workers, rows, timeout, meter or Meter()):
+    for episode in run_episodes(
+        policy, partial(serve, build=build), assignments, workers, rows, timeout, meter or Meter()
+    ):
         queries = tuple(dataclasses.replace(query, ms=0.0, rows=1) for query in episode.queries)
         assert episode.key not in found
         found[episode.key] = dataclasses.replace(episode, seconds=0.0, queries=queries)
@@ -124,7 +127,7 @@ def test_a_simulator_that_always_breaks_stops_the_run(tmp_path: Path) -> None:
     assignments = [Assignment(0, trial, STEPS) for trial in range(HOPELESS + 5)]
     found = []
     with pytest.raises(UserError, match=f"the simulator broke in {HOPELESS} episodes in a row, .*: RuntimeError: no"):
-        for episode in run_episodes(Reader(), Broken, assignments, 4, 1, 60.0, Meter()):
+        for episode in run_episodes(Reader(), partial(serve, build=Broken), assignments, 4, 1, 60.0, Meter()):
             found.append(episode)
     assert len(found) == HOPELESS
 
@@ -149,13 +152,31 @@ def test_a_clock_that_jumps_hangs_nobody(calm: dict[tuple[int, int], Episode], m
 
 def test_a_stopped_run_leaves_no_process_behind() -> None:
     assignments = [Assignment(0, trial, STEPS) for trial in range(4)]
-    episodes = run_episodes(Reader(), World, assignments, 2, 1, 60.0, Meter())
+    episodes = run_episodes(Reader(), partial(serve, build=World), assignments, 2, 1, 60.0, Meter())
     next(episodes)
     import multiprocessing
 
     assert len(multiprocessing.active_children()) == 2
     episodes.close()  # type: ignore[attr-defined]
     assert not multiprocessing.active_children()
+
+
+def test_a_script_acts_in_the_processes_and_nobody_is_asked() -> None:
+    assignments = [Assignment(0, trial, STEPS) for trial in range(3)]
+    meter = Meter()
+    found = list(run_episodes(None, partial(serve, build=World, script=shake), assignments, 2, 1, 60.0, meter))
+    assert sorted(episode.trial for episode in found) == [0, 1, 2]
+    assert all(not episode.queries and episode.steps and episode.error is None for episode in found)
+    assert meter == Meter()
+
+
+def test_displacements_are_recorded() -> None:
+    """That of trial 1 comes too late, that of trial 2 has no room."""
+    planned = (Disturbance(2, ((0.02, 0.03),)), Disturbance(STEPS, ((0.02, 0.03),)), Disturbance(2, ((-0.03, 0.0),)))
+    assignments = [Assignment(0, trial, STEPS, disturbance=planned[trial]) for trial in range(3)]
+    episodes = run_episodes(None, partial(serve, build=World, script=shake), assignments, 1, 1, 60.0, Meter())
+    found = [(episode.displaced_at, episode.displacement) for episode in episodes]
+    assert found == [(2, (0.02, 0.03)), (None, None), (None, None)]
 
 
 def test_a_process_keeps_its_task_and_then_takes_where_most_is_left() -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from rsd_trt.config import Dims
 from rsd_trt.errors import UserError
+from rsd_trt.eval.disturb import Disturbance
 from rsd_trt.eval.rollout import Assignment, Finished, run_episode, write_strip, write_video
-from rsd_trt.runtime.observation import Observation
 
 
 class Until(World):
@@ -27,15 +27,20 @@ class Until(World):
 
 
 def run(
-    simulator: World, max_steps: int = 10, failures: Path | None = None, videos: Path | None = None
+    simulator: World,
+    max_steps: int = 10,
+    failures: Path | None = None,
+    videos: Path | None = None,
+    disturbance: Disturbance | None = None,
+    looks: bool = True,
 ) -> tuple[Finished, list[int]]:
     asked: list[int] = []
 
-    def act(_: Observation, step: int) -> NDArray[np.float32]:
+    def act(_: World, step: int) -> NDArray[np.float32]:
         asked.append(step)
         return np.full((4, Dims.A), step, np.float32)
 
-    return run_episode(simulator, Assignment(0, 0, max_steps, failures, videos), act), asked
+    return run_episode(simulator, Assignment(0, 0, max_steps, failures, videos, disturbance), act, looks), asked
 
 
 def test_renders_only_before_queries() -> None:
@@ -45,6 +50,29 @@ def test_renders_only_before_queries() -> None:
     assert (finished.success, asked) == (False, [0, 4, 8])
     assert finished.actions[:, 0].tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
     assert finished.seconds > 0
+
+
+def test_renders_nothing_for_who_does_not_look() -> None:
+    simulator = Until(0)
+    run(simulator, looks=False)
+    assert not any(simulator.rendered)
+
+
+@pytest.mark.parametrize("step", [0, 6])
+def test_the_target_is_displaced_once_before_its_step(step: int) -> None:
+    """In the middle of a chunk, too; by the first candidate that there is room for."""
+    simulator = Until(0)
+    finished, _ = run(simulator, disturbance=Disturbance(step, ((-0.03, 0.0), (0.02, 0.01), (0.04, 0.0))))
+    assert simulator.displaced == [(step, (0.02, 0.01))]
+    assert finished.displacement == (0.02, 0.01)
+
+
+@pytest.mark.parametrize("disturbance", [None, Disturbance(10, ((0.02, 0.0),)), Disturbance(2, ((-0.02, 0.0),))])
+def test_nothing_is_displaced(disturbance: Disturbance | None) -> None:
+    """Nothing is asked for, the episode ends before, there is no room."""
+    simulator = Until(0)
+    finished, _ = run(simulator, disturbance=disturbance)
+    assert (simulator.displaced, finished.displacement) == ([], None)
 
 
 def test_success_ends_the_episode_inside_a_chunk() -> None:

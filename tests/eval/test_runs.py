@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,30 @@ def test_names_say_what_differs(runs: list[Results], names: list[str]) -> None:
 
 def paired(*runs: Results) -> dict[str, tuple[str | None, str | None]]:
     return {run.name: (run.baseline, run.alone) for run in pair_up([(Path(str(i)), r) for i, r in enumerate(runs)])}
+
+
+def test_disturbed_runs_are_told_apart() -> None:
+    names = run_names([run("baseline"), run("baseline", disturb=0), run("rsd")])
+    assert names == ["baseline, undisturbed", "baseline, disturbed with seed 0", "rsd"]
+
+
+def test_a_report_is_on_runs_of_bundles(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.json", run("baseline", policy="expert"))
+    with pytest.raises(UserError, match=r"r\.json is a run of the expert; a report is on runs of bundles"):
+        read_runs([path])
+
+
+def test_a_setting_at_its_default_does_not_name_the_run(tmp_path: Path) -> None:
+    """Files from before a setting existed are read as having its default."""
+    results = run("rsd")
+    path = write(tmp_path / "r.json", results)
+    data = json.loads(path.read_text())
+    del data["settings"]["policy"], data["settings"]["disturb"]
+    told = json.dumps(data["settings"], sort_keys=True).encode()
+    assert results.settings.run == hashlib.sha256(told).hexdigest()[:12]
+    path.write_text(json.dumps(data))
+    assert read_run(path) == results
+    assert run("rsd", disturb=0).settings.run != results.settings.run
 
 
 def test_each_run_is_compared_with_the_baseline_of_its_settings() -> None:

@@ -13,15 +13,13 @@ import pytest
 import torch
 
 from rsd_trt.config import ControlConfig
+from rsd_trt.eval.disturb import DISPLACEMENT, TARGET, offsets
 from rsd_trt.eval.simulator import Simulator, initial_states, open_suite
 from rsd_trt.reference.collect import LAG, SUITE, Job, Settings, plan, take, write_chunk
 from rsd_trt.reference.demonstrate import (
-    DISPLACEMENT,
-    TARGET,
     Burst,
     Demonstration,
     Disturbances,
-    displace_bowl,
     disturb,
     draw_disturbances,
     model_images,
@@ -115,6 +113,6 @@ def test_training_scenes_are_no_evaluation_states_and_the_bowl_can_be_displaced(
             assert np.abs(stored[:, 1:] - state[1:]).max(1).min() > 1e-3  # the first number is the time
         joint = f"{TARGET}_joint0"
         before = simulator.physics.data.get_joint_qpos(joint).copy()
-        assert displace_bowl(simulator, np.random.default_rng(0))
+        assert simulator.displace(offsets(np.random.default_rng(0)))
         moved = (simulator.physics.data.get_joint_qpos(joint) - before)[:3]
         assert DISPLACEMENT[0] <= np.linalg.norm(moved) <= DISPLACEMENT[1]
