@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.summary import summarise
 from rsd_trt.jsonio import to_json
 
-COUNTS = ("total_episodes", "total_successes", "errors", "queries", "full_passes", "steps")
+RECORDED = ("episodes", "settings", "throughput", "command")  # not figures: they do not follow from the episodes
+RELATIVE = 1e-6  # difference of two figures that are still the same: sums depend on the order
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def read_run(path: Path) -> Results:
 
     Raises:
         UserError: it cannot be read, holds an episode twice or one that was not asked for, mixes runs, or its
-            counts are not those of its episodes.
+            figures are not those of its episodes.
     """
     results = read_results(path)
     settings = results.settings
@@ -62,12 +64,26 @@ def read_run(path: Path) -> Results:
     if set(tasks) != set(settings.tasks):
         raise UserError(f"{path} has results for tasks {sorted(tasks)}, its settings ask for {list(settings.tasks)}")
     found = summarise(settings, results.episodes, tasks, results.codec_round_trip_mse, results.command)
-    for name in COUNTS:
-        if getattr(results, name) != getattr(found, name):
-            raise UserError(
-                f"{path} is damaged: {name} is {getattr(results, name)}, its episodes give {getattr(found, name)}"
-            )
+    figures = to_json(replace(found, episodes=()))
+    for name, value in to_json(replace(results, episodes=())).items():
+        if name not in RECORDED:
+            _check_figure(path, name, value, figures[name])
     return results
+
+
+def _check_figure(path: Path, name: str, value: object, found: object) -> None:
+    """Raises UserError unless a JSON value is the one found, floats being equal but for `RELATIVE`."""
+    if isinstance(value, dict) and isinstance(found, dict):
+        for key in {**found, **value}:
+            _check_figure(path, f"{name}.{key}", value.get(key), found.get(key))
+    elif isinstance(value, list) and isinstance(found, list) and len(value) == len(found):
+        for i, pair in enumerate(zip(value, found, strict=True)):
+            _check_figure(path, f"{name}[{i}]", *pair)
+    elif isinstance(value, float) and isinstance(found, (int, float)):
+        if not math.isclose(value, found, rel_tol=RELATIVE):
+            raise UserError(f"{path} is damaged: {name} is {value!r}, its episodes give {found!r}")
+    elif value != found:
+        raise UserError(f"{path} is damaged: {name} is {value!r}, its episodes give {found!r}")
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic import run, throughput, write
+from synthetic import outcome, run, throughput, write
 
 from rsd_trt.errors import UserError
-from rsd_trt.eval.results import Results
+from rsd_trt.eval.results import Results, RsdStats
 from rsd_trt.eval.runs import pair_up, read_run, read_runs, run_names
+from rsd_trt.jsonio import to_json
 
 
 def test_reads_what_was_written(tmp_path: Path) -> None:
@@ -93,6 +94,58 @@ def test_damaged_files_are_one_line(tmp_path: Path, damage: Callable[[dict[str, 
     path.write_text(json.dumps(data))
     with pytest.raises(UserError, match=rf"r\.json:? ?{message}"):
         read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("forged", "message"),
+    [
+        ({"final_success_rate": 0.999}, "final_success_rate is 0.999, its episodes give 0.5"),
+        ({"final_success_rate": None}, "final_success_rate is None, its episodes give 0.5"),
+        ({"final_success_interval": [0.1, 0.2]}, r"final_success_interval\[0\] is 0.1, its episodes give 0.25"),
+        ({"use_speculative_decoding": False}, "use_speculative_decoding is False, its episodes give True"),
+        ({"avg_inference_time_ms": 1.0}, "avg_inference_time_ms is 1.0, its episodes give "),
+        ({"query_ms": None}, "query_ms is None, its episodes give {'n'"),
+        ({"routes": {"accepted": 3}}, r"routes.accepted is 3, its episodes give \d+"),
+        ({"verdicts": {"true_accept": 3}}, "verdicts.true_accept is 3, its episodes give None"),
+        ({"token_agreement": [0.9]}, r"token_agreement is \[0.9\], its episodes give \["),
+        ({"token_agreement_chance": 0.1}, "token_agreement_chance is 0.1, its episodes give 0.14"),
+        ({"task_suite": "libero_10"}, "task_suite is 'libero_10', its episodes give 'libero_spatial'"),
+        (
+            {"rsd_stats": dict.fromkeys(to_json(RsdStats(None, None, None)), 1 / 3)},
+            "rsd_stats.draft_acceptance_rate is 0.33",
+        ),
+    ],
+)
+def test_forged_figures_are_one_line(tmp_path: Path, forged: dict[str, object], message: str) -> None:
+    data = to_json(run("rsd", change=outcome((0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)))) | forged
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=rf"r\.json is damaged: {message}"):
+        read_run(path)
+
+
+def test_forged_tasks_are_one_line(tmp_path: Path) -> None:
+    results = run("rsd")
+    forged = dataclasses.replace(results.task_results[1], success_rate=0.123)
+    path = write(
+        tmp_path / "r.json",
+        dataclasses.replace(results, task_results=(results.task_results[0], forged, results.task_results[2])),
+    )
+    with pytest.raises(UserError, match=r"task_results\[1\].success_rate is 0.123, its episodes give"):
+        read_run(path)
+
+
+def test_a_batched_file_has_no_latency(tmp_path: Path) -> None:
+    forged = dataclasses.replace(run("rsd", timing="batched"), avg_inference_time_ms=5.0)
+    with pytest.raises(UserError, match=r"avg_inference_time_ms is 5\.0, its episodes give None"):
+        read_run(write(tmp_path / "r.json", forged))
+
+
+def test_figures_may_differ_by_rounding(tmp_path: Path) -> None:
+    results = run("rsd")
+    assert results.avg_inference_time_ms is not None
+    rounded = dataclasses.replace(results, avg_inference_time_ms=results.avg_inference_time_ms * (1 + 1e-9))
+    assert read_run(write(tmp_path / "r.json", rounded)) == rounded
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
