@@ -43,7 +43,7 @@ class RunSummary:
     final_success_interval: Annotated[Interval | None, "95%, Wilson's score"]
     task_results: tuple[TaskResult, ...]
     throughput: Throughput | None
-    throughput_only: Annotated[bool, "another run of its kind has as many episodes or more"]
+    throughput_only: Annotated[bool, "another run of its kind asked for more, or for the same on other workers"]
     targets: tuple[Target, ...]
     baseline: Annotated[str | None, "the name of the run that it is compared with"]
     comparison: Comparison | None

@@ -24,8 +24,8 @@ RELATIVE = 1e-6  # difference of two figures that are still the same: sums depen
 class Run:
     """A run of a report. `versus` is its comparison with the run named `baseline`; `alone` says why there is none.
 
-    throughput_only: another run of its kind has as many episodes or more, so that this one, of a series over
-    workers for instance, adds nothing but its throughput.
+    throughput_only: another run of its kind asked for more episodes, or for the same on another number of workers, so
+    that this one adds nothing but its throughput.
     """
 
     name: str
@@ -124,12 +124,32 @@ def run_names(runs: Sequence[Results]) -> list[str]:
 
 
 def _adds_only_throughput(run: Results, runs: Sequence[Results]) -> bool:
-    """Of runs that differ in timing, tasks and trials only, the largest counts, and the largest of single timing."""
+    """Of runs that differ in timing, tasks and trials only, those that asked for most episodes count, and of single
+    timing those that did so there. Of the same episodes on other numbers of workers, single timing or the fewest
+    workers count."""
     kind = {**to_json(run.settings), "timing": None, "tasks": None, "trials": None}
     alike = [r for r in runs if {**to_json(r.settings), "timing": None, "tasks": None, "trials": None} == kind]
     single = [r for r in alike if r.settings.timing == "single"]
-    largest = max(alike, key=lambda r: (r.total_episodes, r.settings.timing == "single"))
-    return run is not largest and not (single and run is max(single, key=lambda r: r.total_episodes))
+    return not _counts(run, alike) and not (run.settings.timing == "single" and _counts(run, single))
+
+
+def _counts(run: Results, runs: Sequence[Results]) -> bool:
+    """Whether none of the runs stands for `run`."""
+    return not any(_asked(other) > _asked(run) or _same_on_fewer_workers(other, run) for other in runs)
+
+
+def _asked(run: Results) -> int:
+    return len(run.settings.tasks) * run.settings.trials
+
+
+def _same_on_fewer_workers(a: Results, b: Results) -> bool:
+    """Whether `a` asked for the episodes of `b` on another number of workers, with single timing or on fewer."""
+    if a.throughput is None or b.throughput is None or a.throughput.workers == b.throughput.workers:
+        return False
+    if (a.settings.tasks, a.settings.trials) != (b.settings.tasks, b.settings.trials):
+        return False
+    costs = [(run.settings.timing != "single", run.throughput.workers) for run in (a, b) if run.throughput]
+    return costs[0] < costs[1]
 
 
 def _traits(run: Results) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from synthetic import outcome, run, throughput, write
 
 from rsd_trt.errors import UserError
@@ -214,6 +216,24 @@ def test_a_series_over_workers_adds_its_throughput_only() -> None:
     assert throughput_only(single, *series, large) == [False, True, True, False]
     assert throughput_only(run("baseline"), *series) == [False, False, True]
     assert throughput_only(run("rsd"), run("rsd", backend="trt", trials=2)) == [False, False]
+
+
+def test_runs_of_the_same_episodes_are_all_shown() -> None:
+    """A second run is dropped neither for its place, its errors nor its success; nor is one of other tasks."""
+    broken = run("rsd", broken=((0, 0), (1, 1)), throughput=throughput(4, 2.0))
+    again = run("rsd", success=0.5, throughput=throughput(4, 1.0))
+    assert throughput_only(run("rsd"), run("rsd", success=0.5), broken, again) == [False] * 4
+    assert throughput_only(run("rsd", tasks=(0,)), run("rsd", tasks=(1,))) == [False] * 2
+    assert throughput_only(broken, run("rsd", trials=3)) == [False, True]
+
+
+@hypothesis.given(st.permutations(range(5)))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_what_counts_does_not_depend_on_the_order(order: list[int]) -> None:
+    several = [run("rsd", timing="batched", throughput=throughput(n, n)) for n in (4, 2, 2, 8)]
+    several.append(run("rsd", timing="batched", trials=2))
+    only = throughput_only(*(several[i] for i in order))
+    assert [only[order.index(i)] for i in range(5)] == [True, False, False, True, True]
 
 
 def test_a_run_whose_fields_are_out_of_range_is_not_accepted(tmp_path: Path) -> None:
