@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.config import ARM_DIMS, ControlConfig, Mode, Quantiles, RsdConfig
+from rsd_trt.config import ARM_DIMS, ControlConfig, Dims, Mode, Quantiles, RsdConfig
 from rsd_trt.errors import UserError
 from rsd_trt.jsonio import from_json, json_schema, to_json
 from rsd_trt.runtime.plan import Query, Verdict
@@ -56,6 +56,17 @@ class QueryRecord:
         tuple[tuple[float, ...], ...] | None, "shadow mode: the same between the main head's new plan and the old one"
     ] = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range, or lists of other lengths."""
+        _require(self.step >= 0, f"a query's step {self.step} must be >= 0")
+        _require(self.token_agreement != (), "a query's token_agreement must have an entry for each coarse layer")
+        for name, gap in (("draft_gap", self.draft_gap), ("main_gap", self.main_gap)):
+            for row in gap or ():
+                _require(len(row) == Dims.A, f"a row of {name} has {len(row)} entries, not {Dims.A}")
+        if self.draft_gap is not None and self.main_gap is not None:
+            steps = len(self.draft_gap), len(self.main_gap)
+            _require(steps[0] == steps[1], f"draft_gap has {steps[0]} steps and main_gap {steps[1]}")
+
     @classmethod
     def of(cls, query: Query, step: int, rows: int) -> QueryRecord:
         return cls(
@@ -86,6 +97,16 @@ class ActionStatistics:
     ]
     gripper_switches: Annotated[int, "times that the gripper command changed its sign"]
 
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range, or lists of other lengths."""
+        for name in ("minimum", "maximum", "mean", "histogram"):
+            found = len(getattr(self, name))
+            _require(found == Dims.A, f"actions.{name} has {found} entries, not {Dims.A}")
+        for low, high in zip(self.minimum, self.maximum, strict=True):
+            _require(low <= high, f"actions.minimum {low} is above actions.maximum {high}")
+        for row in self.histogram:
+            _require(len(row) == HISTOGRAM_BINS, f"a row of actions.histogram has {len(row)} entries")
+
     @classmethod
     def of(cls, actions: NDArray[np.float32]) -> ActionStatistics:
         """actions [n, A], n >= 1."""
@@ -114,6 +135,10 @@ class Episode:
     actions: Annotated[ActionStatistics | None, "null when none was executed"] = None
     error: Annotated[str | None, "what broke"] = None
     run: Annotated[str, "which run the episode is of: the start of the sha256 of its settings"] = ""
+
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range."""
+        _require(self.steps >= 0, f"an episode's steps {self.steps} must be >= 0")
 
     @property
     def key(self) -> tuple[int, int]:
@@ -153,6 +178,16 @@ class Settings:
     training_actions: Annotated[Quantiles | None, "of the actions that the policy was trained on"]
     hardware: dict[str, object]
     versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range, or lists of other lengths."""
+        for name, least in (("trials", 0), ("n_action_steps", 1), ("backbone_blocks", 1), ("levels", 2)):
+            found = getattr(self, name)
+            _require(found >= least, f"settings.{name} {found} must be >= {least}")
+        _require(len(self.rsd.tolerance) == ARM_DIMS, f"settings.rsd.tolerance has {len(self.rsd.tolerance)} entries")
+        for name in ("q01", "q99", "mask") if self.training_actions else ():
+            length = len(getattr(self.training_actions, name))
+            _require(length == Dims.A, f"settings.training_actions.{name} has {length} entries, not {Dims.A}")
 
     @property
     def run(self) -> str:
@@ -194,6 +229,10 @@ class Throughput:
     bound: Annotated[Literal["policy", "simulator"], "policy: it computed for more than half of the time"]
     gpu_utilisation: Annotated[float | None, "mean share of time with a kernel on the GPU; null without a GPU"] = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range."""
+        _require(self.workers >= 1, f"throughput.workers {self.workers} must be >= 1")
+
 
 @dataclass(frozen=True)
 class Results:
@@ -226,6 +265,12 @@ class Results:
     command: str
     schema_version: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range, or lists of other lengths."""
+        _require(self.codec_round_trip_mse >= 0, f"codec_round_trip_mse {self.codec_round_trip_mse} must be >= 0")
+        layers = {len(q.token_agreement) for e in self.episodes for q in e.queries if q.token_agreement is not None}
+        _require(len(layers) <= 1, f"the queries' token_agreement has {sorted(layers)} entries: it must have as many")
+
 
 def read_results(path: Path) -> Results:
     """A results file, plain or compressed (`.json.gz`), checked against its schema.
@@ -239,7 +284,7 @@ def read_results(path: Path) -> Results:
         if len(text) > MAX_BYTES:
             raise UserError(f"{path} holds more than {MAX_BYTES:,} bytes: no results file does")
         data = json.loads(text)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
         raise UserError(f"{path} is not a results file of rsd-trt eval")
@@ -255,6 +300,11 @@ def read_results(path: Path) -> Results:
 def results_schema() -> dict[str, object]:
     """The JSON Schema of a results file."""
     return json_schema(Results)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
 
 
 def _rounded(values: NDArray[np.float32]) -> tuple[float, ...]:

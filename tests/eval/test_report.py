@@ -347,3 +347,11 @@ def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
     result = rsd_trt("report", path, "-o", path)
     assert result.exit_code == 1
     assert "a.json cannot be written: " in result.stderr
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    """What matplotlib would read as mathematics is shown as it is."""
+    names = [run("baseline", suite=suite) for suite in (r"$\frac{$", "$x$")]
+    page = (make(tmp_path, *names) / "report.html").read_text("utf-8")
+    check(page)
+    assert r"$\frac{$" in page

@@ -48,6 +48,7 @@ def test_reads_compressed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("", "cannot be read"),
         ("\x00", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
+        ("9" * 5_000, "cannot be read"),
         ("[]", "is not a results file"),
         ("{}", "is not a results file"),
         ('{"task_suite": 1, "final_success_rate": 1}', "has schema_version None, this version reads 1: evaluate again"),
@@ -148,6 +149,66 @@ def test_figures_may_differ_by_rounding(tmp_path: Path) -> None:
     assert results.avg_inference_time_ms is not None
     rounded = dataclasses.replace(results, avg_inference_time_ms=results.avg_inference_time_ms * (1 + 1e-9))
     assert read_run(write(tmp_path / "r.json", rounded)) == rounded
+
+
+def setting(**changes: object) -> Callable[[dict[str, object]], None]:
+    return lambda data: data["settings"].update(changes)  # type: ignore[attr-defined]
+
+
+def query(**changes: object) -> Callable[[dict[str, object]], None]:
+    return lambda data: data["episodes"][0]["queries"][0].update(changes)  # type: ignore[index]
+
+
+def actions(**changes: object) -> Callable[[dict[str, object]], None]:
+    return lambda data: data["episodes"][0]["actions"].update(changes)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (setting(levels=0), "settings.levels 0 must be >= 2"),
+        (setting(trials=-1), "settings.trials -1 must be >= 0"),
+        (setting(backbone_blocks=0), "settings.backbone_blocks 0 must be >= 1"),
+        (setting(seed=10**400), "settings.seed is too large a whole number"),
+        (
+            setting(training_actions={"q01": [], "q99": [0.0] * 7, "mask": [True] * 7}),
+            "settings.training_actions.q01 has 0",
+        ),
+        (setting(suite="\ud800"), r"settings.suite is '\\ud800', not Unicode text"),
+        (setting(hardware={"cpu": {"name": "\udfff"}}), r"settings.hardware.cpu.name is '\\udfff', not Unicode text"),
+        (setting(hardware={"cpu": float("inf")}), "settings.hardware.cpu is inf, not a finite number"),
+        (setting(hardware={"cpu": json.loads("[" * 300 + "]" * 300)}), "settings is nested more than 32 deep"),
+        (setting(versions={"\ud800": "1"}), r"settings.versions is '\\ud800', not Unicode text"),
+        (first(error="\ud800"), r"episodes\[0\].error is '\\ud800', not Unicode text"),
+        (first(steps=-1), "an episode's steps -1 must be >= 0"),
+        (query(step=-1), "a query's step -1 must be >= 0"),
+        (query(token_agreement=[]), "a query's token_agreement must have an entry"),
+        (query(token_agreement=[0.5]), r"the queries' token_agreement has \[1, 3\] entries"),
+        (query(draft_gap=[[0.0]]), "a row of draft_gap has 1 entries, not 7"),
+        (query(draft_gap=[], main_gap=[[0.0] * 7]), "draft_gap has 0 steps and main_gap 1"),
+        (actions(minimum=[]), "actions.minimum has 0 entries, not 7"),
+        (actions(maximum=[0.0] * 8), "actions.maximum has 8 entries, not 7"),
+        (actions(maximum=[-9.0] * 7), "actions.minimum .* is above actions.maximum -9.0"),
+        (actions(mean=[0.0]), "actions.mean has 1 entries, not 7"),
+        (actions(histogram=[[1] * 20] * 6), "actions.histogram has 6 entries, not 7"),
+        (actions(histogram=[[1] * 19] * 7), "a row of actions.histogram has 19 entries"),
+        (lambda data: data.update(codec_round_trip_mse=-1), "codec_round_trip_mse -1.0 must be >= 0"),
+        (
+            lambda data: data.update(throughput=to_json(throughput(1, 1.0)) | {"workers": 0}),
+            "throughput.workers 0 must",
+        ),
+    ],
+)
+def test_values_that_no_run_has_are_one_line(
+    tmp_path: Path, damage: Callable[[dict[str, object]], None], message: str
+) -> None:
+    data = to_json(run("shadow", throughput=throughput(1, 1.0)))
+    damage(data)
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=rf"r\.json: {message}") as error:
+        read_run(path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
