@@ -256,7 +256,7 @@ class Results:
     full_passes: int
     steps: int
     actions_per_query: float | None
-    steps_per_second: Annotated[float | None, "of one simulator, simulation and policy included"]
+    steps_per_second: Annotated[float | None, "simulation and policy included; null unless timing is single"]
     throughput: Annotated[Throughput | None, "null when the run was interrupted"]
     codec_round_trip_mse: Annotated[float, "decode(tokens(x)) against the codec's own reconstruction"]
     task_results: tuple[TaskResult, ...]
