@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,10 @@ def write_report(paths: Sequence[Path], out: Path, command: str) -> Written:
     try:
         with contextlib.ExitStack() as stack:
             for name, text in texts.items():
-                stack.enter_context(replacing(out / name)).write_text(text, "utf-8")
+                with stack.enter_context(replacing(out / name)).open("wb") as stream:
+                    stream.write(text.encode())
+                    stream.flush()
+                    os.fsync(stream.fileno())
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     return Written(tuple(out / name for name in texts), comparison, runs)

@@ -53,7 +53,7 @@ def read_run(path: Path) -> Results:
         if episode.task_id not in settings.tasks or not 0 <= episode.trial < settings.trials:
             raise UserError(
                 f"{path} holds task {episode.task_id}, trial {episode.trial}, which its settings do not ask for "
-                f"(tasks {list(settings.tasks)}, {settings.trials} trials). Evaluate again"
+                f"(tasks {list(settings.tasks)}, {counted(settings.trials, 'trial')}). Evaluate again"
             )
         if episode.run != settings.run:
             raise UserError(

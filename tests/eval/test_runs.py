@@ -79,7 +79,7 @@ def first(**changes: object) -> Callable[[dict[str, object]], None]:
     ("damage", "message"),
     [
         (twice, "holds task 0, trial 0 twice"),
-        (first(trial=99), "holds task 0, trial 99, which its settings do not ask for"),
+        (first(trial=99), r"holds task 0, trial 99, which its settings do not ask for \(tasks .*, 4 trials\)"),
         (first(run="0123"), "mixes runs: task 0, trial 0 is of run 0123"),
         (first(run=""), r"mixes runs: .* is of run \(none\), its settings are of [0-9a-f]+"),
         (first(success="yes"), r"episodes\[0\].success is 'yes', not true or false"),
