@@ -106,7 +106,7 @@ class Slow(World):
 class Broken(World):
     """A world that never starts."""
 
-    def reset(self, trial: int) -> None:
+    def reset(self, trial: int, render: bool = True) -> None:
         raise RuntimeError("no")
 
 
