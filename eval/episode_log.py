@@ -57,7 +57,7 @@ class EpisodeLog:
             raise UserError(f"{self.path} has no {path.name} beside it: whose episodes are they? Start over: --fresh")
         try:
             stored = json.loads(path.read_text("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not a settings file ({error}). Start over: --fresh") from None
         if difference := _differences(stored, to_json(self.settings)):
             raise UserError(f"{path} is of another run: {difference}. Another --out, or start over: --fresh")
@@ -70,7 +70,7 @@ class EpisodeLog:
             where = f"{self.path}, line {number}"
             try:
                 episode = from_json(Episode, json.loads(line), where)
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not an episode ({error}). Start over: --fresh") from None
             if episode.run != self.settings.run:
                 raise UserError(

@@ -191,7 +191,9 @@ def evaluate(
         click.echo(f"results: {request.results_file}")
         note_untrained(results.settings.trained)
     if results.errors:
-        raise UserError(f"{results.errors} episodes ended in an error: see {request.results_file}")
+        from rsd_trt.eval.statistics import counted
+
+        raise UserError(f"{counted(results.errors, 'episode')} ended in an error: see {request.results_file}")
 
 
 def _refuse_what_is_of_a_bundle() -> None:

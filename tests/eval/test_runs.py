@@ -169,7 +169,6 @@ def actions(**changes: object) -> Callable[[dict[str, object]], None]:
     [
         (setting(levels=0), "settings.levels 0 must be >= 2"),
         (setting(trials=-1), "settings.trials -1 must be >= 0"),
-        (setting(backbone_blocks=0), "settings.backbone_blocks 0 must be >= 1"),
         (setting(seed=10**400), "settings.seed is too large a whole number"),
         (
             setting(training_actions={"q01": [], "q99": [0.0] * 7, "mask": [True] * 7}),
