@@ -3,13 +3,14 @@
 In shadow mode every query runs the main head too. The recorded gaps say, for each step of the live plan that a query
 could commit, how far the draft and how far the main head's new plan are from it. A step is *right* while the new
 plan moves it by at most `limit` and keeps its gripper. A query is accepted wrongly when it commits a step that is
-not right; the false-accept rate is the share of wrongly accepted queries among those that have such a step.
+not right. An episode's false-accept rate is the share of wrongly accepted queries among those that have such a step.
 
 The tolerance is `scale * spread`. `spread` is the draft's own error by dimension: a quantile of its gap at steps
-that are right. A query's *score* is the smallest scale at which it would be accepted wrongly, and `scale` stays below
-the k-th smallest of the n scores, k = floor(alpha (n + 1)): a new query that is exchangeable with them scores less
-with a probability of at most alpha (split conformal prediction: Vovk, Gammerman and Shafer 2005). Queries of one
-episode resemble each other, so the rate is also measured on episodes that were held out.
+that are right, in the first part of the episodes. `scale` is the largest for which the n episodes of the second part
+have (sum of their rates + 1) / (n + 1) <= alpha: the expected rate of a new episode that is exchangeable with them is
+then at most alpha (conformal risk control: Angelopoulos, Bates, Fisch, Lei and Schuster 2022). Episodes are the unit,
+since queries of one episode resemble each other. That is a mean over choices of episodes, so one choice is
+measured on the third part, which was held out.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.config import ARM_DIMS
 from rsd_trt.errors import UserError
 from rsd_trt.eval.results import Episode, Results
-from rsd_trt.eval.statistics import wilson
+from rsd_trt.eval.statistics import Interval, bootstrap_share
 
+PARTS = 5  # of the episodes: one for the spread, two for the scale, two held out
 SPREAD_QUANTILE = 0.9
 FINEST = 1e-4  # environment units: gaps are recorded, and tolerances written, to this
 WIDEST = 2.0  # environment units: the whole range of an action
@@ -61,15 +63,14 @@ class Judged:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What a tolerance does to queries, as shares with 95% Wilson intervals."""
+    """What a tolerance does to held-out episodes. Intervals are 95%, bootstrapped over episodes; None for few."""
 
     alpha: float | None  # that it was chosen for
     tolerance: tuple[float, ...]  # by arm dimension, environment units
-    acceptance: float  # of the queries that tested a plan
-    acceptance_interval: tuple[float, float] | None
-    false_accepts: float | None  # of those that can be accepted wrongly
-    false_accepts_interval: tuple[float, float] | None
-    wrong_among_accepted: float | None
+    acceptance: float  # share of the queries that tested a plan
+    acceptance_interval: Interval | None
+    false_accepts: float  # mean of the episodes' false-accept rates
+    false_accepts_interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,17 @@ class Calibration:
     before: Acceptance
     curve: tuple[Acceptance, ...]
     limit: tuple[float, ...]  # by arm dimension, environment units
-    episodes: int  # calibrated on
-    queries: int  # calibrated on
-    held_out_episodes: int
-    held_out_queries: int
+    episodes: tuple[int, int, int]  # for the spread, for the scale, held out
 
 
 def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None = None, seed: int = 0) -> Calibration:
-    """Chooses the tolerance on one half of a shadow run's episodes and measures it on the other.
+    """Chooses the tolerance on three fifths of a shadow run's episodes and measures it on the others.
 
     limit: how far the main head may move a step, in environment units, and the plan still counts as right;
-    None: the run's own tolerance, by dimension.
+    None: the run's own tolerance, by dimension. seed: of which episodes are in which part.
 
     Raises:
-        UserError: not a shadow run of this bundle, or too few queries for `alpha`.
+        UserError: not a shadow run of this bundle, or too few episodes for `alpha`.
     """
     settings = shadow.settings
     if settings.mode != "shadow":
@@ -106,78 +104,99 @@ def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None
     if bundle.config.rsd.rule != "actions":
         raise UserError(f"rsd.rule is {bundle.config.rsd.rule}; only the rule actions has a tolerance to calibrate")
     limits = np.array(settings.rsd.tolerance if limit is None else (limit,) * ARM_DIMS)
-    episodes = [episode for episode in shadow.episodes if episode.error is None]
+    episodes = [queries for e in shadow.episodes if e.error is None and (queries := judged(e, limits))]
     order = np.random.default_rng(seed).permutation(len(episodes))
-    half = (len(episodes) + 1) // 2
-    chosen_on = [episodes[i] for i in order[:half]]
-    held_out = judged([episodes[i] for i in order[half:]], limits)
-    queries = judged(chosen_on, limits)
+    parts = [[episodes[i] for i in part] for part in np.array_split(order, PARTS)]
+    for_spread, for_scale, held_out = parts[0], parts[1] + parts[2], parts[3] + parts[4]
     if not held_out:
-        raise UserError(f"{len(episodes)} episodes are too few to hold some out: evaluate more")
+        raise UserError(f"{len(episodes)} episodes that tested a plan are too few to hold some out: evaluate more")
+    spread = draft_spread(for_spread)
     return Calibration(
-        chosen=measure(choose_tolerance(queries, alpha), held_out, alpha),
+        chosen=measure(choose_tolerance(for_scale, spread, alpha), held_out, alpha),
         before=measure(np.array(bundle.config.rsd.tolerance), held_out, None),
         curve=tuple(
-            measure(choose_tolerance(queries, other), held_out, other)
+            measure(choose_tolerance(for_scale, spread, other), held_out, other)
             for other in CURVE
-            if math.floor(other * (sum(query.can_be_wrong for query in queries) + 1)) >= 1
+            if other >= least_alpha(len(for_scale))
         ),
         limit=tuple(map(float, limits)),
-        episodes=len(chosen_on),
-        queries=len(queries),
-        held_out_episodes=len(episodes) - half,
-        held_out_queries=len(held_out),
+        episodes=(len(for_spread), len(for_scale), len(held_out)),
     )
 
 
-def judged(episodes: Sequence[Episode], limit: NDArray[np.float64]) -> list[Judged]:
-    """The queries that tested a live plan, judged by `limit` [arm dimensions]."""
+def judged(episode: Episode, limit: NDArray[np.float64]) -> list[Judged]:
+    """The episode's queries that tested a live plan, judged by `limit` [arm dimensions]."""
     found = []
-    for episode in episodes:
-        for query in episode.queries:
-            if query.draft_gap and query.main_gap:
-                main = np.array(query.main_gap)
-                right = (main[:, :ARM_DIMS] <= limit).all(axis=1) & (main[:, ARM_DIMS] == 0)
-                found.append(Judged(np.array(query.draft_gap), int(right.cumprod().sum())))
+    for query in episode.queries:
+        if query.draft_gap and query.main_gap:
+            main = np.array(query.main_gap)
+            right = (main[:, :ARM_DIMS] <= limit).all(axis=1) & (main[:, ARM_DIMS] == 0)
+            found.append(Judged(np.array(query.draft_gap), int(right.cumprod().sum())))
     return found
 
 
-def choose_tolerance(queries: Sequence[Judged], alpha: float) -> NDArray[np.float64]:
-    """[arm dimensions], the widest tolerance whose false-accept rate is bounded by `alpha`.
+def draft_spread(episodes: Sequence[Sequence[Judged]]) -> NDArray[np.float64]:
+    """[arm dimensions], the draft's error where the plan was right.
 
     Raises:
-        UserError: too few queries to bound it, or none whose plan was right.
+        UserError: it never was.
     """
-    right = [query.draft[0, :ARM_DIMS] for query in queries if query.right]
+    right = [query.draft[0, :ARM_DIMS] for queries in episodes for query in queries if query.right]
     if not right:
         raise UserError("in no query did the main head confirm the plan: there is nothing to accept")
-    spread = np.maximum(np.quantile(right, SPREAD_QUANTILE, axis=0), FINEST)
-    scores = sorted(query.score(spread) for query in queries if query.can_be_wrong)
-    k = math.floor(alpha * (len(scores) + 1))
-    if k < 1:
+    return np.maximum(np.quantile(right, SPREAD_QUANTILE, axis=0), FINEST)
+
+
+def least_alpha(episodes: int) -> float:
+    """The smallest alpha that so many episodes can bound."""
+    return 1 / (episodes + 1)
+
+
+def choose_tolerance(
+    episodes: Sequence[Sequence[Judged]], spread: NDArray[np.float64], alpha: float
+) -> NDArray[np.float64]:
+    """[arm dimensions], the widest multiple of `spread` whose false-accept rate is bounded by `alpha`.
+
+    Raises:
+        UserError: too few episodes to bound it.
+    """
+    if alpha < least_alpha(len(episodes)):
+        needed = math.ceil(1 / alpha) - 1
         raise UserError(
-            f"alpha {alpha:g} needs {math.ceil(1 / alpha) - 1} queries that can be accepted wrongly, there are "
-            f"{len(scores)}: evaluate more episodes, or take a larger --alpha"
+            f"alpha {alpha:g} needs {needed} episodes to choose the scale on, there are {len(episodes)}: "
+            f"evaluate {math.ceil(needed * PARTS / 2)} or more, or take a larger --alpha"
         )
+    scores = []  # (score, what it adds to the sum of the rates when the scale passes it)
+    for queries in episodes:
+        wrong = [query for query in queries if query.can_be_wrong]
+        scores += [(query.score(spread), 1 / len(wrong)) for query in wrong]
+    budget, scale = alpha * (len(episodes) + 1) - 1, math.inf
+    for score, weight in sorted(scores):
+        budget -= weight
+        if budget < -1e-9:
+            scale = score
+            break
     widest = np.full(ARM_DIMS, WIDEST)
-    if scores[k - 1] == math.inf:
+    if scale == math.inf:
         return widest
-    below = (np.ceil(scores[k - 1] * spread / FINEST - 1e-6) - 1) * FINEST  # strictly below the k-th score
+    below = (np.ceil(scale * spread / FINEST - 1e-6) - 1) * FINEST  # strictly below that score
     return np.clip(below, 0.0, widest).round(4)
 
 
-def measure(tolerance: NDArray[np.float64], queries: Sequence[Judged], alpha: float | None) -> Acceptance:
-    """What a tolerance [arm dimensions] does to queries."""
-    committed = [query.committed(tolerance) for query in queries]
-    accepted = sum(count > 0 for count in committed)
-    wrong = sum(count > query.right for query, count in zip(queries, committed, strict=True))
-    possible = sum(query.can_be_wrong for query in queries)
+def measure(tolerance: NDArray[np.float64], episodes: Sequence[Sequence[Judged]], alpha: float | None) -> Acceptance:
+    """What a tolerance [arm dimensions] does to episodes."""
+    accepted, tested, rates = [], [], []
+    for queries in episodes:
+        committed = [query.committed(tolerance) for query in queries]
+        wrong = sum(count > query.right for query, count in zip(queries, committed, strict=True))
+        accepted.append(sum(count > 0 for count in committed))
+        tested.append(len(queries))
+        rates.append(wrong / max(sum(query.can_be_wrong for query in queries), 1))
     return Acceptance(
         alpha=alpha,
         tolerance=tuple(map(float, tolerance)),
-        acceptance=accepted / len(queries),
-        acceptance_interval=wilson(accepted, len(queries)),
-        false_accepts=wrong / possible if possible else None,
-        false_accepts_interval=wilson(wrong, possible),
-        wrong_among_accepted=wrong / accepted if accepted else None,
+        acceptance=sum(accepted) / sum(tested),
+        acceptance_interval=bootstrap_share(accepted, tested),
+        false_accepts=float(np.mean(rates)),
+        false_accepts_interval=bootstrap_share(rates, [1] * len(rates)),
     )

@@ -15,9 +15,9 @@ from rsd_trt.eval.statistics import (
     Verdict,
     bootstrap_share,
     counted,
-    proved_above,
     smallest_provable_loss,
     verdict,
+    wilson,
 )
 from rsd_trt.eval.wording import interval, listed, number
 
@@ -27,6 +27,10 @@ SPEEDUP_TARGET = 1.2
 ACCEPTANCE_TARGET = 0.6
 
 What = Literal["success", "speed-up", "acceptance"]
+VERDICTS = (
+    "met, not met: the whole interval is above, below; not proved: it is not. For success, episodes that ended in an "
+    "error count as failures for met, and as successes for not met"
+)
 TESTED = ("accepted", "partial", "rejected")
 
 
@@ -39,8 +43,8 @@ class Target:
     unit: Literal["%", "x"]
     value: float | None
     interval: Annotated[Interval | None, "95%"]
-    verdict: Annotated[Verdict, "met, not met: the whole interval is above, below; not proved: it is not"]
-    reason: Annotated[str | None, "why it is not measured, or why there is no interval"]
+    verdict: Annotated[Verdict, VERDICTS]
+    reason: Annotated[str | None, "why it is not measured or not proved, or why there is no interval"]
 
     @property
     def bound(self) -> str:
@@ -61,12 +65,21 @@ def targets(run: Run) -> tuple[Target, ...]:
 
 
 def _success(results: Results) -> Target:
-    done, succeeded = results.total_episodes, results.total_successes
-    said = verdict(results.final_success_interval, SUCCESS_TARGET)
-    assert (said == "met") == proved_above(succeeded, done, SUCCESS_TARGET)
-    reason = None if done else "no episode ended without an error"
+    """The rate is of the episodes without an error; the verdict holds however those with one would have ended."""
+    done, succeeded, errors = results.total_episodes, results.total_successes, results.errors
+    said: Verdict = "not measured"
+    reason: str | None = "no episode ended without an error"
+    worst, best = wilson(succeeded, done + errors), wilson(succeeded + errors, done + errors)
+    if done and worst and best:
+        said = verdict((worst[0], best[1]), SUCCESS_TARGET)
+        reason = _errors(results) if errors and said == "not proved" else None
     rate, bounds = results.final_success_rate, results.final_success_interval
     return Target("success", SUCCESS_TARGET, "%", rate, bounds, said, reason)
+
+
+def _errors(results: Results) -> str:
+    """`2 of 100 episodes ended in an error`."""
+    return f"{results.errors:,} of {counted(results.total_episodes + results.errors, 'episode')} ended in an error"
 
 
 def _speedup(run: Run) -> Target:
@@ -131,12 +144,13 @@ def conclude(runs: Sequence[Run]) -> Conclusion:
 
 
 def headline(run: Run) -> str:
-    """Which targets a run meets, by verdict."""
+    """Which targets a run meets, by verdict, and how many of its episodes ended in an error."""
+    errors = f"; {_errors(run.results)}" if run.results.errors else ""
     verdicts: dict[Verdict, list[str]] = {}
     for target in targets(run):
         verdicts.setdefault(target.verdict, []).append(target.what)
     if len(verdicts) == 1 and "met" in verdicts:
-        return f"The run {run.name} meets all three targets."
+        return f"The run {run.name} meets all three targets{errors}."
     words: tuple[tuple[Verdict, str, str], ...] = (
         ("met", "meets", ""),
         ("not met", "misses", ""),
@@ -144,7 +158,7 @@ def headline(run: Run) -> str:
         ("not measured", "does not measure", ""),
     )
     parts = [f"{verb} {_targets(verdicts[v])}{end}" for v, verb, end in words if v in verdicts]
-    return f"The run {run.name} {'; it '.join(parts)}."
+    return f"The run {run.name} {'; it '.join(parts)}{errors}."
 
 
 def success_sentence(run: Run) -> str:

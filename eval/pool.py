@@ -14,10 +14,12 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
@@ -33,7 +35,7 @@ from rsd_trt.runtime.plan import Query
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 2  # at an episode whose simulator breaks
-HOPELESS = 10  # episodes in a row that end in an error end the run
+HOPELESS = 10  # episodes in a row whose simulator breaks end the run
 CLOSING_SECONDS = 10.0  # that a process gets to end by itself
 
 
@@ -109,11 +111,15 @@ class Worker:
     def receive(self) -> Asking | Finished | Broken:
         """The process's next message, which is there."""
         self.deadline = np.inf
+        watchdog = threading.Timer(self.timeout, self._process.kill)  # it may freeze in the middle of a message
+        watchdog.start()
         try:
             message: Asking | Finished | Broken = self.connection.recv()
         except (EOFError, OSError):
             self._process.join(CLOSING_SECONDS)
             return Broken(f"the simulator's process ended (exit code {self._process.exitcode})")
+        finally:
+            watchdog.cancel()
         return message
 
     def episode(self, success: bool, actions: ActionStatistics | None, steps: int, error: str | None) -> Episode:
@@ -137,11 +143,16 @@ class Worker:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share CUDA's and GL's state
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=self._serve, args=(theirs,), daemon=True)
+        resource_tracker.ensure_running()  # starting it would undo the mask below
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the parent alone
         try:
+            self.connection, theirs = context.Pipe()
+            self._process = context.Process(target=self._serve, args=(theirs,), daemon=True)
             self._process.start()
+        except OSError as error:
+            raise UserError(
+                f"no simulator process {self.slot + 1} can be started: {error.strerror}. Use fewer --workers"
+            ) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
@@ -155,7 +166,7 @@ def run_episodes(
     rows: int,
     timeout: float,
     meter: Meter,
-) -> Iterator[Episode]:
+) -> Generator[Episode, None, None]:
     """Runs the episodes and gives each as it finishes.
 
     policy: None if the processes never ask. serve(connection): what a simulator's process runs, picklable: see
@@ -163,11 +174,11 @@ def run_episodes(
     which a process is taken for hung.
 
     Raises:
-        UserError: the simulator cannot work on this machine, or `HOPELESS` episodes in a row ended in an error.
+        UserError: the simulator cannot work on this machine, or broke in `HOPELESS` episodes in a row.
     """
     schedule = Schedule.of(assignments)
     pool: list[Worker] = []
-    errors = 0
+    broken = 0  # episodes in a row
     try:
         for slot in range(min(workers, len(assignments))):
             pool.append(Worker(slot, serve, timeout))
@@ -178,12 +189,16 @@ def run_episodes(
                 if isinstance(message, Asking):
                     asking.append((worker, message))
                 elif (episode := _ended(worker, message, policy)) is not None:
-                    errors = _counted(episode, errors)
                     yield episode
+                    broken = 0 if episode.error is None else broken + 1
+                    if broken == HOPELESS:
+                        raise UserError(
+                            f"the simulator broke in {HOPELESS} episodes in a row, last with: {episode.error}. "
+                            "See why with rsd-trt -v; a slow machine needs fewer --workers or a longer --timeout"
+                        )
                     _next_episode(worker, pool, schedule, policy)
             for i in range(0, len(asking), rows):
                 for worker, episode in _answer(policy, asking[i : i + rows], meter):
-                    errors = _counted(episode, errors)
                     yield episode
                     _next_episode(worker, pool, schedule, policy)
         for worker in pool:
@@ -275,7 +290,7 @@ def _decide(policy: Answering, observations: Sequence[Observation], slots: Seque
         if len(slots) == 1:
             return [Query(np.zeros((0, 0), np.float32), "fault", fault=f"{type(error).__name__}: {error}")]
         for slot in slots:
-            policy.reset(slot)  # how far the broken forward got with their plans is not known
+            policy.reset(slot)  # how far the broken forward got with the plans is not known: all make new ones
         return [_decide(policy, [x], [slot])[0] for x, slot in zip(observations, slots, strict=True)]
     return [query if query.fault is not None else _checked(query) for query in queries]
 
@@ -288,12 +303,3 @@ def _checked(query: Query) -> Query:
     if not np.isfinite(actions).all():
         return replace(query, fault="the policy gave actions that are not finite")
     return query
-
-
-def _counted(episode: Episode, errors: int) -> int:
-    """The errors in a row, this episode included."""
-    if episode.error is None:
-        return 0
-    if errors + 1 >= HOPELESS:
-        raise UserError(f"{HOPELESS} episodes in a row ended in an error, the last with: {episode.error}")
-    return errors + 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class RunSummary:
     final_success_interval: Annotated[Interval | None, "95%, Wilson's score"]
     task_results: tuple[TaskResult, ...]
     throughput: Throughput | None
-    throughput_only: Annotated[bool, "another run of its kind has as many episodes or more"]
+    throughput_only: Annotated[bool, "another run of its kind asked for more, or for the same on other workers"]
     targets: tuple[Target, ...]
     baseline: Annotated[str | None, "the name of the run that it is compared with"]
     comparison: Comparison | None
@@ -128,7 +129,10 @@ def write_report(paths: Sequence[Path], out: Path, command: str) -> Written:
     try:
         with contextlib.ExitStack() as stack:
             for name, text in texts.items():
-                stack.enter_context(replacing(out / name)).write_text(text, "utf-8")
+                with stack.enter_context(replacing(out / name)).open("wb") as stream:
+                    stream.write(text.encode())
+                    stream.flush()
+                    os.fsync(stream.fileno())
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     return Written(tuple(out / name for name in texts), comparison, runs)

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.config import ARM_DIMS, ControlConfig, Mode, PolicyKind, Quantiles, RsdConfig
+from rsd_trt.config import ARM_DIMS, ControlConfig, Dims, Mode, PolicyKind, Quantiles, RsdConfig
 from rsd_trt.errors import UserError
 from rsd_trt.eval.disturb import Offset
 from rsd_trt.jsonio import from_json, json_schema, to_json
@@ -59,6 +59,17 @@ class QueryRecord:
         tuple[tuple[float, ...], ...] | None, "shadow mode: the same between the main head's new plan and the old one"
     ] = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range, or lists of other lengths."""
+        _require(self.step >= 0, f"a query's step {self.step} must be >= 0")
+        _require(self.token_agreement != (), "a query's token_agreement must have an entry for each coarse layer")
+        for name, gap in (("draft_gap", self.draft_gap), ("main_gap", self.main_gap)):
+            for row in gap or ():
+                _require(len(row) == Dims.A, f"a row of {name} has {len(row)} entries, not {Dims.A}")
+        if self.draft_gap is not None and self.main_gap is not None:
+            steps = len(self.draft_gap), len(self.main_gap)
+            _require(steps[0] == steps[1], f"draft_gap has {steps[0]} steps and main_gap {steps[1]}")
+
     @classmethod
     def of(cls, query: Query, step: int, rows: int) -> QueryRecord:
         return cls(
@@ -88,6 +99,16 @@ class ActionStatistics:
         f"by dimension, counts in {HISTOGRAM_BINS} equal bins over [-1, 1], outliers at its ends",
     ]
     gripper_switches: Annotated[int, "times that the gripper command changed its sign"]
+
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range, or lists of other lengths."""
+        for name in ("minimum", "maximum", "mean", "histogram"):
+            found = len(getattr(self, name))
+            _require(found == Dims.A, f"actions.{name} has {found} entries, not {Dims.A}")
+        for low, high in zip(self.minimum, self.maximum, strict=True):
+            _require(low <= high, f"actions.minimum {low} is above actions.maximum {high}")
+        for row in self.histogram:
+            _require(len(row) == HISTOGRAM_BINS, f"a row of actions.histogram has {len(row)} entries")
 
     @classmethod
     def of(cls, actions: NDArray[np.float32]) -> ActionStatistics:
@@ -119,6 +140,10 @@ class Episode:
     run: Annotated[str, "which run the episode is of: the start of the sha256 of its settings"] = ""
     displaced_at: Annotated[int | None, "the step before which the target was displaced; null if it was not"] = None
     displacement: Annotated[Offset | None, "of the target, along x and y of the world, in m"] = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range."""
+        _require(self.steps >= 0, f"an episode's steps {self.steps} must be >= 0")
 
     @property
     def key(self) -> tuple[int, int]:
@@ -160,6 +185,16 @@ class Settings:
     versions: dict[str, str]
     policy: Annotated[PolicyKind, "expert: it acts by the scene's state, step by step, and no model is run"] = "bundle"
     disturb: Annotated[int | None, "the seed of the target's displacements; null if there are none"] = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range, or lists of other lengths."""
+        for name, least in (("trials", 0), ("n_action_steps", 1), ("backbone_blocks", 0), ("levels", 2)):
+            found = getattr(self, name)
+            _require(found >= least, f"settings.{name} {found} must be >= {least}")
+        _require(len(self.rsd.tolerance) == ARM_DIMS, f"settings.rsd.tolerance has {len(self.rsd.tolerance)} entries")
+        for name in ("q01", "q99", "mask") if self.training_actions else ():
+            length = len(getattr(self.training_actions, name))
+            _require(length == Dims.A, f"settings.training_actions.{name} has {length} entries, not {Dims.A}")
 
     @property
     def label(self) -> str:
@@ -209,6 +244,10 @@ class Throughput:
     bound: Annotated[Literal["policy", "simulator"], "policy: it computed for more than half of the time"]
     gpu_utilisation: Annotated[float | None, "mean share of time with a kernel on the GPU; null without a GPU"] = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range."""
+        _require(self.workers >= 1, f"throughput.workers {self.workers} must be >= 1")
+
 
 @dataclass(frozen=True)
 class Results:
@@ -234,7 +273,7 @@ class Results:
     full_passes: int
     steps: int
     actions_per_query: float | None
-    steps_per_second: Annotated[float | None, "of one simulator, simulation and policy included"]
+    steps_per_second: Annotated[float | None, "simulation and policy included; null unless timing is single"]
     throughput: Annotated[Throughput | None, "null when the run was interrupted"]
     codec_round_trip_mse: Annotated[
         float | None, "decode(tokens(x)) against the codec's own reconstruction; null without a codec"
@@ -244,6 +283,13 @@ class Results:
     episodes: tuple[Episode, ...]
     command: str
     schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range, or lists of other lengths."""
+        mse = self.codec_round_trip_mse
+        _require(mse is None or mse >= 0, f"codec_round_trip_mse {mse} must be >= 0")
+        layers = {len(q.token_agreement) for e in self.episodes for q in e.queries if q.token_agreement is not None}
+        _require(len(layers) <= 1, f"the queries' token_agreement has {sorted(layers)} entries: it must have as many")
 
 
 def read_results(path: Path) -> Results:
@@ -258,7 +304,7 @@ def read_results(path: Path) -> Results:
         if len(text) > MAX_BYTES:
             raise UserError(f"{path} holds more than {MAX_BYTES:,} bytes: no results file does")
         data = json.loads(text)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
         raise UserError(f"{path} is not a results file of rsd-trt eval")
@@ -274,6 +320,11 @@ def read_results(path: Path) -> Results:
 def results_schema() -> dict[str, object]:
     """The JSON Schema of a results file."""
     return json_schema(Results)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
 
 
 def _rounded(values: NDArray[np.float32]) -> tuple[float, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
@@ -81,6 +84,10 @@ class Abandoned(Exception):
     """The policy has nothing more to say: the episode ends here."""
 
 
+class HungUp(Exception):
+    """There is nobody to talk to any more."""
+
+
 def run_episode(
     simulator: EnvironmentT,
     assignment: Assignment,
@@ -137,31 +144,70 @@ def serve(
     With a `script(environment)`, that gives the actions: nobody is asked, and no images are rendered for it.
     """
 
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    line = Line(connection)
+
     def act(simulator: EnvironmentT, step: int) -> NDArray[np.float32]:
         if script is not None:
             return script(simulator)
-        connection.send(Asking(simulator.observation(), step))
-        actions: NDArray[np.float32] | None = connection.recv()
+        line.send(Asking(simulator.observation(), step))
+        actions = line.actions()
         if actions is None:
             raise Abandoned
         return actions
 
     try:
-        assignment: Assignment = connection.recv()
+        assignment = line.assignment()
         while True:
             task = assignment.task
             with closing(build(task)) as simulator:
                 while assignment.task == task:
                     with suppress(Abandoned):
-                        connection.send(run_episode(simulator, assignment, act, looks=script is None))
-                    assignment = connection.recv()
-    except (EOFError, ConnectionError):
+                        line.send(run_episode(simulator, assignment, act, looks=script is None))
+                    assignment = line.assignment()
+    except HungUp:
         return
     except UserError as error:
-        connection.send(Broken(str(error), refused=True))
+        broken = Broken(str(error), refused=True)
     except Exception as error:  # whatever breaks inside the simulator
         log.exception("task %d, trial %d broke", assignment.task, assignment.trial)
-        connection.send(Broken(f"{type(error).__name__}: {error}"))
+        broken = Broken(f"{type(error).__name__}: {error}")
+    with suppress(HungUp):
+        line.send(broken)
+
+
+class Line:
+    """The simulator's end of the connection. Raises HungUp when there is nobody at the other."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def send(self, message: Asking | Finished | Broken) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            raise HungUp from None
+
+    def assignment(self) -> Assignment:
+        try:
+            assignment: Assignment = self._connection.recv()
+        except (EOFError, OSError):
+            raise HungUp from None
+        return assignment
+
+    def actions(self) -> NDArray[np.float32] | None:
+        try:
+            actions: NDArray[np.float32] | None = self._connection.recv()
+        except (EOFError, OSError):
+            raise HungUp from None
+        return actions
+
+
+def _follow(parent: int) -> None:
+    """Ends this process when its parent is gone, whatever it is at: a hung simulator would stay for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def check_video_writer() -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -101,16 +102,14 @@ def _run(
     videos = request.pictures("videos") if request.video else None
     failures = request.pictures("failures") if driver.script is None else None  # a script sees no images to keep
     disturbances = {key: draw(settings.disturb, *key) for key in keys} if settings.disturb is not None else {}
-    assignments = [
-        Assignment(*key, settings.max_steps, failures, videos, disturbances.get(key)) for key in keys if log.lacks(*key)
-    ]
+    missing = sorted((key for key in keys if log.lacks(*key)), key=lambda key: key in log.episodes)  # errors last
+    assignments = [Assignment(*key, settings.max_steps, failures, videos, disturbances.get(key)) for key in missing]
     process = partial(serve, build=partial(Simulator, settings.suite, control=settings.control), script=driver.script)
     meter, gpu, started = Meter(), GpuMeter(torch.device(settings.device)), time.perf_counter()
+    running = run_episodes(driver.policy, process, assignments, request.workers, driver.rows, request.timeout, meter)
     try:
-        with gpu:
-            for episode in run_episodes(
-                driver.policy, process, assignments, request.workers, driver.rows, request.timeout, meter
-            ):
+        with gpu, closing(running) as episodes:
+            for episode in episodes:
                 log.append(episode)
                 on_episode(episode)
             seconds = time.perf_counter() - started
@@ -148,7 +147,8 @@ def _write_hidden(path: Path, policy: Policy) -> None:
     """The recorded hidden states, as `rsd-trt verify` reads them: `prefix` and `final`, each [n, H] float32."""
     from safetensors.torch import save
 
-    assert policy.hidden_states
+    if not policy.hidden_states:
+        raise UserError(f"no query was answered, so there are no hidden states to write to {path}")
     prefix, final = (torch.cat(states).float() for states in zip(*policy.hidden_states, strict=True))
     write_atomically(path, save({"prefix": prefix, "final": final}))
 

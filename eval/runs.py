@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +16,16 @@ from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.summary import summarise
 from rsd_trt.jsonio import to_json
 
-COUNTS = ("total_episodes", "total_successes", "errors", "queries", "full_passes", "steps")
+RECORDED = ("episodes", "settings", "throughput", "command")  # not figures: they do not follow from the episodes
+RELATIVE = 1e-6  # difference of two figures that are still the same: sums depend on the order
 
 
 @dataclass(frozen=True)
 class Run:
     """A run of a report. `versus` is its comparison with the run named `baseline`; `alone` says why there is none.
 
-    throughput_only: another run of its kind has as many episodes or more, so that this one, of a series over
-    workers for instance, adds nothing but its throughput.
+    throughput_only: another run of its kind asked for more episodes, or for the same on another number of workers, so
+    that this one adds nothing but its throughput.
     """
 
     name: str
@@ -40,7 +42,7 @@ def read_run(path: Path) -> Results:
 
     Raises:
         UserError: it cannot be read, holds an episode twice or one that was not asked for, mixes runs, or its
-            counts are not those of its episodes.
+            figures are not those of its episodes.
     """
     results = read_results(path)
     settings = results.settings
@@ -51,7 +53,7 @@ def read_run(path: Path) -> Results:
         if episode.task_id not in settings.tasks or not 0 <= episode.trial < settings.trials:
             raise UserError(
                 f"{path} holds task {episode.task_id}, trial {episode.trial}, which its settings do not ask for "
-                f"(tasks {list(settings.tasks)}, {settings.trials} trials). Evaluate again"
+                f"(tasks {list(settings.tasks)}, {counted(settings.trials, 'trial')}). Evaluate again"
             )
         if episode.run != settings.run:
             raise UserError(
@@ -62,12 +64,26 @@ def read_run(path: Path) -> Results:
     if set(tasks) != set(settings.tasks):
         raise UserError(f"{path} has results for tasks {sorted(tasks)}, its settings ask for {list(settings.tasks)}")
     found = summarise(settings, results.episodes, tasks, results.codec_round_trip_mse, results.command)
-    for name in COUNTS:
-        if getattr(results, name) != getattr(found, name):
-            raise UserError(
-                f"{path} is damaged: {name} is {getattr(results, name)}, its episodes give {getattr(found, name)}"
-            )
+    figures = to_json(replace(found, episodes=()))
+    for name, value in to_json(replace(results, episodes=())).items():
+        if name not in RECORDED:
+            _check_figure(path, name, value, figures[name])
     return results
+
+
+def _check_figure(path: Path, name: str, value: object, found: object) -> None:
+    """Raises UserError unless a JSON value is the one found, floats being equal but for `RELATIVE`."""
+    if isinstance(value, dict) and isinstance(found, dict):
+        for key in {**found, **value}:
+            _check_figure(path, f"{name}.{key}", value.get(key), found.get(key))
+    elif isinstance(value, list) and isinstance(found, list) and len(value) == len(found):
+        for i, pair in enumerate(zip(value, found, strict=True)):
+            _check_figure(path, f"{name}[{i}]", *pair)
+    elif isinstance(value, float) and isinstance(found, (int, float)):
+        if not math.isclose(value, found, rel_tol=RELATIVE):
+            raise UserError(f"{path} is damaged: {name} is {value!r}, its episodes give {found!r}")
+    elif value != found:
+        raise UserError(f"{path} is damaged: {name} is {value!r}, its episodes give {found!r}")
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
@@ -112,12 +128,32 @@ def run_names(runs: Sequence[Results]) -> list[str]:
 
 
 def _adds_only_throughput(run: Results, runs: Sequence[Results]) -> bool:
-    """Of runs that differ in timing, tasks and trials only, the largest counts, and the largest of single timing."""
+    """Of runs that differ in timing, tasks and trials only, those that asked for most episodes count, and of single
+    timing those that did so there. Of the same episodes on other numbers of workers, single timing or the fewest
+    workers count."""
     kind = {**to_json(run.settings), "timing": None, "tasks": None, "trials": None}
     alike = [r for r in runs if {**to_json(r.settings), "timing": None, "tasks": None, "trials": None} == kind]
     single = [r for r in alike if r.settings.timing == "single"]
-    largest = max(alike, key=lambda r: (r.total_episodes, r.settings.timing == "single"))
-    return run is not largest and not (single and run is max(single, key=lambda r: r.total_episodes))
+    return not _counts(run, alike) and not (run.settings.timing == "single" and _counts(run, single))
+
+
+def _counts(run: Results, runs: Sequence[Results]) -> bool:
+    """Whether none of the runs stands for `run`."""
+    return not any(_asked(other) > _asked(run) or _same_on_fewer_workers(other, run) for other in runs)
+
+
+def _asked(run: Results) -> int:
+    return len(run.settings.tasks) * run.settings.trials
+
+
+def _same_on_fewer_workers(a: Results, b: Results) -> bool:
+    """Whether `a` asked for the episodes of `b` on another number of workers, with single timing or on fewer."""
+    if a.throughput is None or b.throughput is None or a.throughput.workers == b.throughput.workers:
+        return False
+    if (a.settings.tasks, a.settings.trials) != (b.settings.tasks, b.settings.trials):
+        return False
+    costs = [(run.settings.timing != "single", run.throughput.workers) for run in (a, b) if run.throughput]
+    return costs[0] < costs[1]
 
 
 def _traits(run: Results) -> tuple[str, ...]:

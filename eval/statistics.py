@@ -83,7 +83,7 @@ def bootstrap_speedup(
     return _percentile_interval((sums[:, 0] * sums[:, 3]) / divisor) if divisor.all() else None
 
 
-def bootstrap_share(parts: Sequence[int], wholes: Sequence[int], seed: int = 0) -> Interval | None:
+def bootstrap_share(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Interval | None:
     """95% interval of sum(parts) / sum(wholes), entry i of both being of the same episode.
 
     Queries of one episode are alike, so episodes are resampled and not queries (Efron 1979). None for fewer than
@@ -113,8 +113,8 @@ def what_can_be_shown(episodes: int, near: float = 0.9) -> str:
     if loss is None:
         return line + "too few to show any loss against another run on the same initial states"
     return line + (
-        "against another run on the same initial states, the smallest loss that can be shown is "
-        f"{loss} episodes ({loss / episodes * 100:.1f} points)"
+        "against another run on the same initial states, the smallest loss that can be shown is, at best (none "
+        f"gained), {loss} episodes ({loss / episodes * 100:.1f} points)"
     )
 
 

@@ -46,7 +46,7 @@ def summarise(
         full_passes=sum(query.full_pass for query in queries),
         steps=steps,
         actions_per_query=steps / len(queries) if queries else None,
-        steps_per_second=steps / seconds if seconds else None,
+        steps_per_second=steps / seconds if seconds and single else None,
         throughput=throughput,
         codec_round_trip_mse=codec_round_trip_mse,
         task_results=tuple(_task(task_id, tasks[task_id], episodes) for task_id in sorted(tasks)),

@@ -37,6 +37,7 @@ def draw_chart(name: str, draw: Callable[[Figure], None], height: float, caption
 
     with mpl.rc_context(
         {
+            "text.parse_math": False,  # names of runs are shown as they are
             "text.color": INK,
             "axes.edgecolor": INK,
             "axes.labelcolor": INK,

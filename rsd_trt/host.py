@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +80,8 @@ class GpuMeter:
     def __init__(self, device: torch.device) -> None:
         self.mean: float | None = None
         self._device = device
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._samples = tempfile.TemporaryFile()  # noqa: SIM115  (a pipe that nobody reads would fill up)
 
     def __enter__(self) -> GpuMeter:
         if self._device.type == "cuda":
@@ -88,14 +90,16 @@ class GpuMeter:
             uuid = f"GPU-{torch.cuda.get_device_properties(self._device).uuid}"
             query = ["nvidia-smi", "-i", uuid, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
             with contextlib.suppress(OSError):
-                self._process = subprocess.Popen([*query, "-l", "1"], stdout=subprocess.PIPE, text=True)
+                self._process = subprocess.Popen([*query, "-l", "1"], stdout=self._samples)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is None:
             return
         self._process.terminate()
-        samples = [int(line) for line in self._process.communicate()[0].split() if line.isdigit()]
+        self._process.wait()
+        self._samples.seek(0)
+        samples = [int(line) for line in self._samples.read().split() if line.isdigit()]
         if samples:
             self.mean = sum(samples) / len(samples) / 100
 

@@ -17,6 +17,8 @@ from typing import Annotated, Literal, TypeVar
 from rsd_trt.errors import UserError, did_you_mean
 
 ConfigT = TypeVar("ConfigT")
+MAX_INT = 2**63 - 1
+MAX_DEPTH = 32  # of a value without a type
 
 
 def to_json(config: object) -> dict[str, object]:
@@ -30,7 +32,8 @@ def from_json(cls: type[ConfigT], data: object, where: str) -> ConfigT:
 
     Raises:
         UserError: an unknown key (with a did-you-mean), a missing key, or a value of another type; `where`
-            names the file, and the message the key's path in it.
+            names the file, and the message the key's path in it. So is a text that is not Unicode (a lone
+            surrogate), or a number that is not finite or beyond 64 bits.
     """
     return typing.cast(ConfigT, _build(cls, data, where, ""))
 
@@ -59,16 +62,47 @@ def _build(kind: object, value: object, where: str, path: str) -> object:
             raise UserError(f"{where}: {path} has {len(value)} entries, not {len(arguments)}")
         return tuple(_build(arguments[0], entry, where, f"{path}[{i}]") for i, entry in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {str(key): _build(arguments[1], entry, where, f"{path}.{key}") for key, entry in value.items()}
+        keys = [_text(str(key), where, path) for key in value]
+        return {key: _build(arguments[1], value[key], where, f"{path}.{key}") for key in keys}
     if kind is object:
+        _check_value(value, where, path, MAX_DEPTH)
         return value
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not abs(value) <= sys.float_info.max:  # infinity, NaN, or a whole number that is too large
             raise UserError(f"{where}: {path} is {value!r}, not a finite number")
         return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
+    if kind is int and type(value) is int and abs(value) > MAX_INT:
+        raise UserError(f"{where}: {path} is too large a whole number")
+    if kind is str and isinstance(value, str):
+        return _text(value, where, path)
+    if kind in (int, bool) and type(value) is kind:
         return value
     raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not {_describe(kind)}")
+
+
+def _text(value: str, where: str, path: str) -> str:
+    """`value`, if it can be written as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {path} is {value!a}, not Unicode text") from None
+    return value
+
+
+def _check_value(value: object, where: str, path: str, depth: int) -> None:
+    """Raises UserError unless a value of any type can be written as JSON again."""
+    if depth == 0:
+        raise UserError(f"{where}: {path.split('.')[0]} is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_value(entry, where, f"{path}.{_text(str(key), where, path)}", depth - 1)
+    elif isinstance(value, (list, tuple)):
+        for i, entry in enumerate(value):
+            _check_value(entry, where, f"{path}[{i}]", depth - 1)
+    elif isinstance(value, float):
+        _build(float, value, where, path)
+    elif isinstance(value, (int, str)) and not isinstance(value, bool):
+        _build(type(value), value, where, path)
 
 
 def _build_dataclass(cls: type, value: object, where: str, path: str) -> object:

@@ -168,7 +168,7 @@ def calibration_table(calibration: Calibration) -> Table:
     """`rsd-trt calibrate`: acceptance against false accepts on the held-out episodes."""
     rows = [("before", calibration.before), ("chosen", calibration.chosen)]
     rows += [("", other) for other in calibration.curve]
-    table = Table(title=f"on {calibration.held_out_queries:,} queries of held-out episodes")
+    table = Table(title=f"on {calibration.episodes[2]} held-out episodes")
     for name in ("", "alpha"):
         table.add_column(name)
     for name in ("accepted", "95% interval", "accepted wrongly", "95% interval", "tolerance by dimension"):

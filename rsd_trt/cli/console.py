@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
 
     from rsd_trt.eval.results import Episode
     from rsd_trt.export.run import Outcome
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers that `nan` is not in."""
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout instead.")

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from rsd_trt.cli.console import (
     EpisodeProgress,
+    FiniteRange,
     bundle_argument,
     device_option,
     engines_option,
@@ -102,7 +103,7 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(1),
+    type=FiniteRange(1, 86400),
     default=300.0,
     show_default=True,
     help="Seconds of a simulator's silence after which its process is replaced.",

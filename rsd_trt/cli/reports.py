@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from rsd_trt.cli.console import bundle_argument, json_option, note_untrained, show
+from rsd_trt.cli.console import FiniteRange, bundle_argument, json_option, note_untrained, show
 
 
 @click.command()
@@ -77,14 +77,14 @@ def report(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
 @click.argument("shadow", type=click.Path(path_type=Path))
 @click.option(
     "--alpha",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(1e-4, 1, max_open=True),
     default=0.05,
     show_default=True,
     help="Bound on the share of queries accepted wrongly, of those that can be.",
 )
 @click.option(
     "--limit",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, 2, min_open=True),
     help="How far the main head may move a step of a plan that still counts as right, in environment units. "
     "[default: the tolerance that SHADOW was run with]",
 )
@@ -98,8 +98,8 @@ def calibrate(
 ) -> None:
     """Choose the acceptance tolerance from a shadow run, and write it into a copy of the bundle.
 
-    SHADOW is the results file of rsd-trt eval --mode shadow. One half of its episodes chooses the tolerance of each
-    dimension, the other half shows what it does.
+    SHADOW is the results file of rsd-trt eval --mode shadow. Three fifths of its episodes choose the tolerance of each
+    dimension, the others show what it does.
 
     \b
     Example: rsd-trt calibrate bundles/mine results/libero_spatial_shadow_results.json --alpha 0.05
@@ -121,9 +121,13 @@ def calibrate(
     from rsd_trt.tables import calibration_table
 
     show(calibration_table(calibration))
+    chosen, (for_spread, for_scale, held_out) = calibration.chosen, calibration.episodes
+    limits = ", ".join(f"{x:g}" for x in calibration.limit)
+    click.echo(f"a step is right while the main head moves it by at most {limits}, and keeps its gripper")
+    verdict = f"{'within' if chosen.false_accepts <= alpha else 'ABOVE'} alpha {alpha:g}"
     click.echo(
-        f"chosen on {calibration.queries:,} queries of {calibration.episodes} episodes; a step is right while the main "
-        f"head moves it by at most {', '.join(f'{x:g}' for x in calibration.limit)}"
+        f"chosen on {for_spread + for_scale} episodes; of {held_out} held out, accepted wrongly: "
+        f"{chosen.false_accepts:.1%}, {verdict}"
     )
     click.echo(f"bundle with the chosen tolerance: {copy.path}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -79,6 +80,10 @@ class Troubled(World):
                 os.kill(os.getpid(), 9)
             if self.how == "hangs":
                 time.sleep(3600)
+            if self.how == "freezes":  # once its next message, larger than a pipe's buffer, is half-sent
+                stop = f"sleep 0.3; kill -STOP {os.getpid()}"
+                subprocess.Popen(["sh", "-c", stop])
+                return super().step(action, render)
             raise RuntimeError("the GL context is lost")
         return super().step(action, render)
 
@@ -97,6 +102,14 @@ class Slow(World):
         return super().step(action, render)
 
 
+@dataclass
+class Broken(World):
+    """A world that never starts."""
+
+    def reset(self, trial: int, render: bool = True) -> None:
+        raise RuntimeError("no")
+
+
 def shake(world: World) -> NDArray[np.float32]:
     """A script: one action, from all that is known of the world."""
     return np.resize(np.cos(world.state), (1, Dims.A)).astype(np.float32)
@@ -113,6 +126,7 @@ class Reader:
     chunk: int = 2
     fault: str = ""
     fault_step: int = 4
+    seconds: float = 0.0  # that a forward takes
     batches: list[int] = field(default_factory=list)
 
     def reset(self, slot: int | None = None) -> None:
@@ -120,6 +134,7 @@ class Reader:
 
     def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
         self.batches.append(len(slots))
+        time.sleep(self.seconds)
         wrong = [
             bool(self.fault) and o.instruction == "task 0" and o.proprio[-1] >= self.fault_step for o in observations
         ]

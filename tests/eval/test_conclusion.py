@@ -34,6 +34,20 @@ def test_success_target(succeeded: int, verdict: str) -> None:
     assert verdicts(baseline) == {"success": verdict}
 
 
+@pytest.mark.parametrize(
+    ("succeeded", "errors", "verdict"),
+    [(97, 3, "met"), (80, 20, "not proved"), (70, 5, "not met"), (70, 10, "not proved"), (0, 90, "not proved")],
+)
+def test_errors_count_against_every_verdict(succeeded: int, errors: int, verdict: str) -> None:
+    results = run("rsd", change=outcome(*KEYS[:succeeded]), broken=tuple(KEYS[100 - errors :]), **MANY)
+    (found,) = runs(results)
+    target = targets(found)[0]
+    assert (target.verdict, target.value) == (verdict, succeeded / (100 - errors))
+    said = f"{errors} of 100 episodes ended in an error"
+    assert target.reason == (said if verdict == "not proved" else None)
+    assert headline(found).endswith(f"; {said}.")
+
+
 def test_success_without_an_episode_is_not_measured() -> None:
     (baseline,) = runs(run("baseline", tasks=(0,), trials=1, broken=((0, 0),)))
     (target,) = targets(baseline)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from doubles import Reader, Troubled, World, shake, unusable
+from doubles import Broken, Reader, Troubled, World, shake, unusable
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
@@ -123,9 +123,25 @@ def test_a_machine_that_cannot_run_the_simulator_is_told_in_one_line() -> None:
         run(Reader(), unusable)
 
 
-def test_errors_without_end_stop_the_run() -> None:
-    with pytest.raises(UserError, match=f"{HOPELESS} episodes in a row ended in an error, the last with: the hidden"):
-        run(Reader(fault="told", fault_step=0), World, tasks=1, trials=2 * HOPELESS)
+def test_a_simulator_that_always_breaks_stops_the_run(tmp_path: Path) -> None:
+    assignments = [Assignment(0, trial, STEPS) for trial in range(HOPELESS + 5)]
+    found = []
+    with pytest.raises(UserError, match=f"the simulator broke in {HOPELESS} episodes in a row, .*: RuntimeError: no"):
+        for episode in run_episodes(Reader(), partial(serve, build=Broken), assignments, 4, 1, 60.0, Meter()):
+            found.append(episode)
+    assert len(found) == HOPELESS
+
+
+def test_a_policy_that_fails_at_one_task_stops_no_other() -> None:
+    found = run(Reader(fault="told", fault_step=0), World, trials=HOPELESS + 2, workers=1)
+    assert all((episode.error is None) == (task == 1) for (task, _), episode in found.items())
+
+
+def test_a_process_that_freezes_in_the_middle_of_a_message_is_replaced(tmp_path: Path) -> None:
+    build = partial(Troubled, how="freezes", times=1, marks=tmp_path, side=400)
+    found = run(Reader(seconds=0.8), build, tasks=1, trials=2, workers=2, timeout=6.0)
+    assert all(episode.error is None for episode in found.values())
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_clock_that_jumps_hangs_nobody(calm: dict[tuple[int, int], Episode], monkeypatch: pytest.MonkeyPatch) -> None:

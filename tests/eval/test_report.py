@@ -279,15 +279,15 @@ def test_a_report_is_replaced_and_other_files_stay(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = make(tmp_path, run("baseline"))
     before = {path.name: path.read_bytes() for path in report.iterdir()}
-    genuine = Path.write_text
-
-    def full(self: Path, data: str, encoding: str | None = None) -> int:
-        if "report.html" in self.name:
-            raise OSError(28, "No space left on device")
-        return genuine(self, data, encoding)
-
     source = write(tmp_path / "r.json", run("baseline", success=0.2))
-    monkeypatch.setattr(Path, "write_text", full)
+    synced: list[int] = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == len(before):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="report cannot be written: No space left on device"):
         write_report([source], report, "")
     assert {path.name: path.read_bytes() for path in report.iterdir()} == before
@@ -347,3 +347,11 @@ def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
     result = rsd_trt("report", path, "-o", path)
     assert result.exit_code == 1
     assert "a.json cannot be written: " in result.stderr
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    """What matplotlib would read as mathematics is shown as it is."""
+    names = [run("baseline", suite=suite) for suite in (r"$\frac{$", "$x$")]
+    page = (make(tmp_path, *names) / "report.html").read_text("utf-8")
+    check(page)
+    assert r"$\frac{$" in page

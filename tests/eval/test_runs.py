@@ -9,12 +9,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
-from synthetic import run, throughput, write
+from hypothesis import strategies as st
+from synthetic import outcome, run, throughput, write
 
 from rsd_trt.errors import UserError
-from rsd_trt.eval.results import Results
+from rsd_trt.eval.results import Results, RsdStats
 from rsd_trt.eval.runs import pair_up, read_run, read_runs, run_names
+from rsd_trt.jsonio import to_json
 
 
 def test_reads_what_was_written(tmp_path: Path) -> None:
@@ -46,6 +49,7 @@ def test_reads_compressed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("", "cannot be read"),
         ("\x00", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
+        ("9" * 5_000, "cannot be read"),
         ("[]", "is not a results file"),
         ("{}", "is not a results file"),
         ('{"task_suite": 1, "final_success_rate": 1}', "has schema_version None, this version reads 1: evaluate again"),
@@ -76,7 +80,7 @@ def first(**changes: object) -> Callable[[dict[str, object]], None]:
     ("damage", "message"),
     [
         (twice, "holds task 0, trial 0 twice"),
-        (first(trial=99), "holds task 0, trial 99, which its settings do not ask for"),
+        (first(trial=99), r"holds task 0, trial 99, which its settings do not ask for \(tasks .*, 4 trials\)"),
         (first(run="0123"), "mixes runs: task 0, trial 0 is of run 0123"),
         (first(run=""), r"mixes runs: .* is of run \(none\), its settings are of [0-9a-f]+"),
         (first(success="yes"), r"episodes\[0\].success is 'yes', not true or false"),
@@ -94,6 +98,118 @@ def test_damaged_files_are_one_line(tmp_path: Path, damage: Callable[[dict[str, 
     path.write_text(json.dumps(data))
     with pytest.raises(UserError, match=rf"r\.json:? ?{message}"):
         read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("forged", "message"),
+    [
+        ({"final_success_rate": 0.999}, "final_success_rate is 0.999, its episodes give 0.5"),
+        ({"final_success_rate": None}, "final_success_rate is None, its episodes give 0.5"),
+        ({"final_success_interval": [0.1, 0.2]}, r"final_success_interval\[0\] is 0.1, its episodes give 0.25"),
+        ({"use_speculative_decoding": False}, "use_speculative_decoding is False, its episodes give True"),
+        ({"avg_inference_time_ms": 1.0}, "avg_inference_time_ms is 1.0, its episodes give "),
+        ({"query_ms": None}, "query_ms is None, its episodes give {'n'"),
+        ({"routes": {"accepted": 3}}, r"routes.accepted is 3, its episodes give \d+"),
+        ({"verdicts": {"true_accept": 3}}, "verdicts.true_accept is 3, its episodes give None"),
+        ({"token_agreement": [0.9]}, r"token_agreement is \[0.9\], its episodes give \["),
+        ({"token_agreement_chance": 0.1}, "token_agreement_chance is 0.1, its episodes give 0.14"),
+        ({"task_suite": "libero_10"}, "task_suite is 'libero_10', its episodes give 'libero_spatial'"),
+        (
+            {"rsd_stats": dict.fromkeys(to_json(RsdStats(None, None, None)), 1 / 3)},
+            "rsd_stats.draft_acceptance_rate is 0.33",
+        ),
+    ],
+)
+def test_forged_figures_are_one_line(tmp_path: Path, forged: dict[str, object], message: str) -> None:
+    data = to_json(run("rsd", change=outcome((0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)))) | forged
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=rf"r\.json is damaged: {message}"):
+        read_run(path)
+
+
+def test_forged_tasks_are_one_line(tmp_path: Path) -> None:
+    results = run("rsd")
+    forged = dataclasses.replace(results.task_results[1], success_rate=0.123)
+    path = write(
+        tmp_path / "r.json",
+        dataclasses.replace(results, task_results=(results.task_results[0], forged, results.task_results[2])),
+    )
+    with pytest.raises(UserError, match=r"task_results\[1\].success_rate is 0.123, its episodes give"):
+        read_run(path)
+
+
+def test_a_batched_file_has_no_latency(tmp_path: Path) -> None:
+    forged = dataclasses.replace(run("rsd", timing="batched"), avg_inference_time_ms=5.0)
+    with pytest.raises(UserError, match=r"avg_inference_time_ms is 5\.0, its episodes give None"):
+        read_run(write(tmp_path / "r.json", forged))
+
+
+def test_figures_may_differ_by_rounding(tmp_path: Path) -> None:
+    results = run("rsd")
+    assert results.avg_inference_time_ms is not None
+    rounded = dataclasses.replace(results, avg_inference_time_ms=results.avg_inference_time_ms * (1 + 1e-9))
+    assert read_run(write(tmp_path / "r.json", rounded)) == rounded
+
+
+def setting(**changes: object) -> Callable[[dict[str, object]], None]:
+    return lambda data: data["settings"].update(changes)  # type: ignore[attr-defined]
+
+
+def query(**changes: object) -> Callable[[dict[str, object]], None]:
+    return lambda data: data["episodes"][0]["queries"][0].update(changes)  # type: ignore[index]
+
+
+def actions(**changes: object) -> Callable[[dict[str, object]], None]:
+    return lambda data: data["episodes"][0]["actions"].update(changes)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (setting(levels=0), "settings.levels 0 must be >= 2"),
+        (setting(trials=-1), "settings.trials -1 must be >= 0"),
+        (setting(backbone_blocks=0), "settings.backbone_blocks 0 must be >= 1"),
+        (setting(seed=10**400), "settings.seed is too large a whole number"),
+        (
+            setting(training_actions={"q01": [], "q99": [0.0] * 7, "mask": [True] * 7}),
+            "settings.training_actions.q01 has 0",
+        ),
+        (setting(suite="\ud800"), r"settings.suite is '\\ud800', not Unicode text"),
+        (setting(hardware={"cpu": {"name": "\udfff"}}), r"settings.hardware.cpu.name is '\\udfff', not Unicode text"),
+        (setting(hardware={"cpu": float("inf")}), "settings.hardware.cpu is inf, not a finite number"),
+        (setting(hardware={"cpu": json.loads("[" * 300 + "]" * 300)}), "settings is nested more than 32 deep"),
+        (setting(versions={"\ud800": "1"}), r"settings.versions is '\\ud800', not Unicode text"),
+        (first(error="\ud800"), r"episodes\[0\].error is '\\ud800', not Unicode text"),
+        (first(steps=-1), "an episode's steps -1 must be >= 0"),
+        (query(step=-1), "a query's step -1 must be >= 0"),
+        (query(token_agreement=[]), "a query's token_agreement must have an entry"),
+        (query(token_agreement=[0.5]), r"the queries' token_agreement has \[1, 3\] entries"),
+        (query(draft_gap=[[0.0]]), "a row of draft_gap has 1 entries, not 7"),
+        (query(draft_gap=[], main_gap=[[0.0] * 7]), "draft_gap has 0 steps and main_gap 1"),
+        (actions(minimum=[]), "actions.minimum has 0 entries, not 7"),
+        (actions(maximum=[0.0] * 8), "actions.maximum has 8 entries, not 7"),
+        (actions(maximum=[-9.0] * 7), "actions.minimum .* is above actions.maximum -9.0"),
+        (actions(mean=[0.0]), "actions.mean has 1 entries, not 7"),
+        (actions(histogram=[[1] * 20] * 6), "actions.histogram has 6 entries, not 7"),
+        (actions(histogram=[[1] * 19] * 7), "a row of actions.histogram has 19 entries"),
+        (lambda data: data.update(codec_round_trip_mse=-1), "codec_round_trip_mse -1.0 must be >= 0"),
+        (
+            lambda data: data.update(throughput=to_json(throughput(1, 1.0)) | {"workers": 0}),
+            "throughput.workers 0 must",
+        ),
+    ],
+)
+def test_values_that_no_run_has_are_one_line(
+    tmp_path: Path, damage: Callable[[dict[str, object]], None], message: str
+) -> None:
+    data = to_json(run("shadow", throughput=throughput(1, 1.0)))
+    damage(data)
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=rf"r\.json: {message}") as error:
+        read_run(path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
@@ -186,6 +302,24 @@ def test_a_series_over_workers_adds_its_throughput_only() -> None:
     assert throughput_only(single, *series, large) == [False, True, True, False]
     assert throughput_only(run("baseline"), *series) == [False, False, True]
     assert throughput_only(run("rsd"), run("rsd", backend="trt", trials=2)) == [False, False]
+
+
+def test_runs_of_the_same_episodes_are_all_shown() -> None:
+    """A second run is dropped neither for its place, its errors nor its success; nor is one of other tasks."""
+    broken = run("rsd", broken=((0, 0), (1, 1)), throughput=throughput(4, 2.0))
+    again = run("rsd", success=0.5, throughput=throughput(4, 1.0))
+    assert throughput_only(run("rsd"), run("rsd", success=0.5), broken, again) == [False] * 4
+    assert throughput_only(run("rsd", tasks=(0,)), run("rsd", tasks=(1,))) == [False] * 2
+    assert throughput_only(broken, run("rsd", trials=3)) == [False, True]
+
+
+@hypothesis.given(st.permutations(range(5)))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_what_counts_does_not_depend_on_the_order(order: list[int]) -> None:
+    several = [run("rsd", timing="batched", throughput=throughput(n, n)) for n in (4, 2, 2, 8)]
+    several.append(run("rsd", timing="batched", trials=2))
+    only = throughput_only(*(several[i] for i in order))
+    assert [only[order.index(i)] for i in range(5)] == [True, False, False, True, True]
 
 
 def test_a_run_whose_fields_are_out_of_range_is_not_accepted(tmp_path: Path) -> None:

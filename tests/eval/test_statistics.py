@@ -167,7 +167,7 @@ def test_smallest_provable_loss_is_minimal() -> None:
 def test_what_can_be_shown() -> None:
     assert what_can_be_shown(500) == (
         "500 episodes: a rate near 90% is known to about ±2.6 points; against another run on the same initial "
-        "states, the smallest loss that can be shown is 6 episodes (1.2 points)"
+        "states, the smallest loss that can be shown is, at best (none gained), 6 episodes (1.2 points)"
     )
     assert what_can_be_shown(20).endswith("6 episodes (30.0 points)")
     assert what_can_be_shown(5).endswith("too few to show any loss against another run on the same initial states")

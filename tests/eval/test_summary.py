@@ -44,6 +44,7 @@ def test_batched_times_are_not_a_policys_speed() -> None:
     found = summarise(settings(timing="batched"), EPISODES, {0: "lift", 3: "push"}, 1e-7, "rsd-trt eval")
     assert found.avg_inference_time_ms is None
     assert found.query_ms is None
+    assert found.steps_per_second is None
     assert found.rsd_stats == RsdStats(1 / 3, 1 / 3, 1 / 3)
 
 
