@@ -117,6 +117,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
 
 def test_a_second_run_of_the_same_files_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     with started(tiny_bundle, tmp_path, 1) as process:
+        process.send_signal(signal.SIGSTOP)  # it must not end before the second one comes to the files
         second = subprocess.run(command(tiny_bundle, tmp_path), capture_output=True, text=True, timeout=PATIENCE)
         process.kill()
     assert second.returncode == 1
