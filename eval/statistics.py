@@ -41,11 +41,6 @@ def verdict(interval: Interval | None, target: float) -> Verdict:
     return "met" if low > target else "not met" if high < target else "not proved"
 
 
-def proved_above(successes: int, trials: int, target: float) -> bool:
-    """Whether a success rate is proved to be above `target`: the lower bound of its Wilson interval is."""
-    return verdict(wilson(successes, trials), target) == "met"
-
-
 @dataclass(frozen=True)
 class McNemar:
     """The pairs whose two outcomes differ, and how likely as uneven a split is by chance alone."""

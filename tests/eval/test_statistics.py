@@ -17,7 +17,6 @@ from rsd_trt.eval.statistics import (
     bootstrap_speedup,
     mcnemar_exact,
     percentiles,
-    proved_above,
     smallest_provable_loss,
     verdict,
     what_can_be_shown,
@@ -56,12 +55,6 @@ def test_wilson_is_scipys_and_holds_the_rate(successes: int, failures: int) -> N
 
 def test_wilson_without_trials() -> None:
     assert wilson(0, 0) is None
-
-
-def test_proved_above_needs_the_lower_bound() -> None:
-    assert not proved_above(431, 500, 0.85)  # 86.2%: above the target, and not proved to be
-    assert proved_above(441, 500, 0.85)
-    assert not proved_above(0, 0, 0.85)
 
 
 @pytest.mark.parametrize(
