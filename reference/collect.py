@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 import rsd_trt
 from rsd_trt.errors import UserError
 from rsd_trt.eval.simulator import Simulator
+from rsd_trt.files import write_atomically
 from rsd_trt.presets import preset
 from rsd_trt.reference.demonstrate import Actor, Demonstration, demonstrate
 from rsd_trt.runtime.observation import Observation
@@ -176,7 +177,7 @@ def write_manifest(settings: Settings, seconds: float) -> None:
         },
         "chunks": chunks,
     }
-    _replace(settings.out / MANIFEST, (json.dumps(data, indent=1) + "\n").encode())
+    write_atomically(settings.out / MANIFEST, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def _hand_out(connection: Connection, running: dict[Connection, Job | None], job: Job | None) -> None:
@@ -272,18 +273,12 @@ def write_chunk(
         instruction=np.array(instruction),
         summary=np.array(json.dumps(summary)),
     )
-    _replace(file, buffer.getvalue())
+    write_atomically(file, buffer.getvalue())
     return sum(counts)
 
 
 def _join(arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(file)
 
 
 def _load_policy(path: Path, slots: int, device: str) -> Policy:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rsd_trt.errors import UserError
+from rsd_trt.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -169,9 +170,8 @@ def read_trained(run: Path, name: str) -> Trained:
 
 def write_state(file: Path, state: dict[str, object]) -> None:
     """torch.save to a temporary name first."""
-    temporary = file.with_name(f".{file.name}")
-    torch.save(state, temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        torch.save(state, temporary)
 
 
 def gpu_percent(device: torch.device) -> int | None:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from rsd_trt.bundle import Bundle, save
 from rsd_trt.config import BundleConfig, Quantiles, Size
 from rsd_trt.errors import UserError, missing_extra
+from rsd_trt.files import write_atomically
 from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.jsonio import from_json
 from rsd_trt.models.codec import Codec
@@ -84,7 +85,7 @@ class Training:
             data = load_demonstrations(self.request.data, self.device)
             file = self.request.run / "quantiles.json"
             if not file.is_file():
-                file.write_text(json.dumps(asdict(quantiles(data.proprio[~data.held_out]))), "utf-8")
+                write_atomically(file, json.dumps(asdict(quantiles(data.proprio[~data.held_out]))))
             proprio = from_json(Quantiles, json.loads(file.read_text("utf-8")), str(file))
             self.config = replace(
                 self.config,
@@ -158,7 +159,7 @@ class Training:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
-        (self.request.run / REPORT).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_atomically(self.request.run / REPORT, json.dumps(report, indent=1) + "\n")
 
 
 def run_all(request: Request, total_minutes: float | None) -> None:
