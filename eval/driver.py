@@ -16,6 +16,7 @@ from rsd_trt.config import ControlConfig, Dims, RsdConfig, protocol_name, with_p
 from rsd_trt.errors import UserError
 from rsd_trt.eval.request import EvalRequest, Scripted
 from rsd_trt.eval.results import Settings
+from rsd_trt.runtime.backends import check_backend, default_backbone
 from rsd_trt.runtime.policy import Policy, check_device
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
     device = check_device(request.device)
     bundle = dataclasses.replace(bundle, config=dataclasses.replace(config, control=control))
     rows = request.workers if device.type == "cuda" else 1  # the CPU gains nothing: see `rsd_trt.eval.pool`
+    backbone = request.backbone or default_backbone(check_backend(request.backend), device)
     policy = Policy.load(
         bundle,
         request.mode,
@@ -57,6 +59,8 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         rows=rows,
         precision=request.precision,
         engines=request.engines,
+        backbone=backbone,
+        backbone_precision=request.backbone_precision,
     )
     settings = Settings(
         suite=request.suite,
@@ -66,7 +70,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         timing="single" if request.workers == 1 else "batched",
         backend=request.backend,
         precision=request.precision,
-        backbone="eager",
+        backbone=backbone,
         device=str(device),
         protocol=protocol_name(control),
         max_steps=max_steps,
@@ -84,6 +88,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         hardware=dict(host.hardware(str(device))),
         versions=host.versions(),
         disturb=request.disturb,
+        backbone_precision=request.backbone_precision,
     )
     return Driver(settings, policy, rows, codec_round_trip_mse=bundle.codec().round_trip_error())
 

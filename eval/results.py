@@ -166,7 +166,7 @@ class Settings:
     timing: Annotated[Timing, "single: one simulator, each query alone; batched: many, whose times say nothing of one"]
     backend: str
     precision: str
-    backbone: Annotated[str, "how the backbone runs"]
+    backbone: Annotated[str, "how the backbone runs: eager, graph or compiled"]
     device: str
     protocol: str
     max_steps: int
@@ -185,6 +185,7 @@ class Settings:
     versions: dict[str, str]
     policy: Annotated[PolicyKind, "expert: it acts by the scene's state, step by step, and no model is run"] = "bundle"
     disturb: Annotated[int | None, "the seed of the target's displacements; null if there are none"] = None
+    backbone_precision: Annotated[str, "bundle: what its weights are stored in"] = "bundle"
 
     def __post_init__(self) -> None:
         """Raises UserError: out of range, or lists of other lengths."""
@@ -200,6 +201,12 @@ class Settings:
     def label(self) -> str:
         """The mode of a bundle's run, or the policy in its place."""
         return self.mode if self.policy == "bundle" else self.policy
+
+    @property
+    def backbone_name(self) -> str:
+        """How the backbone ran, for people: `graph fp8`."""
+        precision = self.backbone_precision
+        return self.backbone if precision == "bundle" else f"{self.backbone} {precision}"
 
     @property
     def run(self) -> str:

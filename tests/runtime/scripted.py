@@ -14,6 +14,7 @@ from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, Mode, RsdConfig
 from rsd_trt.models.backbone import BackboneState
 from rsd_trt.models.fused import agreeing_steps, all_finite
 from rsd_trt.presets import preset
+from rsd_trt.runtime.forward import EagerForward
 from rsd_trt.runtime.policy import Policy
 
 DIMS = Dims(T=6, D=2, L=3, C=2, K=3)
@@ -121,5 +122,5 @@ def scripted(frames: Sequence[Frame], mode: Mode = "rsd", slots: int = 1, **sett
     """A policy over frames; its observations are their numbers."""
     world = World(frames)
     config = configure(**settings)  # type: ignore[arg-type]
-    policy = Policy(config, world, Draft(world), Main(world), world, mode, slots=slots)  # type: ignore[arg-type]
-    return policy, world
+    forward = EagerForward(config, world, Draft(world), Main(world), world)  # type: ignore[arg-type]
+    return Policy(config, forward, mode, slots=slots), world
