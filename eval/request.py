@@ -38,6 +38,7 @@ class EvalRequest:
     backend: str = "torch"
     device: str = "auto"
     n_action_steps: int | None = None
+    accept_rate: float | Path | None = None  # `random` only: of its coin, or an `rsd` run's results file that has it
     protocol: str | None = None
     max_steps: int | None = None
     seed: int = 7

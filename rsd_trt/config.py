@@ -24,7 +24,7 @@ DEFAULT_BUNDLE = Path(__file__).parent / "reference" / "bundle"  # the policy th
 DEFAULT_ENGINES = Path("engines")
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-Mode = Literal["baseline", "rsd", "shadow"]
+Mode = Literal["baseline", "rsd", "shadow", "random"]
 PolicyKind = Literal["bundle", "expert"]
 Size = Literal["tiny", "reference", "openvla-7b"]
 Component = Literal["draft", "head", "decoder", "accept", "chain"]

@@ -1,4 +1,4 @@
-"""A bundle as a policy: observations in, action chunks out, in the modes `baseline`, `rsd` and `shadow`."""
+"""A bundle as a policy: observations in, action chunks out, in the modes `baseline`, `rsd`, `shadow` and `random`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from rsd_trt.runtime.forward import Draft, Forward, Main
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Plan, Query, judge, plan_gap
 from rsd_trt.runtime.speculate import (
+    Coin,
     Route,
     agreeing_prefix,
     agreeing_token_steps,
@@ -54,7 +55,8 @@ class Policy:
     Modes: `baseline` runs the whole backbone at every query and commits `n_action_steps` of the main head's
     plan. `rsd` is the loop that `rsd_trt.runtime.speculate` describes. `shadow` acts as `baseline` and records
     what `rsd` would decide about what is left of the plan of the query before (it does not follow `rsd`'s own
-    older plans, nor its refresh). A conditioned head is fed the draft's tokens in `rsd` and zeros otherwise.
+    older plans, nor its refresh). `random` is the loop of `rsd` with `coin` for the draft's verdict. A conditioned
+    head is fed the draft's tokens in `rsd` and `random`, and zeros otherwise.
     """
 
     def __init__(
@@ -64,12 +66,18 @@ class Policy:
         mode: Mode,
         n_action_steps: int | None = None,
         slots: int = 1,
+        coin: Coin | None = None,
     ) -> None:
         self.config = config
         self.mode = mode
         self.n_action_steps = config.rsd.n_action_steps if n_action_steps is None else n_action_steps
         if not 0 < self.n_action_steps <= config.dims.T:
             raise UserError(f"n_action_steps is {n_action_steps}; a chunk has 1..{config.dims.T} steps")
+        if (coin is not None) != (mode == "random"):
+            raise UserError(
+                f"mode {mode} {'needs a' if coin is None else 'has no'} coin: it is what mode random decides by"
+            )
+        self._coin = coin
         self._forward = forward
         self._tolerance = torch.tensor(config.rsd.tolerance)
         self._plans = [Plan() for _ in range(slots)]
@@ -96,6 +104,7 @@ class Policy:
         engines: Path = DEFAULT_ENGINES,
         backbone: BackboneKind | None = None,
         backbone_precision: BackbonePrecision = "bundle",
+        coin: Coin | None = None,
     ) -> Policy:
         """Loads every part of the bundle onto `device` and warms up. rows: queries that may share a forward.
 
@@ -109,7 +118,7 @@ class Policy:
         launcher = Launcher(bundle, check_backend(backend), target, precision, engines)
         batch: Batch = "1" if rows == 1 else "dynamic"
         forward = open_forward(launcher, batch, backbone, backbone_precision)
-        policy = cls(bundle.config, forward, mode, n_action_steps, slots)
+        policy = cls(bundle.config, forward, mode, n_action_steps, slots, coin)
         policy.exports = launcher.opened
         policy.warm_up()
         return policy
@@ -126,10 +135,16 @@ class Policy:
             self.act_batch([black], [0])
         self.reset()
 
-    def reset(self, slot: int | None = None) -> None:
-        """Forgets the plan of one slot, or of all: to be called at the start of an episode."""
+    def reset(self, slot: int | None = None, episode: tuple[int, ...] | None = None) -> None:
+        """Forgets the plan of one slot, or of all: to be called at the start of an episode.
+
+        episode: its task and trial, which together with the number of the query decide mode `random`'s coins. None:
+        the slot goes on counting where it was.
+        """
         for i in range(len(self._plans)) if slot is None else (slot,):
-            self._plans[i] = Plan()
+            old = self._plans[i]
+            same = Plan(episode=old.episode, queries=old.queries)
+            self._plans[i] = same if episode is None else Plan(episode=episode)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
         """The next actions [n, A] of slot 0, in environment units.
@@ -154,19 +169,23 @@ class Policy:
             self._forward.early(observations)
             queries = (self._shadow if self.mode == "shadow" else self._speculate)(plans)
         ms = (self._now() - started) * 1e3
+        for plan in plans:
+            plan.queries += 1
         for query, slot in zip(queries, slots, strict=True):
             if query.fault is not None:
                 self.reset(slot)
         return [replace(query, ms=ms) for query in queries]
 
     def _speculate(self, plans: list[Plan]) -> list[Query]:
-        """Accepts what the draft confirms and runs the rest of the backbone for the other rows."""
+        """Accepts what the draft, or the coin, confirms and runs the rest of the backbone for the other rows."""
         forced = [plan.forced(self.config.rsd.refresh, self.config.dims.T) for plan in plans]
         together = None not in forced
         if together:  # whatever the draft says: nothing has to wait for it
             self._forward.late(range(len(plans)))
         draft = self._forward.draft()
         agreed = self._agreement_with_plans(draft.tokens, draft.actions, plans)
+        if (coin := self._coin) is not None:
+            agreed = [n * coin.accepts(plan.episode, plan.queries) for n, plan in zip(agreed, plans, strict=True)]
         finite = draft.finite.tolist()
         queries: dict[int, Query] = {}
         routes: dict[int, Route] = {}
@@ -298,7 +317,9 @@ class Policy:
         return [found.get(row, 0) for row in range(len(plans))]
 
     def _passes(self, by_actions: Tensor, draft_tokens: Tensor, plan_tokens: Tensor) -> Tensor:
-        """The steps [B, T] that pass under the bundle's rule."""
+        """The steps [B, T] that pass under the bundle's rule; with a coin all do, and the coin decides on the query."""
+        if self._coin is not None:
+            return torch.ones_like(by_actions)
         if self.config.rsd.rule == "actions":
             return by_actions
         coarse = plan_tokens[..., : self.config.dims.C]

@@ -40,8 +40,8 @@ from rsd_trt.errors import UserError
 from rsd_trt.jsonio import to_json
 
 OF_A_BUNDLE = (
-    *("bundle", "mode", "backend", "device", "n_action_steps", "precision", "engines", "record_hidden"),
-    *("backbone", "backbone_precision"),
+    *("bundle", "mode", "backend", "device", "n_action_steps", "accept_rate"),
+    *("precision", "backbone", "backbone_precision", "engines", "record_hidden"),
 )
 MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
 
@@ -70,6 +70,23 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
         return tuple(sorted(tasks))
 
 
+class AcceptRate(click.ParamType["float | Path | None"]):
+    """`0.656`, or the results file of an rsd run that has the rate."""
+
+    name = "rate"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | Path | None:
+        if value is None or isinstance(value, (float, Path)):
+            return value
+        try:
+            rate = float(str(value))
+        except ValueError:
+            return Path(str(value))
+        if not 0 <= rate <= 1:
+            self.fail(f"{value!r} is not in 0..1", param, ctx)
+        return rate
+
+
 @click.command("eval")
 @bundle_argument
 @click.option(
@@ -90,6 +107,12 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
     "--n-action-steps",
     type=click.IntRange(1),
     help="Actions a query commits at most. [default: the bundle's]",
+)
+@click.option(
+    "--accept-rate",
+    type=AcceptRate(),
+    metavar="RATE|RESULTS",
+    help="With --mode random: how often its coin accepts, or the results file of an rsd run to take that from.",
 )
 @click.option(
     "--protocol",
@@ -143,6 +166,7 @@ def evaluate(
     backend: str,
     device: str,
     n_action_steps: int | None,
+    accept_rate: float | Path | None,
     protocol: str | None,
     max_steps: int | None,
     seed: int,
@@ -163,11 +187,16 @@ def evaluate(
 
     A run that was stopped or killed goes on where it was. Exit code 1 if an episode ended in an error.
 
+    Mode shadow acts as baseline and records what rsd would have decided. Mode random is rsd with a coin in the draft's
+    place: the control that shows what the draft's judgement is worth.
+
     \b
     Example: rsd-trt eval --suite libero_spatial --tasks 0,3 --trials 2 --mode rsd
     """
     if record_hidden is not None and mode != "shadow":
         raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
+    if (accept_rate is not None) != (mode == "random"):
+        raise click.UsageError("--mode random needs --accept-rate, and no other mode has one")
     if policy == "expert":
         _refuse_what_is_of_a_bundle()
     if workers > 1:  # before torch is loaded: waiting threads that spin would take the cores from the simulators
@@ -185,6 +214,7 @@ def evaluate(
         backend=backend,
         device=device,
         n_action_steps=n_action_steps,
+        accept_rate=accept_rate,
         protocol=protocol,
         max_steps=max_steps,
         seed=seed,

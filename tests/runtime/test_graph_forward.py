@@ -26,6 +26,7 @@ from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.session import Launch, Session
+from rsd_trt.runtime.speculate import Coin
 
 CPU = torch.device("cpu")
 WORDS = ("pick up the bowl", "put the bowl on the plate", "lift", "open the drawer of the cabinet")
@@ -61,12 +62,12 @@ def policies(bundle: Bundle, mode: Mode, slots: int, tail: Literal["captured", "
     eager: list[Session] = [Launcher(bundle, "torch", CPU).open(name, "dynamic") for name in ("accept", "chain")]
     components = (bundle.component("accept"), bundle.component("chain"))
     sessions = [GraphSession(component, CPU) for component in components] if tail == "captured" else eager
-    return [
-        Policy(config, EagerForward(config, bundle.backbone(), *eager, preprocess), mode, slots=slots),
-        Policy(
-            config, GraphForward(config, FusedBackbone(bundle.backbone()), *sessions, preprocess), mode, slots=slots
-        ),
-    ]
+    coin = Coin(0.5, 0) if mode == "random" else None
+    forwards = (
+        EagerForward(config, bundle.backbone(), *eager, preprocess),
+        GraphForward(config, FusedBackbone(bundle.backbone()), *sessions, preprocess),
+    )
+    return [Policy(config, forward, mode, slots=slots, coin=coin) for forward in forwards]
 
 
 @pytest.mark.parametrize("mode", MODES)
