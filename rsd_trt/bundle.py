@@ -7,19 +7,18 @@ Loading is strict and never writes. Saving goes to a temporary name first, so th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsd_trt.config import FORMAT_VERSION, BundleConfig, Component, Precision
 from rsd_trt.errors import UserError
+from rsd_trt.files import new_folder
 from rsd_trt.jsonio import from_json, to_json
 from rsd_trt.openvla import without_unused
 from rsd_trt.weights import Entry, check_folder, check_keys, contents, fill, sha256
@@ -323,33 +322,3 @@ def copy_with(bundle: Bundle, config: BundleConfig, path: Path) -> Bundle:
 def bundle_name(path: Path) -> str:
     """The name of a bundle that is made at `path`; empty where the path has nothing to make one from."""
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name).lstrip("-.")
-
-
-def check_disk(path: Path, needed: int) -> None:
-    """Raises UserError if the disk that `path` will lie on has fewer than `needed` bytes free."""
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends well, and vanishes when it does not."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists; choose another path or remove it first")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        yield temporary
-        for file in temporary.iterdir():  # mkdtemp and safetensors make what only the owner can read
-            file.chmod(0o644)
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

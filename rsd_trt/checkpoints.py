@@ -71,16 +71,15 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except pickle.UnpicklingError as error:
-        reason = re.search(r"GLOBAL (\S+)", str(error))
-        found = f" ({reason[1]})" if reason else ""
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f" ({named[1]})" if named else ""
         raise UserError(
             f"{file} is damaged or holds more than tensors and plain values{found}, and loading that could run code. "
             f"Save the weights alone: torch.save(model.state_dict(), FILE)"
         ) from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{file} cannot be read: {str(error).splitlines()[0] if str(error) else 'it is empty'}"
-        ) from None
+    except Exception as error:  # a damaged file makes torch and its unpickler raise nearly anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{file} cannot be read as a checkpoint: {reason}") from None
     top = data if isinstance(data, Mapping) else {}
     wrapped = next((top[key] for key in WRAPPINGS if isinstance(top.get(key), Mapping)), top)
     state = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
@@ -176,31 +175,25 @@ def fit(parts: Mapping[Part, Checkpoint], steps: int) -> Dims:
     )
     for classifier in (draft, head):
         if classifier and (logits := _logits(classifier)) != steps * latent * levels:
-            hint = (
-                f". For chunks of {logits // (latent * levels)} steps: --chunk"
-                if logits % (latent * levels) == 0
-                else ""
-            )
+            others, rest = divmod(logits, latent * levels)
+            hint = "" if rest else f". For chunks of {others} steps: --chunk {others}"
             raise UserError(
                 f"{classifier.file} gives {logits} logits a layer; {steps} steps of {latent} latent dimensions with "
                 f"{levels} levels are {steps * latent * levels}{hint}"
             )
-    coarse = _same(
-        "layers as the draft's",
-        [
-            (draft, lambda d: d.count(r"classification_heads\.(\d+)\.")),
-            (conditioned, lambda h: _condition(h, steps * latent)),
-        ],
-        min(usual.C, layers),
-    )
+    drafted = draft.count(r"classification_heads\.(\d+)\.") if draft else None
+    read = _condition(conditioned, steps * latent) if conditioned else None
+    if draft and conditioned and drafted != read:
+        raise UserError(f"{conditioned.file} is conditioned on {read} layers, {draft.file} gives {drafted}")
+    coarse = drafted or read or min(usual.C, layers)
     actions = codec.size("encoder.0.weight", 1) if codec else usual.A
     return Dims(T=steps, A=actions, D=latent, L=layers, C=coarse, K=levels)
 
 
 def _logits(checkpoint: Checkpoint) -> int:
     """What the last matrix of the first classifier gives."""
-    last = max(key for key in checkpoint.state if re.fullmatch(r"\w+_heads\.0\.\d\.weight", key))
-    return checkpoint.size(last, 0)
+    weights = (key for key in checkpoint.state if re.fullmatch(r"\w+_heads\.0\.\d\.weight", key))
+    return checkpoint.size(max(weights, default="classification_heads.0.3.weight"), 0)
 
 
 def _condition(head: Checkpoint, tokens: int) -> int:

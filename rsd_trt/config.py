@@ -30,6 +30,7 @@ Size = Literal["tiny", "reference", "openvla-7b"]
 Component = Literal["draft", "head", "decoder", "accept", "chain"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Preset = Literal["openvla", "openvla-oft", "rvq"]
+Resize = Literal["resize-naive", "letterbox"]  # the names are OpenVLA's
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
 POLICIES: tuple[PolicyKind, ...] = typing.get_args(PolicyKind)
 SIZES: tuple[Size, ...] = typing.get_args(Size)
@@ -146,7 +147,7 @@ class ControlConfig:
     camera_size: int = 256  # pixels a side, as rendered
     rotate_images: bool = True  # by 180 degrees, as OpenVLA's LIBERO data is
     center_crop: float = 1.0  # share of the image's area that is kept
-    resize: Literal["resize-naive", "letterbox"] = "resize-naive"  # the same for square cameras, and no others exist
+    resize: Resize = "resize-naive"  # the same for square cameras, and no others exist
     prompt: str = "In: What action should the robot take to {instruction}?\nOut:"
     lowercase: bool = True  # the instruction, before it goes into the prompt
     suffix_token: int | None = None  # appended when the prompt's last token is another

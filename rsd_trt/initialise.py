@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.bundle import BOS, Bundle, bundle_name, check_disk, save
+from rsd_trt.bundle import BOS, Bundle, bundle_name, save
 from rsd_trt.config import Size
+from rsd_trt.files import check_disk
 from rsd_trt.presets import preset
 
 if TYPE_CHECKING:

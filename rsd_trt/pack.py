@@ -16,8 +16,6 @@ from rsd_trt.bundle import (
     BOS,
     TOKENIZER,
     bundle_name,
-    check_disk,
-    new_folder,
     outline,
     read_tokenizer,
     write_config,
@@ -47,6 +45,7 @@ from rsd_trt.config import (
     WeightsFolder,
 )
 from rsd_trt.errors import UserError
+from rsd_trt.files import check_disk, new_folder
 from rsd_trt.openvla import PROPRIO, OpenVLAFolder, find_folder, read_folder
 from rsd_trt.presets import conventions
 from rsd_trt.weights import check_keys, describe_file, open_tensors
