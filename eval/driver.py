@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,10 @@ from rsd_trt.config import ControlConfig, Dims, RsdConfig, protocol_name, with_p
 from rsd_trt.errors import UserError
 from rsd_trt.eval.request import EvalRequest, Scripted
 from rsd_trt.eval.results import Settings
+from rsd_trt.eval.runs import read_run
+from rsd_trt.runtime.backends import check_backend, default_backbone
 from rsd_trt.runtime.policy import Policy, check_device
+from rsd_trt.runtime.speculate import Coin, acceptance_rate
 
 if TYPE_CHECKING:
     from rsd_trt.eval.simulator import Simulator
@@ -45,8 +49,10 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
     control = config.control if request.protocol is None else with_protocol(config.control, request.protocol)
     max_steps = _max_steps(request, control)
     device = check_device(request.device)
+    accept_rate = _accept_rate(request, bundle)
     bundle = dataclasses.replace(bundle, config=dataclasses.replace(config, control=control))
     rows = request.workers if device.type == "cuda" else 1  # the CPU gains nothing: see `rsd_trt.eval.pool`
+    backbone = request.backbone or default_backbone(check_backend(request.backend), device)
     policy = Policy.load(
         bundle,
         request.mode,
@@ -57,6 +63,9 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         rows=rows,
         precision=request.precision,
         engines=request.engines,
+        backbone=backbone,
+        backbone_precision=request.backbone_precision,
+        coin=None if accept_rate is None else Coin(accept_rate, request.seed),
     )
     settings = Settings(
         suite=request.suite,
@@ -66,7 +75,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         timing="single" if request.workers == 1 else "batched",
         backend=request.backend,
         precision=request.precision,
-        backbone="eager",
+        backbone=backbone,
         device=str(device),
         protocol=protocol_name(control),
         max_steps=max_steps,
@@ -84,6 +93,8 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         hardware=dict(host.hardware(str(device))),
         versions=host.versions(),
         disturb=request.disturb,
+        backbone_precision=request.backbone_precision,
+        accept_rate=accept_rate,
     )
     return Driver(settings, policy, rows, codec_round_trip_mse=bundle.codec().round_trip_error())
 
@@ -126,6 +137,29 @@ def scripted_driver(request: EvalRequest, script: Scripted, tasks: tuple[int, ..
         disturb=request.disturb,
     )
     return Driver(settings, script=script.act)
+
+
+def _accept_rate(request: EvalRequest, bundle: Bundle) -> float | None:
+    """How often the coin of mode `random` accepts, if need be as often as the draft did in a run of mode `rsd`.
+
+    Raises:
+        UserError: that run is of another mode, bundle or n_action_steps, or tested no live plan.
+    """
+    if not isinstance(request.accept_rate, Path):
+        return request.accept_rate
+    path, results = request.accept_rate, read_run(request.accept_rate)
+    found = results.settings
+    wanted = request.n_action_steps or bundle.config.rsd.n_action_steps
+    if found.mode != "rsd":
+        raise UserError(f"{path} is of mode {found.mode}; the rate is that of a run of mode rsd")
+    if found.bundle_sha256 != bundle.fingerprint:
+        raise UserError(f"{path} is of bundle {found.bundle_sha256[:12]}, not of {bundle.fingerprint[:12]}")
+    if found.n_action_steps != wanted:
+        raise UserError(f"{path} has n_action_steps {found.n_action_steps}, this run {wanted}: --n-action-steps")
+    counts = [results.routes.get(route, 0) for route in ("accepted", "partial", "rejected")]
+    if (rate := acceptance_rate(*counts)) is None:
+        raise UserError(f"{path} has no query that tested a live plan, and so no rate")
+    return rate
 
 
 def _max_steps(request: EvalRequest, control: ControlConfig) -> int:

@@ -43,7 +43,7 @@ class Answering(Protocol):
     """What the pool needs of `rsd_trt.runtime.policy.Policy`."""
 
     def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]: ...
-    def reset(self, slot: int | None = None) -> None: ...
+    def reset(self, slot: int | None = None, episode: tuple[int, ...] | None = None) -> None: ...
 
 
 @dataclass
@@ -234,7 +234,7 @@ def _next_episode(worker: Worker, pool: Sequence[Worker], schedule: Schedule, po
 
 def _begin(worker: Worker, policy: Answering | None, assignment: Assignment, attempt: int = 1) -> None:
     if policy is not None:
-        policy.reset(worker.slot)
+        policy.reset(worker.slot, (assignment.task, assignment.trial))
     worker.begin(assignment, attempt)
 
 

@@ -46,7 +46,10 @@ class QueryRecord:
     ms: Annotated[float, "synchronised wall time of the forward that answered the query"]
     full_pass: Annotated[bool, "whether the whole backbone was run"]
     rows: Annotated[int, "queries that shared that forward"] = 1
-    prefix: Annotated[int | None, "leading steps on which draft and plan agree; null without a draft"] = None
+    prefix: Annotated[
+        int | None,
+        "leading steps on which draft and plan agree, or in random mode that the coin let pass; null without a draft",
+    ] = None
     token_agreement: Annotated[tuple[float, ...] | None, "share of equal draft and main tokens, per coarse layer"] = (
         None
     )
@@ -166,7 +169,7 @@ class Settings:
     timing: Annotated[Timing, "single: one simulator, each query alone; batched: many, whose times say nothing of one"]
     backend: str
     precision: str
-    backbone: Annotated[str, "how the backbone runs"]
+    backbone: Annotated[str, "how the backbone runs: eager, graph or compiled"]
     device: str
     protocol: str
     max_steps: int
@@ -185,9 +188,16 @@ class Settings:
     versions: dict[str, str]
     policy: Annotated[PolicyKind, "expert: it acts by the scene's state, step by step, and no model is run"] = "bundle"
     disturb: Annotated[int | None, "the seed of the target's displacements; null if there are none"] = None
+    backbone_precision: Annotated[str, "bundle: what its weights are stored in"] = "bundle"
+    accept_rate: Annotated[
+        float | None, "random mode: how often its coin accepts where a live plan is tested; null in the other modes"
+    ] = None
 
     def __post_init__(self) -> None:
         """Raises UserError: out of range, or lists of other lengths."""
+        rate = self.accept_rate
+        _require((rate is not None) == (self.mode == "random"), f"settings.accept_rate {rate} in mode {self.mode}")
+        _require(rate is None or 0 <= rate <= 1, f"settings.accept_rate {rate} must be in 0..1")
         for name, least in (("trials", 0), ("n_action_steps", 1), ("backbone_blocks", 0), ("levels", 2)):
             found = getattr(self, name)
             _require(found >= least, f"settings.{name} {found} must be >= {least}")
@@ -200,6 +210,12 @@ class Settings:
     def label(self) -> str:
         """The mode of a bundle's run, or the policy in its place."""
         return self.mode if self.policy == "bundle" else self.policy
+
+    @property
+    def backbone_name(self) -> str:
+        """How the backbone ran, for people: `graph fp8`."""
+        precision = self.backbone_precision
+        return self.backbone if precision == "bundle" else f"{self.backbone} {precision}"
 
     @property
     def run(self) -> str:

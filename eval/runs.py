@@ -164,6 +164,7 @@ def _traits(run: Results) -> tuple[str, ...]:
         settings.bundle,
         settings.backend,
         settings.precision,
+        f"{settings.backbone_name} backbone",
         f"{counted(settings.n_action_steps, 'action')} a query",
         f"protocol {settings.protocol}",
         "undisturbed" if settings.disturb is None else f"disturbed with seed {settings.disturb}",

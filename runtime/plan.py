@@ -21,10 +21,11 @@ class Query:
     """One query's outcome.
 
     actions [n, A] float32 in environment units, owned by the caller; n is 0 when `fault` says why.
-    prefix: leading steps on which draft and plan agree (the live plan's if one was tested, else the new one's);
-    None without a draft. ms: synchronised time of the whole batch. token_agreement: share of equal draft and
-    main tokens for each coarse layer, where both were computed. verdict, draft_gap and main_gap: shadow mode
-    only; the gaps are those of `plan_gap` between the live plan and the draft, and the main head's new plan.
+    prefix: leading steps on which draft and plan agree (the live plan's if one was tested, else the new one's), or
+    that the coin lets pass in its place; None without a draft. ms: synchronised time of the whole batch.
+    token_agreement: share of equal draft and main tokens for each coarse layer, where both were computed. verdict,
+    draft_gap and main_gap: shadow mode only; the gaps are those of `plan_gap` between the live plan and the draft,
+    and the main head's new plan.
     full_pass: whether the whole backbone was run.
     """
 
@@ -49,6 +50,8 @@ class Plan:
     grippers: tuple[bool, ...] = ()  # closed or not, for each step: known without asking the device
     cursor: int = 0
     accepted_in_a_row: int = 0
+    episode: tuple[int, ...] = ()  # which one the slot is at: (task, trial)
+    queries: int = 0  # that were answered in it
 
     def forced(self, refresh: int, steps: int) -> Route | None:
         """Why the next query has to be a full pass, or None if the draft may decide."""
@@ -59,15 +62,6 @@ class Plan:
         if self.grippers[self.cursor] != self.grippers[self.cursor - 1]:
             return "gripper"
         return "refresh" if refresh_due(self.accepted_in_a_row, refresh) else None
-
-
-@dataclass(frozen=True)
-class Draft:
-    """The draft's guess for a batch: tokens [B, T, D, C], actions [B, T, A], finite [B]."""
-
-    tokens: Tensor
-    actions: Tensor
-    finite: Tensor
 
 
 def plan_gap(plan: Plan, chunk: Tensor, most: int) -> Gap:

@@ -13,6 +13,13 @@ most `n_action_steps`; the rest of the backbone is not run. None: the query is *
 backbone is run, and the main head makes a new plan, of which the prefix that the draft agrees with is
 committed, and at least one action. After `refresh - 1` accepted queries in a row a full pass is due: with
 `refresh` 1 every query is one, and with one action a query the loop then acts exactly as the baseline.
+
+The control. Mode `random` is the same loop, in which a coin agrees in the draft's place: with every step that is laid
+beside the draft, or with none. Condition 2, the caps and the forced full passes stay; the draft is run, so that a
+query costs the same, and not listened to. An accepted query therefore commits as many actions as the best draft
+could make it, and so does a full pass, where there is no verdict to replace. With one action a query the two loops
+differ in which queries are accepted and in nothing else. With more, the coin is the bolder one: where the draft
+agrees with a part of the steps, it lets all of them pass, and so makes fewer queries for the same actions.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +36,8 @@ from rsd_trt.config import ARM_DIMS
 # How a query went. The first three tested a live plan; the next five had to be full passes, and say why; a fault of
 # the draft ended the query before either.
 Route = Literal["accepted", "partial", "rejected", "start", "exhausted", "gripper", "refresh", "full", "fault"]
+
+COIN_STREAM = 1  # keeps the coins apart from what else is drawn from (seed, task, trial)
 
 
 def remaining(chunk: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +91,26 @@ def route_tested(prefix: int, left: int, n_action_steps: int) -> Route:
     if prefix == 0:
         return "rejected"
     return "accepted" if prefix >= min(left, n_action_steps) else "partial"
+
+
+@dataclass(frozen=True)
+class Coin:
+    """What decides in the draft's place in mode `random`."""
+
+    rate: float  # how often it accepts, 0..1
+    seed: int
+
+    def accepts(self, episode: tuple[int, ...], query: int) -> bool:
+        """The verdict on a query, by its number in the episode: a function of these and the coin alone, so that it
+        depends neither on what else is run nor in which order. What a coin accepts, one of a higher rate does too."""
+        return bool(np.random.default_rng([COIN_STREAM, self.seed, *episode, query]).random() < self.rate)
+
+
+def acceptance_rate(accepted: int, partial: int, rejected: int) -> float | None:
+    """The rate of the coin that accepts as often as a draft with these verdicts: in part is accepted, too. None where
+    none was given."""
+    tested = accepted + partial + rejected
+    return (accepted + partial) / tested if tested else None
 
 
 @dataclass

@@ -14,6 +14,8 @@ from click.core import ParameterSource
 from rsd_trt.cli.console import (
     EpisodeProgress,
     FiniteRange,
+    backbone_option,
+    backbone_precision_option,
     bundle_argument,
     device_option,
     engines_option,
@@ -23,11 +25,24 @@ from rsd_trt.cli.console import (
     show,
     stoppable,
 )
-from rsd_trt.config import MODES, POLICIES, PROTOCOLS, SUITES, Mode, PolicyKind, Precision
+from rsd_trt.config import (
+    MODES,
+    POLICIES,
+    PROTOCOLS,
+    SUITES,
+    BackboneKind,
+    BackbonePrecision,
+    Mode,
+    PolicyKind,
+    Precision,
+)
 from rsd_trt.errors import UserError
 from rsd_trt.jsonio import to_json
 
-OF_A_BUNDLE = ("bundle", "mode", "backend", "device", "n_action_steps", "precision", "engines", "record_hidden")
+OF_A_BUNDLE = (
+    *("bundle", "mode", "backend", "device", "n_action_steps", "accept_rate"),
+    *("precision", "backbone", "backbone_precision", "engines", "record_hidden"),
+)
 MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
 
 
@@ -55,6 +70,23 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
         return tuple(sorted(tasks))
 
 
+class AcceptRate(click.ParamType["float | Path | None"]):
+    """`0.656`, or the results file of an rsd run that has the rate."""
+
+    name = "rate"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | Path | None:
+        if value is None or isinstance(value, (float, Path)):
+            return value
+        try:
+            rate = float(str(value))
+        except ValueError:
+            return Path(str(value))
+        if not 0 <= rate <= 1:
+            self.fail(f"{value!r} is not in 0..1", param, ctx)
+        return rate
+
+
 @click.command("eval")
 @bundle_argument
 @click.option(
@@ -77,6 +109,12 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
     help="Actions a query commits at most. [default: the bundle's]",
 )
 @click.option(
+    "--accept-rate",
+    type=AcceptRate(),
+    metavar="RATE|RESULTS",
+    help="With --mode random: how often its coin accepts, or the results file of an rsd run to take that from.",
+)
+@click.option(
     "--protocol",
     type=click.Choice(sorted(PROTOCOLS)),
     help="oft: OpenVLA-OFT's; seed: the original experiment's. [default: the bundle's control]",
@@ -92,6 +130,8 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
     help="Displace the target of libero_spatial once an episode, by 2-5 cm before the grasp: the same in every mode.",
 )
 @precision_option
+@backbone_option
+@backbone_precision_option
 @engines_option
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder.")
 @click.option(
@@ -126,11 +166,14 @@ def evaluate(
     backend: str,
     device: str,
     n_action_steps: int | None,
+    accept_rate: float | Path | None,
     protocol: str | None,
     max_steps: int | None,
     seed: int,
     disturb: int | None,
     precision: Precision,
+    backbone: BackboneKind | None,
+    backbone_precision: BackbonePrecision,
     engines: Path,
     out: Path,
     workers: int,
@@ -144,11 +187,16 @@ def evaluate(
 
     A run that was stopped or killed goes on where it was. Exit code 1 if an episode ended in an error.
 
+    Mode shadow acts as baseline and records what rsd would have decided. Mode random is rsd with a coin in the draft's
+    place: the control that shows what the draft's judgement is worth.
+
     \b
     Example: rsd-trt eval --suite libero_spatial --tasks 0,3 --trials 2 --mode rsd
     """
     if record_hidden is not None and mode != "shadow":
         raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
+    if (accept_rate is not None) != (mode == "random"):
+        raise click.UsageError("--mode random needs --accept-rate, and no other mode has one")
     if policy == "expert":
         _refuse_what_is_of_a_bundle()
     if workers > 1:  # before torch is loaded: waiting threads that spin would take the cores from the simulators
@@ -166,6 +214,7 @@ def evaluate(
         backend=backend,
         device=device,
         n_action_steps=n_action_steps,
+        accept_rate=accept_rate,
         protocol=protocol,
         max_steps=max_steps,
         seed=seed,
@@ -178,6 +227,8 @@ def evaluate(
         record_hidden=record_hidden,
         precision=precision,
         engines=engines,
+        backbone=backbone,
+        backbone_precision=backbone_precision,
     )
     with stoppable(), EpisodeProgress(timed=workers == 1 and policy == "bundle") as progress:
         results = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))

@@ -129,7 +129,7 @@ class Reader:
     seconds: float = 0.0  # that a forward takes
     batches: list[int] = field(default_factory=list)
 
-    def reset(self, slot: int | None = None) -> None:
+    def reset(self, slot: int | None = None, episode: tuple[int, ...] | None = None) -> None:
         assert slot is not None
 
     def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rsd_trt.config import ControlConfig, Mode, Quantiles, RsdConfig
+from rsd_trt.eval.replay_record import Replay, ReplayRow
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
 from rsd_trt.jsonio import to_json
@@ -104,6 +105,39 @@ def write(path: Path, results: Results) -> Path:
     """A results file."""
     path.write_text(json.dumps(to_json(results)))
     return path
+
+
+def replay(*timed: tuple[Results, float, tuple[float, float] | None]) -> Replay:
+    """A replay of these runs: (run, ms per action, its interval)."""
+    rows = tuple(
+        ReplayRow(
+            results=f"{results.settings.mode}.json",
+            run=results.settings.run,
+            mode=results.settings.mode,
+            n_action_steps=results.settings.n_action_steps,
+            disturb=results.settings.disturb,
+            backend=results.settings.backend,
+            backbone=results.settings.backbone,
+            precision=results.settings.precision,
+            episodes=results.total_episodes,
+            queries=results.queries,
+            full_passes=results.full_passes,
+            actions=results.steps,
+            ms_per_action=ms,
+            ms_per_action_interval=bounds,
+        )
+        for results, ms, bounds in timed
+    )
+    chosen = settings()
+    return Replay(
+        command="rsd-trt profile bundles/made-up --replay results.json",
+        bundle=chosen.bundle,
+        bundle_sha256=chosen.bundle_sha256,
+        hardware=chosen.hardware,
+        versions=chosen.versions,
+        boundary="made up",
+        rows=rows,
+    )
 
 
 def throughput(workers: int, per_second: float) -> Throughput:

@@ -26,9 +26,13 @@ def rsd_trt(*arguments: object) -> Result:
 @pytest.mark.libero
 def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
     hidden = tmp_path / "hidden.safetensors"
-    for mode in ("baseline", "rsd", "shadow"):
-        record = ("--record-hidden", hidden) if mode == "shadow" else ()
-        result = rsd_trt("eval", tiny_bundle, "--mode", mode, "--out", tmp_path, "--json", *record, *EPISODE)
+    extra = {
+        "random": ("--accept-rate", tmp_path / "libero_spatial_rsd_results.json"),
+        "shadow": ("--record-hidden", hidden),
+    }
+    for mode in ("baseline", "rsd", "random", "shadow"):
+        arguments = ("--mode", mode, "--out", tmp_path, "--json", *extra.get(mode, ()))
+        result = rsd_trt("eval", tiny_bundle, *arguments, *EPISODE)
         assert result.exit_code == 0, result.output
         summary = json.loads(result.stdout)
         assert summary == json.loads((tmp_path / f"libero_spatial_{mode}_results.json").read_text())
@@ -38,10 +42,10 @@ def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
         assert sum(summary["routes"].values()) == summary["queries"]
     states = load_file(hidden)
     assert states["prefix"].shape == states["final"].shape == (summary["queries"], 32)
-    files = [tmp_path / f"libero_spatial_{mode}_results.json" for mode in ("baseline", "rsd")]
-    result = rsd_trt("compare", *files, "--json")
-    assert result.exit_code == 0, result.output
-    assert set(json.loads(result.stdout)["figures"]) == {"baseline", "rsd"}
+    for pair in (("baseline", "rsd"), ("random", "rsd")):
+        result = rsd_trt("compare", *(tmp_path / f"libero_spatial_{mode}_results.json" for mode in pair), "--json")
+        assert result.exit_code == 0, result.output
+        assert set(json.loads(result.stdout)["figures"]) == set(pair)
 
 
 @pytest.mark.libero

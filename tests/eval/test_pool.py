@@ -12,12 +12,14 @@ import pytest
 from doubles import Broken, Reader, Troubled, World, shake, unusable
 
 from rsd_trt.bundle import Bundle
+from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
 from rsd_trt.eval.disturb import Disturbance
 from rsd_trt.eval.pool import HOPELESS, Meter, Schedule, run_episodes
 from rsd_trt.eval.results import Episode
 from rsd_trt.eval.rollout import Assignment, Environment, serve
 from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.speculate import Coin
 
 STEPS = 12
 
@@ -62,11 +64,14 @@ def test_the_number_of_processes_changes_nothing(calm: dict[tuple[int, int], Epi
     assert (meter.forwards, meter.rows) == (len(policy.batches), sum(policy.batches))
 
 
-def test_a_real_policy_on_the_cpu_gives_the_same_episodes_for_any_number_of_processes(bundle: Bundle) -> None:
+@pytest.mark.parametrize(("mode", "coin"), [("rsd", None), ("random", Coin(0.6, 7))])
+def test_a_real_policy_on_the_cpu_gives_the_same_episodes_for_any_number_of_processes(
+    bundle: Bundle, mode: Mode, coin: Coin | None
+) -> None:
     control = bundle.config.control
     build = partial(World, side=control.camera_size, cameras=len(control.cameras))
     found = [
-        run(Policy.load(bundle, "rsd", slots=workers, n_action_steps=3), build, workers=workers, trials=2)
+        run(Policy.load(bundle, mode, slots=workers, n_action_steps=3, coin=coin), build, workers=workers, trials=2)
         for workers in (1, 3)
     ]
     assert found[0] == found[1]

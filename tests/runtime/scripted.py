@@ -14,7 +14,9 @@ from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, Mode, RsdConfig
 from rsd_trt.models.backbone import BackboneState
 from rsd_trt.models.fused import agreeing_steps, all_finite
 from rsd_trt.presets import preset
+from rsd_trt.runtime.forward import EagerForward
 from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.speculate import Coin
 
 DIMS = Dims(T=6, D=2, L=3, C=2, K=3)
 N = preset("tiny", "tiny").backbone.language.blocks
@@ -117,9 +119,12 @@ def configure(kind: str = "rfsq", draft_block: int = DRAFT_BLOCK, **rsd: object)
     )
 
 
-def scripted(frames: Sequence[Frame], mode: Mode = "rsd", slots: int = 1, **settings: object) -> tuple[Policy, World]:
-    """A policy over frames; its observations are their numbers."""
+def scripted(
+    frames: Sequence[Frame], mode: Mode = "rsd", slots: int = 1, coin: Coin | None = None, **settings: object
+) -> tuple[Policy, World]:
+    """A policy over frames; its observations are their numbers. Mode `random` has a fair coin if none is given."""
     world = World(frames)
     config = configure(**settings)  # type: ignore[arg-type]
-    policy = Policy(config, world, Draft(world), Main(world), world, mode, slots=slots)  # type: ignore[arg-type]
-    return policy, world
+    forward = EagerForward(config, world, Draft(world), Main(world), world)  # type: ignore[arg-type]
+    coin = Coin(0.5, 0) if coin is None and mode == "random" else coin
+    return Policy(config, forward, mode, None, slots, coin), world

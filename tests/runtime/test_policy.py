@@ -19,7 +19,7 @@ from rsd_trt.errors import PolicyFault, UserError
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Query, Verdict, judge
 from rsd_trt.runtime.policy import Policy, check_device
-from rsd_trt.runtime.speculate import Acceptance, Route
+from rsd_trt.runtime.speculate import Acceptance, Coin, Route
 
 T = DIMS.T
 OPEN, CLOSED = -1, 1
@@ -238,6 +238,81 @@ def test_a_nan_ends_its_row_only(mode: Mode, nan: str, message: str) -> None:
         assert [query.route for query in again] == ["accepted", "start", "accepted"]
 
 
+def held(plan: Sequence[Step], cursor: int) -> int:
+    """The steps of a plan from `cursor` on before it switches its gripper."""
+    n = 0
+    while cursor + n < len(plan) and plan[cursor + n][1] == plan[max(cursor, 1) - 1][1]:
+        n += 1
+    return n
+
+
+def control(
+    script: Sequence[Frame], coin: Coin, episode: tuple[int, ...], n_action_steps: int, refresh: int
+) -> list[tuple[bool, list[Step]]]:
+    """The loop of mode random in plain Python: (full pass, actions) of each query. The draft has no say."""
+    out: list[tuple[bool, list[Step]]] = []
+    plan: list[Step] = []
+    cursor = accepted = 0
+    for query, frame in enumerate(script):
+        n = min(held(plan, cursor), n_action_steps) if plan else 0
+        if n and accepted + 1 < refresh and coin.accepts(episode, query):
+            out.append((False, plan[cursor : cursor + n]))
+            cursor, accepted = cursor + n, accepted + 1
+            continue
+        plan, accepted = list(frame.main), 0
+        cursor = min(held(plan, 0), n_action_steps)
+        out.append((True, plan[:cursor]))
+    return out
+
+
+@given(
+    script=episodes,
+    n_action_steps=st.integers(1, T),
+    refresh=st.integers(1, 5),
+    coin=st.builds(Coin, st.floats(0, 1), st.integers(0, 9)),
+)
+def test_the_control_equals_the_textbook(script: list[Frame], n_action_steps: int, refresh: int, coin: Coin) -> None:
+    policy, world = scripted(script, "random", coin=coin, n_action_steps=n_action_steps, refresh=refresh)
+    policy.reset(0, (3, 4))
+    queries = play(policy, len(script))
+    expected = control(script, coin, (3, 4), n_action_steps, refresh)
+    assert [(query.full_pass, committed(query)) for query in queries] == expected
+    for i, (full, _) in enumerate(expected):
+        assert [block for frame, block in world.ran if frame == i] == list(range(1, (N if full else DRAFT_BLOCK) + 1))
+
+
+@given(step=steps, n_action_steps=st.integers(1, T), refresh=st.integers(1, 5))
+def test_a_coin_that_always_accepts_is_a_draft_that_always_agrees(
+    step: Step, n_action_steps: int, refresh: int
+) -> None:
+    script = [Frame([step] * T, [step] * T)] * 20
+    rsd, _ = scripted(script, "rsd", n_action_steps=n_action_steps, refresh=refresh)
+    control, _ = scripted(script, "random", coin=Coin(1.0, 0), n_action_steps=n_action_steps, refresh=refresh)
+    for a, b in zip(play(rsd, len(script)), play(control, len(script)), strict=True):
+        assert (a.route, a.prefix, committed(a)) == (b.route, b.prefix, committed(b))
+
+
+def test_a_slot_that_is_reset_in_the_middle_of_an_episode_goes_on_counting_its_queries() -> None:
+    coin = next(c for c in (Coin(0.5, seed) for seed in range(99)) if [c.accepts((0, 1), q) for q in (1, 3)] == [0, 1])
+    policy, _ = scripted([Frame(STILL, STILL)], "random", slots=2, coin=coin)
+    policy.reset(1, (0, 1))
+
+    def route() -> Route:
+        return policy.act_batch([0], [1])[0].route  # type: ignore[list-item]
+
+    assert [route(), route()] == ["start", "rejected"]
+    policy.reset(1)
+    assert [route(), route()] == ["start", "accepted"]
+    policy.reset(1, (0, 1))
+    assert [route(), route()] == ["start", "rejected"]
+
+
+@pytest.mark.parametrize(("mode", "coin"), [("random", None), ("rsd", Coin(0.5, 0)), ("baseline", Coin(0.5, 0))])
+def test_only_mode_random_has_a_coin(mode: Mode, coin: Coin | None, bundle: Bundle) -> None:
+    with pytest.raises(UserError, match=f"mode {mode} (needs a|has no) coin"):
+        Policy.load(bundle, mode, coin=coin)
+
+
 @pytest.mark.parametrize("nan", ["hidden k", "draft"])
 def test_a_fault_of_the_draft_ends_a_live_plan_too(nan: str) -> None:
     policy, _ = scripted([Frame(STILL, STILL), Frame(STILL, STILL, nan=nan)])  # type: ignore[arg-type]
@@ -295,7 +370,7 @@ def test_auto_is_a_device_that_works() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_tiny_bundle_end_to_end(mode: Mode, bundle: Bundle, observe: Callable[..., Observation]) -> None:
-    policy = Policy.load(bundle, mode)
+    policy = Policy.load(bundle, mode, coin=Coin(0.5, 0) if mode == "random" else None)
     control = bundle.config.control
     queries = [policy.act_batch([observe(control, seed)], [0])[0] for seed in range(4)]
     assert queries[0].route == ("full" if mode == "baseline" else "start")

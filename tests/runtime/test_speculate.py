@@ -13,7 +13,9 @@ from torch import Tensor
 from rsd_trt.config import ARM_DIMS
 from rsd_trt.runtime.speculate import (
     Acceptance,
+    Coin,
     Route,
+    acceptance_rate,
     agreeing_prefix,
     agreeing_token_steps,
     commit_accepted,
@@ -146,6 +148,41 @@ def test_every_refreshth_query_is_a_full_pass(refresh: int) -> None:
         accepted = 0 if due[-1] else accepted + 1
     full = [i for i, forced in enumerate(due) if forced]
     assert full == list(range(refresh - 1, 12, refresh))
+
+
+coins = st.builds(Coin, st.floats(0, 1), st.integers(0, 2**32 - 1))
+keys = st.tuples(st.integers(0, 999), st.integers(0, 999))
+
+
+@given(coin=coins, episode=keys, query=st.integers(0, 500), higher=st.floats(0, 1))
+def test_a_coin_of_a_higher_rate_accepts_what_a_lower_one_does(
+    coin: Coin, episode: tuple[int, int], query: int, higher: float
+) -> None:
+    other = Coin(max(coin.rate, higher), coin.seed)
+    assert other.accepts(episode, query) >= coin.accepts(episode, query)
+    assert Coin(1.0, coin.seed).accepts(episode, query)
+    assert not Coin(0.0, coin.seed).accepts(episode, query)
+
+
+def test_coins_fall_as_often_as_they_should_and_apart_from_each_other() -> None:
+    rate, count = 0.656, 4000
+    of_queries = [Coin(rate, 7).accepts((3, 4), query) for query in range(count)]
+    of_episodes = [Coin(rate, 7).accepts((task, trial), 5) for task in range(10) for trial in range(400)]
+    of_seeds = [Coin(rate, seed).accepts((3, 4), 5) for seed in range(count)]
+    for coins in (of_queries, of_episodes, of_seeds):
+        assert sum(coins) / count == pytest.approx(rate, abs=0.03)  # four standard deviations
+    assert len({tuple(coins) for coins in (of_queries, of_episodes, of_seeds)}) == 3
+
+
+def test_a_coin_does_not_change_between_versions() -> None:
+    assert [int(Coin(0.5, 7).accepts((3, 4), query)) for query in range(12)] == [0, 1, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "rate"), [((6, 0, 4), 0.6), ((6, 2, 2), 0.8), ((0, 0, 3), 0.0), ((5, 0, 0), 1.0), ((0, 0, 0), None)]
+)
+def test_acceptance_in_part_is_acceptance_to_the_coin(counts: tuple[int, int, int], rate: float | None) -> None:
+    assert acceptance_rate(*counts) == rate
 
 
 @given(st.lists(st.sampled_from(["accepted", "partial", "rejected", "start", "exhausted", "gripper", "refresh"])))

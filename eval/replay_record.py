@@ -1,0 +1,79 @@
+"""What a replay leaves on disk: `replay.json`, the milliseconds per action of runs whose own times say nothing.
+
+A replay computes a run's recorded queries again, each alone and with a synchronised clock: the same routes, in the
+same order, on one bundle and one machine. A row belongs to the run whose name (`Settings.run`) it carries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from rsd_trt.config import Mode
+from rsd_trt.errors import UserError
+from rsd_trt.jsonio import from_json
+
+
+@dataclass(frozen=True)
+class ReplayRow:
+    """One results file, replayed."""
+
+    results: Annotated[str, "the results file, as it was named"]
+    run: Annotated[str, "the run that the file holds: its settings' name"]
+    mode: Mode
+    n_action_steps: int
+    disturb: Annotated[int | None, "the seed of the target's displacements; null if there are none"]
+    backend: str
+    backbone: Annotated[str, "how the backbone runs"]
+    precision: str
+    episodes: Annotated[int, "replayed"]
+    queries: int
+    full_passes: int
+    actions: Annotated[int, "that these episodes executed"]
+    ms_per_action: Annotated[float, "synchronised time of the replayed queries / executed actions"]
+    ms_per_action_interval: Annotated[tuple[float, float] | None, "95%, bootstrap over episodes; null for too few"]
+
+    def __post_init__(self) -> None:
+        """Raises UserError: out of range."""
+        if not self.ms_per_action > 0:
+            raise UserError(f"the ms_per_action of {self.results} is {self.ms_per_action}: it must be > 0")
+        bounds = self.ms_per_action_interval
+        if bounds is not None and not 0 < bounds[0] <= bounds[1]:
+            raise UserError(f"the ms_per_action_interval of {self.results} is {bounds}: it must be two times, in order")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Runs of one bundle, replayed on one machine."""
+
+    command: str
+    bundle: Annotated[str, "the bundle's name"]
+    bundle_sha256: str
+    hardware: dict[str, object]
+    versions: dict[str, str]
+    boundary: Annotated[str, "in words, what the times include"]
+    rows: tuple[ReplayRow, ...]
+
+    def row(self, run: str) -> ReplayRow | None:
+        """That of the run of that name."""
+        return next((row for row in self.rows if row.run == run), None)
+
+
+def read_replay(path: Path) -> Replay:
+    """A replay.json, checked.
+
+    Raises:
+        UserError: it cannot be read, is not a replay, or times a run twice.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    replay = from_json(Replay, data, str(path))
+    twice = [run for run, count in Counter(row.run for row in replay.rows).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} times run {twice[0]} twice. Replay again")
+    return replay
