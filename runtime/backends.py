@@ -124,11 +124,11 @@ def _open_forward(launcher: Launcher, batch: Batch, kind: BackboneKind, precisio
     preprocess = Preprocessor(config.control, shape, bundle.tokenizer(), device)
     if kind == "eager":
         return EagerForward(config, backbone, accept, chain, preprocess)
-    from rsd_trt.models.fused_backbone import FusedBackbone
+    from rsd_trt.models.fused_backbone import FusedBackbone, every_product
     from rsd_trt.runtime.graph_forward import GraphForward
 
     blocks = config.backbone.language.blocks
-    fused = FusedBackbone(backbone, fp8=range(blocks - 1) if precision == "fp8" else ())
+    fused = FusedBackbone(backbone, fp8=every_product(blocks) if precision == "fp8" else ())
     if kind == "compiled":
         fused.compile()
     return GraphForward(config, fused, accept, chain, preprocess)

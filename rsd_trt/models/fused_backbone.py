@@ -8,7 +8,8 @@ twin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from rsd_trt.models.vision import Block, VisionTower
 Rope = tuple[Tensor, Tensor]
 FP8_MAX = 448.0  # the largest number of E4M3
 FP8 = torch.float8_e4m3fn
+ProductName = Literal["wqkv", "wo", "w13", "w2"]  # a block's four products
+PRODUCTS: tuple[ProductName, ...] = get_args(ProductName)
 ALIGNMENT = 16  # of a product's inner width, for the fast kernels
 
 
@@ -74,16 +77,16 @@ class FusedBlock(nn.Module):
     Reads and gives the residual stream as two terms whose sum it is.
     """
 
-    def __init__(self, block: LlamaBlock, product: Callable[[Tensor], Product]) -> None:
+    def __init__(self, block: LlamaBlock, product: Callable[[ProductName, Tensor], Product]) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
         assert isinstance(attention, CausalAttention) and isinstance(mlp, SwiGLU)
         self.norm1, self.norm2 = block.input_layernorm, block.post_attention_layernorm
         self.heads = attention.heads
-        self.wqkv = product(_stack(attention, "q_proj", "k_proj", "v_proj"))
-        self.wo = product(_stack(attention, "o_proj"))
-        self.w13 = product(_stack(mlp, "gate_proj", "up_proj"))
-        self.w2 = product(_stack(mlp, "down_proj"))
+        self.wqkv = product("wqkv", _stack(attention, "q_proj", "k_proj", "v_proj"))
+        self.wo = product("wo", _stack(attention, "o_proj"))
+        self.w13 = product("w13", _stack(mlp, "gate_proj", "up_proj"))
+        self.w2 = product("w2", _stack(mlp, "down_proj"))
 
     def forward(self, x: Tensor, branch: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """x, branch [B, S, H] -> [B, S, H] both."""
@@ -106,7 +109,7 @@ class LastBlock(FusedBlock):
     """The block after which one position is read: only that position's query, output and MLP are computed."""
 
     def __init__(self, block: LlamaBlock) -> None:
-        super().__init__(block, Product)
+        super().__init__(block, lambda _, weight: Product(weight))
 
     def read(self, x: Tensor, rope: Rope, last: Tensor) -> Tensor:
         """x [B, S, H], last [B] the position to read -> [B, H], the whole stream there."""
@@ -183,11 +186,11 @@ class FusedTower(nn.Module):
 class FusedBackbone(nn.Module):
     """A `Backbone` for inference, in three steps: `embed`, `blocks`, and `read` or `finish`.
 
-    It takes the given backbone's weights over, which cannot be used after. fp8: blocks whose products are computed
-    in E4M3; the last block never is.
+    It takes the given backbone's weights over, which cannot be used after. fp8: the products that are computed in
+    E4M3, as (block, name), blocks counted from 0; the last block's never are.
     """
 
-    def __init__(self, backbone: Backbone, fp8: Sequence[int] = ()) -> None:
+    def __init__(self, backbone: Backbone, fp8: Collection[tuple[int, ProductName]] = ()) -> None:
         super().__init__()
         self.config = backbone.config
         first, second = backbone.vision_backbone.values()
@@ -197,10 +200,11 @@ class FusedBackbone(nn.Module):
         llama = backbone.llama
         self.embed_tokens, self.norm = llama.embed_tokens, llama.norm
         *layers, last = llama.layers
-        self.layers = nn.ModuleList(
-            FusedBlock(layer, Fp8Product if i in fp8 else Product)  # type: ignore[arg-type]
-            for i, layer in enumerate(layers)
-        )
+
+        def fuse(i: int, layer: LlamaBlock) -> FusedBlock:
+            return FusedBlock(layer, lambda name, weight: (Fp8Product if (i, name) in fp8 else Product)(weight))
+
+        self.layers = nn.ModuleList(fuse(i, layer) for i, layer in enumerate(layers))  # type: ignore[arg-type]
         self.last = LastBlock(last)  # type: ignore[arg-type]
         self._ropes: dict[int, Rope] = {}
         self._side: torch.cuda.Stream | None = None
@@ -269,6 +273,11 @@ class FusedBackbone(nn.Module):
         for tower in self.towers:
             assert isinstance(tower, FusedTower)
             tower.embed = torch.compile(tower.embed, dynamic=False, options=options)  # type: ignore[method-assign]
+
+
+def every_product(blocks: int) -> set[tuple[int, ProductName]]:
+    """The products of a backbone of so many blocks that can be computed in E4M3: all but the last block's."""
+    return {(i, name) for i in range(blocks - 1) for name in PRODUCTS}
 
 
 def add(x: Tensor, branch: Tensor) -> Tensor:
