@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -38,6 +38,7 @@ FIGURES = {
     "ms_per_action": Figure("policy time per action", "ms", lambda run: run.avg_inference_time_ms),
     "query_ms_p50": Figure("query p50", "ms", lambda run: (run.query_ms or {}).get("p50")),
     "query_ms_p95": Figure("query p95", "ms", lambda run: (run.query_ms or {}).get("p95")),
+    "displaced": Figure("episodes with a displaced target", "", lambda run: displaced(run)),
     "queries": Figure("queries", "", lambda run: run.queries),
     "full_passes": Figure("full passes", "", lambda run: run.full_passes),
     "actions_per_query": Figure("actions per query", "", lambda run: run.actions_per_query),
@@ -46,6 +47,13 @@ FIGURES = {
     "partially_accepted": Figure("partially accepted", "%", lambda run: run.rsd_stats.partial_acceptance_rate),
     "rejected": Figure("rejected", "%", lambda run: run.rsd_stats.full_rejection_rate),
 }
+
+
+def displaced(run: Results) -> int | None:
+    """The episodes whose target was displaced, of those without an error; None where none was to be."""
+    if run.settings.disturb is None:
+        return None
+    return sum(episode.displacement is not None for episode in run.episodes if episode.error is None)
 
 
 def figures(run: Results) -> dict[str, float | None]:
@@ -79,13 +87,13 @@ class Comparison:
     trained: bool
 
 
-def compare(a: Results, b: Results) -> Comparison:
-    """Two runs of the same episodes.
+def compare(a: Results, b: Results, free: Collection[str] = ()) -> Comparison:
+    """Two runs of the same episodes. free: settings that may differ all the same.
 
     Raises:
         UserError: the runs differ in something that makes their figures incomparable, or share no episode.
     """
-    if different := differences(a.settings, b.settings):
+    if different := differences(a.settings, b.settings, free):
         raise UserError(f"these runs cannot be compared: {'; '.join(different)}")
     pairs = list(_pairs(a, b))
     if not pairs:
@@ -107,15 +115,16 @@ def compare(a: Results, b: Results) -> Comparison:
         speedup=SpeedUp(cost[0] / cost[1], bootstrap_speedup(*_time_and_steps(pairs))) if cost else None,
         no_speedup=reason,
         figures={a.settings.mode: figures(a), b.settings.mode: figures(b)},
-        settings={name: shared[name] for name in SAME},
+        settings={name: shared[name] for name in SAME if name not in free},
         trained=a.settings.trained,
     )
 
 
-def differences(a: Settings, b: Settings) -> list[str]:
-    """Why two runs may not be compared: each setting that differs, with both values; empty if they may be."""
+def differences(a: Settings, b: Settings, free: Collection[str] = ()) -> list[str]:
+    """Why two runs may not be compared: each setting that differs and is not `free`, with both values; empty if they
+    may be."""
     left, right = to_json(a), to_json(b)
-    different = [line for name in SAME for line in _differences(name, left[name], right[name])]
+    different = [line for name in SAME if name not in free for line in _differences(name, left[name], right[name])]
     return [*different, f"both are of mode {a.mode!r}"] if a.mode == b.mode else different
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from rsd_trt.eval.compare import Comparison
+from rsd_trt.eval.compare import Comparison, displaced
 from rsd_trt.eval.results import Results
 from rsd_trt.eval.runs import Run
 from rsd_trt.eval.statistics import (
@@ -19,6 +19,7 @@ from rsd_trt.eval.statistics import (
     verdict,
     wilson,
 )
+from rsd_trt.eval.tradeoff import Tradeoff, same_cost_sentences
 from rsd_trt.eval.wording import interval, listed, number
 
 # Of the original experiment; each is to be exceeded.
@@ -54,8 +55,10 @@ class Target:
 
 def targets(run: Run) -> tuple[Target, ...]:
     """What a run says about the targets that its mode can speak of: a baseline about success, shadow mode about
-    acceptance too, and rsd about all."""
+    acceptance too, and rsd about all. Mode random is a control, and has none."""
     mode = run.results.settings.mode
+    if mode == "random":
+        return ()
     found = [_success(run.results)]
     if mode == "rsd":
         found.append(_speedup(run))
@@ -119,7 +122,7 @@ class Conclusion:
     sentences: Annotated[tuple[str, ...], "the figures behind it"]
 
 
-def conclude(runs: Sequence[Run]) -> Conclusion:
+def conclude(runs: Sequence[Run], tradeoff: Tradeoff | None = None) -> Conclusion:
     """The conclusion in words."""
     headlines = []
     if untrained := [run.name for run in runs if not run.results.settings.trained]:
@@ -140,6 +143,10 @@ def conclude(runs: Sequence[Run]) -> Conclusion:
                 sentences.append(speedup_sentence(run.versus, run.name, run.baseline))
         elif run.alone is not None:
             sentences.append(f"The run {run.name} is not compared: {run.alone}.")
+        if run.versus_control is not None and run.control is not None:
+            sentences.append(difference_sentence(run.versus_control, run.name, run.control))
+    if tradeoff is not None:
+        sentences += same_cost_sentences(tradeoff)
     return Conclusion(tuple(headlines), tuple(sentences))
 
 
@@ -167,6 +174,9 @@ def success_sentence(run: Run) -> str:
     if not results.total_episodes:
         return f"In {run.name}, no episode ended without an error ({counted(results.errors, 'error')})."
     errors = f"; {counted(results.errors, 'episode')} ended in an error, counted apart" if results.errors else ""
+    moved = displaced(results)
+    if moved is not None:
+        errors += f"; the target was displaced in {moved:,} of them"
     return (
         f"In {run.name}, {results.total_successes:,} of {counted(results.total_episodes, 'episode')} succeed: "
         f"{number(results.final_success_rate, '%')} ({interval(results.final_success_interval, '%')}){errors}."

@@ -80,12 +80,9 @@ def _matmul(number: Number, side: int, device: torch.device) -> Callable[[], obj
     """A product of random square matrices: on zeros a GPU draws less power, and is faster."""
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     if number == "fp8":
-        from rsd_trt.models.fused_backbone import to_fp8
-
-        (x, scale_x), (y, scale_y) = to_fp8(a), to_fp8(b)
-        return lambda: torch._scaled_mm(
-            x, y.t(), scale_a=scale_x, scale_b=scale_y.t(), out_dtype=torch.bfloat16, use_fast_accum=True
-        )
+        x, y = (z.to(torch.float8_e4m3fn) for z in (a, b))
+        one = torch.ones((), device=device)
+        return lambda: torch._scaled_mm(x, y.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[number]
     a, b = a.to(dtype), b.to(dtype)
     out = torch.empty_like(a)

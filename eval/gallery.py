@@ -15,7 +15,7 @@ from rsd_trt.eval.statistics import counted
 MOST_STRIPS = 12
 MOST_BYTES = 1 << 20  # of a strip
 JPEG = b"\xff\xd8\xff"  # how a JPEG file begins
-PREFERRED = ("rsd", "baseline", "shadow")  # shadow acts as the baseline
+PREFERRED = ("rsd", "baseline", "shadow", "random")  # shadow acts as the baseline
 
 
 @dataclass(frozen=True)

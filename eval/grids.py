@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsd_trt.eval.breakdown import PHASES, phases, route_times
+from rsd_trt.eval.compare import Comparison
 from rsd_trt.eval.conclusion import targets
 from rsd_trt.eval.results import Results, TaskResult
 from rsd_trt.eval.runs import Run
 from rsd_trt.eval.statistics import counted
-from rsd_trt.eval.wording import ABSENT, interval, number
+from rsd_trt.eval.tradeoff import Tradeoff
+from rsd_trt.eval.wording import ABSENT, interval, listed, number
 from rsd_trt.jsonio import to_json
 
 UNTIMED = "not measured"  # of a batched run
@@ -72,20 +74,71 @@ def targets_grid(runs: Sequence[Run]) -> Grid:
 
 
 def comparisons_grid(runs: Sequence[Run]) -> Grid:
-    """Every run against its baseline, or why not."""
+    """Every run against its baseline, or why not, and those of mode rsd against their control."""
     rows: list[tuple[str, ...]] = []
     for run in runs:
-        if (versus := run.versus) is not None:
-            test, faster = versus.mcnemar, versus.speedup
-            bounds = interval(faster.interval, "x") if faster and faster.interval else "too few episodes"
-            speedup = f"{number(faster.value, 'x')} ({bounds})" if faster else versus.no_speedup
-            changed = (f"{versus.success_points:+.1f} points", number(test.gained), number(test.lost), f"{test.p:.2g}")
-            pairs = (number(versus.pairs), number(versus.left_out))
-            rows.append((run.name, run.baseline or ABSENT, *pairs, *changed, speedup or ABSENT))
+        if run.versus is not None:
+            rows.append(_compared(run.name, run.baseline, run.versus))
         elif run.alone is not None:
             rows.append((run.name, run.alone, *[ABSENT] * 7))
+    rows += [_compared(run.name, run.control, run.versus_control) for run in runs if run.versus_control is not None]
     columns = ("run", "against", "pairs", "left out", "success", "gained", "lost", "McNemar p", "speed-up (95%)")
     return Grid(columns, tuple(rows))
+
+
+def _compared(name: str, other: str | None, versus: Comparison) -> tuple[str, ...]:
+    test, faster = versus.mcnemar, versus.speedup
+    bounds = interval(faster.interval, "x") if faster and faster.interval else "too few episodes"
+    speedup = f"{number(faster.value, 'x')} ({bounds})" if faster else versus.no_speedup
+    changed = (f"{versus.success_points:+.1f} points", number(test.gained), number(test.lost), f"{test.p:.2g}")
+    return (name, other or ABSENT, number(versus.pairs), number(versus.left_out), *changed, speedup or ABSENT)
+
+
+def points_grid(found: Tradeoff) -> Grid:
+    """Every run whose cost is known, and how many times that the baseline of as many actions a query takes."""
+    columns = ("run", "n_action_steps", "episodes", "success (95% interval)", "time per action (95%)", "times")
+    same = {(p.suite, p.bundle, p.disturb, p.n_action_steps): p.ms for p in found.points if p.mode == "baseline"}
+    rows = []
+    for p in found.points:
+        baseline = same.get((p.suite, p.bundle, p.disturb, p.n_action_steps))
+        bounds = f" ({interval(p.ms_interval, 'ms')})" if p.ms_interval else ""
+        rows.append(
+            (
+                p.run,
+                number(p.n_action_steps),
+                number(p.episodes),
+                f"{number(p.success, '%')} ({interval(p.success_interval, '%')})",
+                number(p.ms, "ms") + bounds,
+                "replayed" if p.replayed else "the run's own",
+                number(baseline / p.ms if baseline and p.mode != "baseline" else None, "x"),
+            )
+        )
+    return Grid((*columns, "baseline's time / its own, same n_action_steps"), tuple(rows))
+
+
+def same_cost_grid(found: Tradeoff) -> Grid:
+    """Every run that is no baseline against the baseline that costs the same."""
+    rows = []
+    for row in found.same_cost:
+        near = [f"{n.share:.0%} {n.run} ({number(n.ms, 'ms')}; {_points(n.versus)})" for n in row.neighbours]
+        baseline, own = row.success or (None, None)
+        rows.append(
+            (
+                row.run,
+                listed(near) or ABSENT,
+                number(row.pairs),
+                number(baseline, "%"),
+                number(own, "%"),
+                ABSENT if row.p is None else f"{row.p:.2g}",
+                row.verdict,
+            )
+        )
+    columns = ("run", "the baseline that costs the same (the run against each)", "pairs", "its success", "the run's")
+    return Grid((*columns, "p", "verdict"), tuple(rows))
+
+
+def _points(versus: Comparison) -> str:
+    return f"{versus.success_points:+.1f} points, McNemar p {versus.mcnemar.p:.2g}"
 
 
 def tasks_grid(runs: Sequence[Run]) -> Grid:

@@ -12,6 +12,7 @@ order of floating-point sums. On the CPU the queries are therefore answered one 
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import signal
 import threading
@@ -57,13 +58,15 @@ class Meter:
 
 @dataclass
 class Schedule:
-    """The episodes that nobody has yet, by task. A process goes on with its task while that has any."""
+    """The episodes that nobody has yet, by task. A process goes on with its task while that has any, unless another
+    one has `lag` more left for each process that is at work on it."""
 
     left: dict[int, deque[Assignment]] = field(default_factory=dict)
+    lag: float = math.inf
 
     @classmethod
-    def of(cls, assignments: Iterable[Assignment]) -> Schedule:
-        schedule = cls()
+    def of(cls, assignments: Iterable[Assignment], lag: float = math.inf) -> Schedule:
+        schedule = cls(lag=lag)
         for assignment in assignments:
             schedule.left.setdefault(assignment.task, deque()).append(assignment)
         return schedule
@@ -73,8 +76,10 @@ class Schedule:
         open_tasks = [t for t, assignments in self.left.items() if assignments]
         if not open_tasks:
             return None
-        if task not in open_tasks:
-            task = max(open_tasks, key=lambda t: len(self.left[t]) / (at_work.count(t) + 1))
+        each = {t: len(self.left[t]) / (at_work.count(t) + 1) for t in open_tasks}  # with this process
+        most = max(open_tasks, key=lambda t: each[t])
+        if task not in open_tasks or each[most] - each[task] >= self.lag:
+            task = most
         return self.left[task].popleft()
 
 
@@ -166,17 +171,18 @@ def run_episodes(
     rows: int,
     timeout: float,
     meter: Meter,
+    lag: float = math.inf,
 ) -> Generator[Episode, None, None]:
     """Runs the episodes and gives each as it finishes.
 
     policy: None if the processes never ask. serve(connection): what a simulator's process runs, picklable: see
     `rsd_trt.eval.rollout.serve`. rows: queries that share a forward at the most. timeout: seconds of silence after
-    which a process is taken for hung.
+    which a process is taken for hung. lag: of `Schedule`, so that tasks are about even where the run is cut short.
 
     Raises:
         UserError: the simulator cannot work on this machine, or broke in `HOPELESS` episodes in a row.
     """
-    schedule = Schedule.of(assignments)
+    schedule = Schedule.of(assignments, lag)
     pool: list[Worker] = []
     broken = 0  # episodes in a row
     try:

@@ -1,4 +1,5 @@
-"""A report on one or more runs: `performance_comparison.json`, `report.md` and `report.html`.
+"""A report on one or more runs: `performance_comparison.json`, `report.md` and `report.html`, and `tradeoff.png` where
+the runs make a curve of success against cost.
 
 The same results files give the same bytes.
 """
@@ -22,13 +23,17 @@ from rsd_trt.eval.diagnosis import Finding, diagnose
 from rsd_trt.eval.gallery import Gallery, gallery
 from rsd_trt.eval.grids import Grid
 from rsd_trt.eval.plots import check_plots
+from rsd_trt.eval.replay_record import Replay, read_replay
 from rsd_trt.eval.results import Settings, TaskResult, Throughput
 from rsd_trt.eval.runs import Run, read_runs
 from rsd_trt.eval.statistics import Interval
 from rsd_trt.eval.svg import Chart
+from rsd_trt.eval.tradeoff import Tradeoff, tradeoff
+from rsd_trt.eval.tradeoff_chart import has_curve, tradeoff_chart, tradeoff_png
 from rsd_trt.files import replacing
 from rsd_trt.jsonio import to_json
 
+PICTURE = "tradeoff.png"
 TEMPLATES = Path(__file__).with_name("templates")
 COMPARISON_VERSION = 1
 
@@ -49,6 +54,8 @@ class RunSummary:
     baseline: Annotated[str | None, "the name of the run that it is compared with"]
     comparison: Comparison | None
     not_compared: Annotated[str | None, "why it is compared with none"]
+    control: Annotated[str | None, "rsd: the name of the run of mode random that it is compared with, too"]
+    control_comparison: Comparison | None
     command: str
 
 
@@ -58,6 +65,7 @@ class PerformanceComparison:
 
     conclusion: Conclusion
     runs: tuple[RunSummary, ...]
+    tradeoff: Annotated[Tradeoff | None, "null without a replay, and without a curve"]
     diagnosis: tuple[Finding, ...]
     command: str
     rsd_trt: Annotated[str, "version"] = __version__
@@ -94,6 +102,10 @@ class Page:
     other_targets: Grid  # of the runs that do not head the page
     success: Chart | None
     comparisons: Grid
+    points: Grid
+    same_cost: Grid
+    tradeoff_chart: Chart | None
+    picture: str | None  # the name of the same chart's file
     tasks: Grid
     phases: Grid
     phase_charts: tuple[Chart, ...]
@@ -109,28 +121,31 @@ class Page:
     varying: Grid
 
 
-def write_report(paths: Sequence[Path], out: Path, command: str) -> Written:
-    """Reads results files and writes the report into `out`. The three files are replaced together once all of them are
-    on the disk; other files in `out` stay.
+def write_report(paths: Sequence[Path], out: Path, command: str, replay: Path | None = None) -> Written:
+    """Reads results files, and the replay of those without times, and writes the report into `out`. Its files are
+    replaced together once all of them are on the disk; other files in `out` stay.
 
     Raises:
-        UserError: a results file cannot be used, `out` cannot be written, or jinja2 or matplotlib is not installed.
+        UserError: a results file or the replay cannot be used, `out` cannot be written, or jinja2 or matplotlib is not
+            installed.
     """
     check_plots()
     _check_templates()
     runs = read_runs(paths)
-    comparison = _comparison(runs, command)
+    comparison = _comparison(runs, command, read_replay(replay) if replay is not None else None)
     page = _page(runs, comparison)
     texts = {
-        "performance_comparison.json": json.dumps(to_json(comparison), indent=1) + "\n",
-        "report.md": _render("report.md.jinja", page),
-        "report.html": _render("report.html.jinja", page),
+        "performance_comparison.json": (json.dumps(to_json(comparison), indent=1) + "\n").encode(),
+        "report.md": _render("report.md.jinja", page).encode(),
+        "report.html": _render("report.html.jinja", page).encode(),
     }
+    if comparison.tradeoff is not None and page.picture is not None:
+        texts[page.picture] = tradeoff_png(comparison.tradeoff)
     try:
         with contextlib.ExitStack() as stack:
             for name, text in texts.items():
                 with stack.enter_context(replacing(out / name)).open("wb") as stream:
-                    stream.write(text.encode())
+                    stream.write(text)
                     stream.flush()
                     os.fsync(stream.fileno())
     except OSError as error:
@@ -138,7 +153,7 @@ def write_report(paths: Sequence[Path], out: Path, command: str) -> Written:
     return Written(tuple(out / name for name in texts), comparison, runs)
 
 
-def _comparison(runs: Sequence[Run], command: str) -> PerformanceComparison:
+def _comparison(runs: Sequence[Run], command: str, replay: Replay | None) -> PerformanceComparison:
     summaries = tuple(
         RunSummary(
             name=run.name,
@@ -153,12 +168,16 @@ def _comparison(runs: Sequence[Run], command: str) -> PerformanceComparison:
             baseline=run.baseline,
             comparison=run.versus,
             not_compared=run.alone,
+            control=run.control,
+            control_comparison=run.versus_control,
             command=run.results.command,
         )
         for run in runs
     )
     told = [run for run in runs if not run.throughput_only]
-    return PerformanceComparison(conclude(told), summaries, diagnose(told), command)
+    found = tradeoff(told, replay)
+    shown = found if replay is not None or has_curve(found) else None
+    return PerformanceComparison(conclude(told, shown), summaries, shown, diagnose(told), command)
 
 
 def _page(runs: Sequence[Run], comparison: PerformanceComparison) -> Page:
@@ -167,6 +186,8 @@ def _page(runs: Sequence[Run], comparison: PerformanceComparison) -> Page:
     timed = [run for run in told if _untimed(run) is None]
     shared, varying = grids.settings_grids(runs)
     suites = dict.fromkeys(run.results.task_suite for run in runs)
+    found = comparison.tradeoff
+    drawn = found is not None and has_curve(found)
     heads = [run.name for run in told if run.results.settings.mode == "rsd"] or list(by_name)
     return Page(
         comparison=comparison,
@@ -177,6 +198,10 @@ def _page(runs: Sequence[Run], comparison: PerformanceComparison) -> Page:
         other_targets=grids.targets_grid([run for run in told if run.name not in heads]),
         success=charts.success_chart(told),
         comparisons=grids.comparisons_grid(told),
+        points=grids.points_grid(found) if found is not None else Grid((), ()),
+        same_cost=grids.same_cost_grid(found) if found is not None else Grid((), ()),
+        tradeoff_chart=tradeoff_chart(found) if found is not None and drawn else None,
+        picture=PICTURE if drawn else None,
         tasks=grids.tasks_grid(told),
         phases=grids.phases_grid(told),
         phase_charts=tuple(chart for run in told if (chart := charts.phase_chart(run))),

@@ -40,6 +40,7 @@ class Environment(Protocol):
 
 
 EnvironmentT = TypeVar("EnvironmentT", bound=Environment)
+Act = Callable[[EnvironmentT, int], NDArray[np.float32]]  # (simulator, step) -> the next actions [n, A]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class HungUp(Exception):
 def run_episode(
     simulator: EnvironmentT,
     assignment: Assignment,
-    act: Callable[[EnvironmentT, int], NDArray[np.float32]],
+    act: Act[EnvironmentT],
     looks: bool = True,
 ) -> Finished:
     """One trial: success when the environment says so within the assignment's steps.
@@ -135,6 +136,7 @@ def serve(
     connection: Connection,
     build: Callable[[int], EnvironmentT],
     script: Callable[[EnvironmentT], NDArray[np.float32]] | None = None,
+    run: Callable[[EnvironmentT, Assignment, Act[EnvironmentT], bool], Finished] = run_episode,
 ) -> None:
     """The simulator's process: runs the assignments that it is sent until the other end hangs up.
 
@@ -142,6 +144,7 @@ def serve(
     `Asking` for each query, to which the answer is actions or None (abandon the episode), and at the end of an
     episode a `Finished`. After a `Broken` the process ends: its simulator cannot be trusted any more.
     With a `script(environment)`, that gives the actions: nobody is asked, and no images are rendered for it.
+    `run` is what an episode is, where it is no trial.
     """
 
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
@@ -163,7 +166,7 @@ def serve(
             with closing(build(task)) as simulator:
                 while assignment.task == task:
                     with suppress(Abandoned):
-                        line.send(run_episode(simulator, assignment, act, looks=script is None))
+                        line.send(run(simulator, assignment, act, script is None))
                     assignment = line.assignment()
     except HungUp:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ RELATIVE = 1e-6  # difference of two figures that are still the same: sums depen
 @dataclass(frozen=True)
 class Run:
     """A run of a report. `versus` is its comparison with the run named `baseline`; `alone` says why there is none.
+    A run of mode rsd has the run of mode random named `control`, and `versus_control` is its comparison with that.
 
     throughput_only: another run of its kind asked for more episodes, or for the same on another number of workers, so
     that this one adds nothing but its throughput.
@@ -35,6 +37,8 @@ class Run:
     versus: Comparison | None = None
     alone: str | None = None
     throughput_only: bool = False
+    control: str | None = None
+    versus_control: Comparison | None = None
 
 
 def read_run(path: Path) -> Results:
@@ -104,7 +108,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
 
 
 def pair_up(runs: Sequence[tuple[Path, Results]]) -> tuple[Run, ...]:
-    """Names the runs and compares each with its baseline."""
+    """Names the runs and compares each with its baseline, and those of mode rsd with their control."""
     ordered = sorted(runs, key=lambda run: MODES.index(run[1].settings.mode))
     every = [results for _, results in ordered]
     names = run_names(every)
@@ -113,7 +117,11 @@ def pair_up(runs: Sequence[tuple[Path, Results]]) -> tuple[Run, ...]:
         for name, (path, results) in zip(names, ordered, strict=True)
     ]
     baselines = [run for run in named if run.results.settings.mode == "baseline"]
-    return tuple(run if run in baselines or run.throughput_only else _compared(run, baselines) for run in named)
+    controls = [run for run in named if run.results.settings.mode == "random" and not run.throughput_only]
+    return tuple(
+        run if run in baselines or run.throughput_only else _controlled(_compared(run, baselines), controls)
+        for run in named
+    )
 
 
 def run_names(runs: Sequence[Results]) -> list[str]:
@@ -166,6 +174,7 @@ def _traits(run: Results) -> tuple[str, ...]:
         settings.precision,
         f"{settings.backbone_name} backbone",
         f"{counted(settings.n_action_steps, 'action')} a query",
+        "" if settings.accept_rate is None else f"accepting {settings.accept_rate:.1%}",
         f"protocol {settings.protocol}",
         "undisturbed" if settings.disturb is None else f"disturbed with seed {settings.disturb}",
         f"{settings.timing} timing",
@@ -190,3 +199,15 @@ def _compared(run: Run, baselines: Sequence[Run]) -> Run:
     except UserError as error:
         return replace(run, alone=str(error))
     return replace(run, baseline=baseline.name, versus=versus)
+
+
+def _controlled(run: Run, controls: Sequence[Run]) -> Run:
+    """A run of mode rsd beside the first control of the same settings, if there is one."""
+    settings = run.results.settings
+    alike = [other for other in controls if not differences(other.results.settings, settings)]
+    if settings.mode != "rsd" or not alike:
+        return run
+    control = min(alike, key=lambda other: other.results.settings.timing != settings.timing)
+    with contextlib.suppress(UserError):  # they share no episode
+        return replace(run, control=control.name, versus_control=compare(control.results, run.results))
+    return run

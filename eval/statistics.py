@@ -91,6 +91,18 @@ def bootstrap_share(parts: Sequence[float], wholes: Sequence[float], seed: int =
     return _percentile_interval(sums[:, 0] / sums[:, 1])
 
 
+def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p of paired differences whose mean is 0 by hypothesis: how often their sum is as far from 0 or further
+    when every sign is drawn by a coin (Fisher 1935; `RESAMPLES` draws). McNemar's test is its case of differences that
+    are -1, 0 or 1."""
+    values = np.asarray([d for d in differences if d], np.float64)
+    generator, reached = np.random.default_rng(seed), 0
+    for _ in range(RESAMPLES // CHUNK):
+        sums = generator.choice((-1.0, 1.0), (CHUNK, len(values))) @ values
+        reached += int((np.abs(sums) >= abs(values.sum()) - 1e-9).sum())
+    return (reached + 1) / (RESAMPLES + 1)
+
+
 def smallest_provable_loss(episodes: int, alpha: float = 1 - CONFIDENCE) -> int | None:
     """The fewest episodes that, all lost and none gained, make McNemar's exact p less than `alpha`; None where there
     are not as many."""

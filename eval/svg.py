@@ -1,11 +1,12 @@
-"""A matplotlib figure as an SVG element of a page, readable on light and dark."""
+"""A matplotlib figure as an SVG element of a page, readable on light and dark, or as a picture of its own."""
 
 from __future__ import annotations
 
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"  # a colour that nothing else has: it becomes the page's own
 WIDTH = 4.4  # inches; on a phone of 390 px the text keeps its size
+PNG_DPI = 160
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,23 @@ def legend(axes: Axes, columns: int) -> None:
 
 def draw_chart(name: str, draw: Callable[[Figure], None], height: float, caption: str) -> Chart:
     """Draws on a transparent figure of `height` inches, and makes the SVG one that can stand in a page."""
+    stream = io.StringIO()
+    with _figure(name, draw, WIDTH, height) as figure:
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return Chart(_inline(stream.getvalue(), caption), caption)
+
+
+def draw_png(name: str, draw: Callable[[Figure], None], width: float, height: float) -> bytes:
+    """Draws on a white figure of these inches, for where no page gives it its colours."""
+    stream = io.BytesIO()
+    with _figure(name, draw, width, height) as figure:
+        figure.savefig(stream, format="png", dpi=PNG_DPI)
+    return stream.getvalue()
+
+
+@contextmanager
+def _figure(name: str, draw: Callable[[Figure], None], width: float, height: float) -> Iterator[Figure]:
+    """A drawn figure in the report's style, which holds while it is saved, too."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -54,11 +73,9 @@ def draw_chart(name: str, draw: Callable[[Figure], None], height: float, caption
             "svg.hashsalt": name,  # ids are the same at each run, and differ between the charts of a page
         }
     ):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    return Chart(_inline(stream.getvalue(), caption), caption)
+        yield figure
 
 
 def _inline(svg: str, label: str) -> str:

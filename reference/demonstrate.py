@@ -7,7 +7,6 @@ target bowl that is displaced on its support before the grasp. The label is alwa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +14,9 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS, PROPRIO_DIM, ControlConfig, Dims
 from rsd_trt.eval.disturb import TARGET, offsets
+from rsd_trt.eval.rollout import Act
 from rsd_trt.eval.simulator import Simulator
 from rsd_trt.reference.expert import expert_action, scene_state
-from rsd_trt.runtime.observation import Observation
-
-Actor = Callable[[Observation], NDArray[np.float32]]  # a policy: observation -> action [A]
 
 PLATE, HAND = "plate_1", "robot0_eef_pos"  # robosuite's names of the plate and of the grip site's position
 POSITION_DIMS = 3  # of the arm's dimensions; the others turn the hand
@@ -108,7 +105,7 @@ def demonstrate(
     size: int,
     every: int,
     max_steps: int,
-    actor: Actor | None = None,
+    actor: Act[Simulator] | None = None,
     beta: float = 0.0,
 ) -> Demonstration:
     """One episode in the scene of training seed `seed`.
@@ -135,7 +132,7 @@ def demonstrate(
             steps.append(step)
         actions.append(label)
         if actor is not None and step < disturbances.handover:
-            executed = label if random.random() < beta else np.clip(actor(observation), -1.0, 1.0)
+            executed = label if random.random() < beta else np.clip(actor(simulator, step)[0], -1.0, 1.0)
         else:
             executed = disturb(label, disturbances, step, random)
         if not displaced and disturbances.displace_from is not None and step >= disturbances.displace_from:

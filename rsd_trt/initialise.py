@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.bundle import Bundle, save
+from rsd_trt.bundle import BOS, Bundle, bundle_name, save
 from rsd_trt.config import Size
 from rsd_trt.errors import UserError
+from rsd_trt.files import check_disk
 from rsd_trt.presets import preset
 
 if TYPE_CHECKING:
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
-BOS = "<s>"
 
-
-def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True) -> Bundle:
-    """Writes an untrained bundle with seeded random weights.
+def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True, device: str = "cpu") -> Bundle:
+    """Writes an untrained bundle with seeded random weights. device: that draws them; each draws numbers of its own.
 
     Raises:
-        UserError: `path` exists, or the disk is too small.
+        UserError: `path` exists, the disk is too small, or there is no such device.
     """
     import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} cannot be used: torch finds no CUDA here. Try: --device cpu")
 
     from rsd_trt.models.backbone import Backbone
     from rsd_trt.models.codec import Codec
     from rsd_trt.models.draft import DraftModel
     from rsd_trt.models.head import build_head
 
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name).lstrip("-.")
-    config = preset(size, name=name or size)
+    config = preset(size, name=bundle_name(path) or size)
     builders: dict[str, Callable[[], nn.Module]] = {
         "draft": lambda: DraftModel(config.draft, config.dims, config.hidden),
         "head": lambda: build_head(config.head, config.dims, config.hidden),
@@ -45,8 +45,8 @@ def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True) ->
         builders["backbone"] = lambda: _in_dtype(dtype, lambda: Backbone(config.backbone))
     with torch.device("meta"):
         needed = sum(size_in_bytes(build()) for build in builders.values())
-    _check_disk(path, needed)
-    with torch.random.fork_rng(devices=[]):
+    check_disk(path, needed)
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         parts = {part: build() for part, build in builders.items()}
     return save(path, config, parts, byte_tokenizer())
@@ -78,10 +78,3 @@ def _in_dtype(dtype: torch.dtype, build: Callable[[], nn.Module]) -> nn.Module:
         return build()
     finally:
         torch.set_default_dtype(before)
-
-
-def _check_disk(path: Path, needed: int) -> None:
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")

@@ -127,10 +127,10 @@ def open_backbone(
         backbone = bundle.backbone(device).to(getattr(torch, dtype))
         if kind == "eager":
             return backbone
-        from rsd_trt.models.fused_backbone import FusedBackbone
+        from rsd_trt.models.fused_backbone import FusedBackbone, every_product
 
         blocks = bundle.config.backbone.language.blocks
-        fused = FusedBackbone(backbone, fp8=range(blocks - 1) if precision == "fp8" else ())
+        fused = FusedBackbone(backbone, fp8=every_product(blocks) if precision == "fp8" else ())
     if kind == "compiled":
         fused.compile()
     return fused

@@ -47,12 +47,18 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True, help="Folder.")
+@click.option(
+    "--replay",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="replay.json of rsd-trt profile --replay: the times of runs with batched timing.",
+)
 @json_option
-def report(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
+def report(results: tuple[Path, ...], out: Path, replay: Path | None, as_json: bool) -> None:
     """Write a report on one or more results files: OUT/report.html, report.md and performance_comparison.json.
 
     Every run is compared with the baseline of the same settings, and judged by the experiment's targets: success
-    above 85%, speed-up above 1.2x, acceptance above 60%. report.html needs no network.
+    above 85%, speed-up above 1.2x, acceptance above 60%. Runs with several n_action_steps whose times are known make
+    OUT/tradeoff.png, too: success against policy time per action. report.html needs no network.
 
     \b
     Example: rsd-trt report results/libero_spatial_baseline_results.json results/libero_spatial_rsd_results.json
@@ -60,7 +66,7 @@ def report(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
     from rsd_trt.eval.report import write_report
     from rsd_trt.jsonio import to_json
 
-    written = write_report(results, out, shlex.join(["rsd-trt", *sys.argv[1:]]))
+    written = write_report(results, out, shlex.join(["rsd-trt", *sys.argv[1:]]), replay)
     if as_json:
         click.echo(json.dumps(to_json(written.comparison), indent=2))
         return

@@ -64,6 +64,7 @@ def settings(mode: Mode = "rsd", **changes: object) -> Settings:
         training_actions=TRAINING,
         hardware={"cpu": "made-up processor", "cores": 16, "gpu": "made-up GPU"},
         versions={"python": "3.11.7", "torch": "2.13.0", "rsd-trt": "0.1.0"},
+        accept_rate=0.7 if mode == "random" else None,
     )
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
@@ -194,11 +195,11 @@ def _query(
     agreement = tuple(float(x) for x in random.binomial(112, (0.86, 0.55, 0.21)) / 112)
     shadow = settings.mode == "shadow"
     if step == 0:
-        committed = most if shadow else 2
+        committed = most if shadow else min(2, most)
         return QueryRecord(step, "start", committed, full_ms + 1, True, prefix=2, token_agreement=agreement)
     draw = random.random()
     route: Route = "accepted" if draw < acceptance else "partial" if draw < acceptance + 0.12 else "rejected"
-    prefix = {"accepted": most, "partial": int(random.integers(1, most)), "rejected": 0}[route]
+    prefix = {"accepted": most, "partial": int(random.integers(1, max(2, most))), "rejected": 0}[route]
     if shadow:
         by_main = prefix if random.random() < 0.93 else int(random.integers(0, most + 1))
         verdict: Verdict = judge(prefix, by_main)

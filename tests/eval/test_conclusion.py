@@ -213,3 +213,42 @@ def test_episodes_resume_order_does_not_matter() -> None:
 
     a, b = run("baseline"), run("rsd")
     assert conclude(runs(a, b)).headlines == conclude(runs(a, shuffled(b))).headlines
+
+
+def test_the_control_has_no_targets_and_rsd_is_set_against_it() -> None:
+    baseline, rsd, control = runs(
+        run("baseline", change=outcome(*KEYS[:90]), **MANY),
+        run("random", change=outcome(*KEYS[:70]), **MANY),
+        run("rsd", change=outcome(*KEYS[:88]), **MANY),
+    )
+    assert [found.name for found in (baseline, rsd, control)] == ["baseline", "rsd", "random"]
+    assert targets(control) == ()
+    assert (rsd.control, control.control, baseline.control) == ("random", None, None)
+    assert rsd.versus_control is not None and rsd.versus_control.modes == ("random", "rsd")
+    sentences = conclude((baseline, rsd, control)).sentences
+    assert any(
+        said.startswith("On the same 100 initial states, rsd gains 18 and loses 0 against random") for said in sentences
+    )
+    assert any(
+        said.startswith("On the same 100 initial states, random gains 0 and loses 20 against") for said in sentences
+    )
+
+
+def test_the_control_of_another_run_is_none() -> None:
+    rsd, control = runs(run("rsd", **MANY), run("random", n_action_steps=2, **MANY))
+    assert (rsd.control, rsd.versus_control) == (None, None)
+    assert targets(control) == ()
+
+
+def test_displaced_episodes_are_counted() -> None:
+    def moved(episode: Episode) -> Episode:
+        offset = None if episode.trial % 2 else (0.02, 0.03)
+        return dataclasses.replace(episode, displaced_at=offset and 7, displacement=offset)
+
+    (found,) = runs(run("baseline", disturb=3, change=moved, broken=((0, 0),), **MANY))
+    assert (
+        "; 1 episode ended in an error, counted apart; the target was displaced in 49 of them."
+        in conclude([found]).sentences[0]
+    )
+    (calm,) = runs(run("baseline", **MANY))
+    assert "displaced" not in conclude([calm]).sentences[0]

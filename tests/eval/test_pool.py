@@ -198,3 +198,9 @@ def test_a_process_keeps_its_task_and_then_takes_where_most_is_left() -> None:
     assert taken == [(0, 0), (0, 1), (2, 0), (2, 1)]  # 5 / 2 of task 1 is less than 3 / 1 of task 2
     assert schedule.take(None, at_work=[1, 2]) == Assignment(1, 0, 1)
     assert Schedule().take(0, []) is None
+
+
+def test_a_task_that_lags_behind_is_helped() -> None:
+    schedule = Schedule.of([Assignment(task, trial, 1) for task in (0, 1) for trial in range(9 * task + 1)], lag=8)
+    taken = [schedule.take(0, at_work=[]) for _ in range(4)]
+    assert [assignment.task if assignment else None for assignment in taken] == [1, 1, 0, 1]

@@ -219,6 +219,7 @@ def test_markdown_code_stays_on_its_line() -> None:
         [run("shadow", success=0.2, training_actions=None, acceptance=0.1)],
         [run("rsd", change=lambda episode: dataclasses.replace(episode, queries=(), actions=None, steps=0))],
         [run("baseline", trained=False), run("rsd", trained=False)],
+        [run("random", success=0.2), run("rsd", success=0.3), run("random", accept_rate=0.2)],
     ],
     ids=[
         *(
@@ -230,7 +231,7 @@ def test_markdown_code_stays_on_its_line() -> None:
             "batched",
             "mixed settings",
         ),
-        *("one episode", "two suites", "no training statistics", "no query", "untrained"),
+        *("one episode", "two suites", "no training statistics", "no query", "untrained", "controls"),
     ],
 )
 def test_every_mix_of_runs_gives_a_whole_page(tmp_path: Path, runs: list[Results]) -> None:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from rsd_trt.models.backbone import Backbone, BackboneInputs
-from rsd_trt.models.fused_backbone import FP8_MAX, FusedBackbone, to_fp8
+from rsd_trt.models.fused_backbone import (
+    FP8_MAX,
+    PRODUCTS,
+    Fp8Product,
+    FusedBackbone,
+    ProductName,
+    every_product,
+    to_fp8,
+)
 from rsd_trt.presets import preset
 
 CONFIG = preset("tiny", "tiny").backbone
@@ -54,7 +62,8 @@ def test_hidden_states_equal_the_slow_twins(
 
 def test_the_weights_are_taken_over_and_not_doubled(backbone: Backbone) -> None:
     source = copy.deepcopy(backbone)
-    count = sum(parameter.numel() for parameter in source.parameters())
+    folded = sum(tower.width for tower in CONFIG.towers)  # the convolutions' biases, into the position embeddings
+    count = sum(parameter.numel() for parameter in source.parameters()) - folded
     fused = FusedBackbone(source)
     values = [*fused.parameters(), *fused.buffers()]
     assert sum(value.numel() for value in values) == count
@@ -83,3 +92,21 @@ def test_e4m3_keeps_three_bits_of_mantissa_with_a_scale_for_each_row() -> None:
 def test_a_row_of_zeros_stays_zero_in_e4m3() -> None:
     quantised, scale = to_fp8(torch.zeros(1, 16))
     assert torch.equal(quantised.float() * scale, torch.zeros(1, 16))
+
+
+@pytest.mark.parametrize("fp8", [set(), {(1, "wo")}, {(0, "w2"), (2, "wqkv")}, every_product(N)])
+def test_the_chosen_products_are_in_e4m3_and_no_other(backbone: Backbone, fp8: set[tuple[int, ProductName]]) -> None:
+    fused = FusedBackbone(copy.deepcopy(backbone), fp8)
+    blocks = [*fused.layers, fused.last]
+    found = {(i, n) for i, block in enumerate(blocks) for n in PRODUCTS if isinstance(getattr(block, n), Fp8Product)}
+    assert found == fp8
+    assert not [block for block, _ in found if block == N - 1]
+
+
+def test_a_product_in_e4m3_is_that_of_the_rounded_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((5, 64), (32, 64)))
+    (qx, sx), (qw, sw) = to_fp8(x), to_fp8(weight)
+    expected = (qx.float() * sx) @ (qw.float() * sw).t()
+    product = Fp8Product(weight)
+    torch.testing.assert_close(product(x).float(), expected, rtol=2**-7, atol=1e-2)

@@ -10,7 +10,7 @@ import pytest
 
 from rsd_trt.config import PROPRIO_DIM, Dims
 from rsd_trt.presets import preset
-from rsd_trt.reference.collect import FIRST_SEED, Job, Settings, write_chunk
+from rsd_trt.reference.collect import FIRST_SEED, Settings, write_episode
 from rsd_trt.reference.demonstrate import SCENE_DIM, Demonstration
 
 EPISODES = (11, 7, 14)  # steps of each; the first one's seed is held out
@@ -42,11 +42,12 @@ def demonstration() -> Callable[[int, int], Demonstration]:
 
 @pytest.fixture(scope="session")
 def demonstrations(tmp_path_factory: pytest.TempPathFactory, demonstration: Callable[..., Demonstration]) -> Path:
-    """A folder with a chunk of each of two tasks. Read only."""
+    """A folder with episodes of two tasks. Read only."""
     settings = Settings(tmp_path_factory.mktemp("data"))
     for task in range(2):
-        seeds = tuple(settings.seed(task, episode) for episode in range(len(EPISODES)))
-        kept = {seed: demonstration(n, seed) for seed, n in zip(seeds, EPISODES, strict=True)}
-        write_chunk(settings.file(task, 0), Job(task, 0, seeds), f"pick up bowl {task}", kept, [], [])
+        for episode, steps in enumerate(EPISODES):
+            seed = settings.seed(task, episode)
+            found = demonstration(steps, seed)
+            write_episode(settings.file(task, seed), task, seed, f"pick up bowl {task}", found)
     assert settings.seed(0, 0) == FIRST_SEED
     return settings.out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +17,13 @@ import torch
 from rsd_trt.config import ControlConfig
 from rsd_trt.eval.disturb import DISPLACEMENT, TARGET, offsets
 from rsd_trt.eval.simulator import Simulator, initial_states, open_suite
-from rsd_trt.reference.collect import LAG, SUITE, Job, Settings, plan, take, write_chunk
+from rsd_trt.reference.collect import MANIFEST, SUITE, Settings, main, plan, write_episode, write_manifest
+from rsd_trt.reference.data import load_demonstrations
 from rsd_trt.reference.demonstrate import (
     Burst,
     Demonstration,
     Disturbances,
+    demonstrate,
     disturb,
     draw_disturbances,
     model_images,
@@ -27,35 +31,13 @@ from rsd_trt.reference.demonstrate import (
 from rsd_trt.runtime.preprocess import resize
 
 
-def test_existing_chunks_are_not_collected_again(tmp_path: Path) -> None:
-    settings = Settings(tmp_path, episodes=7, chunk=3, tasks=(0, 4))
-    jobs = plan(settings)
-    assert [(job.task, job.chunk, len(job.seeds)) for job in jobs] == [
-        (0, 0, 3),
-        (4, 0, 3),
-        (0, 1, 3),
-        (4, 1, 3),
-        (0, 2, 1),
-        (4, 2, 1),
-    ]
-    assert len({seed for job in jobs for seed in job.seeds}) == 14
-    settings.file(4, 1).touch()
-    assert Job(4, 1, jobs[3].seeds) not in plan(settings)
-    assert len(plan(settings)) == 5
-
-
-def test_a_process_stays_with_its_task_while_there_are_chunks() -> None:
-    jobs = [Job(task, chunk, ()) for chunk, task in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 1)]]
-    taken = [take(jobs, 0) for _ in range(3)]
-    assert [job.task if job else None for job in taken] == [0, 0, 1]
-    assert [job.task for job in jobs] == [1, 1]
-    assert take([], 0) is None
-
-
-def test_a_task_that_lags_behind_is_helped() -> None:
-    jobs = [Job(0, 0, ()), *(Job(1, chunk, ()) for chunk in range(LAG + 1))]
-    taken = [take(jobs, 0) for _ in range(3)]
-    assert [job.task if job else None for job in taken] == [1, 0, 1]
+def test_existing_episodes_are_not_collected_again(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, episodes=3, tasks=(0, 4))
+    wanted = plan(settings)
+    assert [assignment.task for assignment in wanted] == [0, 4] * 3
+    assert len({assignment.trial for assignment in wanted}) == 6
+    settings.file(4, wanted[3].trial).touch()
+    assert plan(settings) == [*wanted[:3], *wanted[4:]]
 
 
 def test_the_processes_do_without_torch() -> None:
@@ -88,18 +70,30 @@ def test_a_burst_replaces_the_action_while_it_lasts() -> None:
     assert executed[2].tolist() == [0.5] * 6 + [1.0]
 
 
-def test_a_chunk_without_a_success_can_be_written(tmp_path: Path) -> None:
-    assert write_chunk(tmp_path / "chunk.npz", Job(0, 0, (1,)), "", {}, [1], []) == 0
+def test_a_failed_episode_is_no_example(tmp_path: Path, demonstration: Callable[..., Demonstration]) -> None:
+    settings = Settings(tmp_path)
+    for episode, success in enumerate((False, True)):
+        found = dataclasses.replace(demonstration(6, 1), success=success)
+        write_episode(settings.file(0, episode), 0, episode, "", found)
+    with np.load(settings.file(0, 0)) as failed:
+        assert {len(failed[name]) for name in ("images", "proprio", "row", "actions")} == {0}
+    data = load_demonstrations(tmp_path, torch.device("cpu"))
+    assert (len(data.row), len(data.actions)) == (3, 6)
+    write_manifest(settings, 1.0)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest["tasks"]["0"] == {"attempts": 2, "success": 1, "displaced": 0, "frames": 3, "success_share": 0.5}
+    assert manifest["seeds"] == {"succeeded": {"0": [1]}, "failed": {"0": [0]}}
+    assert {"rsd-trt", "python", "mujoco"} <= manifest["versions"].keys()
 
 
 def test_rows_point_at_the_frames_actions(tmp_path: Path, demonstration: Callable[..., Demonstration]) -> None:
-    kept = {seed: demonstration(steps, seed) for seed, steps in ((5, 6), (6, 9))}
-    assert write_chunk(tmp_path / "chunk.npz", Job(0, 0, (5, 6)), "", kept, [], []) == 7
-    with np.load(tmp_path / "chunk.npz") as arrays:
-        assert arrays["row"].tolist() == [1, 3, 5, 6 + 1, 6 + 3, 6 + 5, 6 + 7]
-        assert arrays["end"].tolist() == [6] * 3 + [15] * 4
-        assert arrays["seed"].tolist() == [5] * 3 + [6] * 4
-        assert np.array_equal(arrays["actions"][6:], kept[6].actions)
+    found = demonstration(9, 6)
+    write_episode(tmp_path / "episode.npz", 2, 6, "pick up the bowl", found)
+    with np.load(tmp_path / "episode.npz") as arrays:
+        assert arrays["row"].tolist() == [1, 3, 5, 7]
+        assert arrays["end"].tolist() == [9] * 4
+        assert arrays["seed"].tolist() == [6] * 4
+        assert np.array_equal(arrays["actions"], found.actions)
 
 
 @pytest.mark.libero
@@ -111,8 +105,26 @@ def test_training_scenes_are_no_evaluation_states_and_the_bowl_can_be_displaced(
             simulator.sample(settings.seed(3, episode), render=False)
             state = simulator.physics.get_state().flatten()
             assert np.abs(stored[:, 1:] - state[1:]).max(1).min() > 1e-3  # the first number is the time
+        del simulator._initial_states  # a demonstration does without them
+        found = demonstrate(simulator, ControlConfig(), settings.seed(3, 0), 32, every=2, max_steps=4)
+        assert (len(found.steps), len(found.actions)) == (2, 4)
+        simulator.sample(settings.seed(3, 2), render=False)
         joint = f"{TARGET}_joint0"
         before = simulator.physics.data.get_joint_qpos(joint).copy()
         assert simulator.displace(offsets(np.random.default_rng(0)))
         moved = (simulator.physics.data.get_joint_qpos(joint) - before)[:3]
         assert DISPLACEMENT[0] <= np.linalg.norm(moved) <= DISPLACEMENT[1]
+
+
+@pytest.mark.libero
+def test_demonstrations_are_collected_with_a_policy_and_without(tmp_path: Path, tiny_bundle: Path) -> None:
+    common = ["--episodes", "1", "--tasks", "2", "--workers", "1", "--every", "40", "--device", "cpu"]
+    main(["--out", str(tmp_path / "alone"), *common])
+    alone = load_demonstrations(tmp_path / "alone", torch.device("cpu"))
+    assert len(alone.actions) > 40 and 0 < len(alone.row) <= len(alone.actions) / 40 + 1
+    main(["--out", str(tmp_path / "both"), *common, "--policy", str(tiny_bundle)])
+    manifest = json.loads((tmp_path / "both" / MANIFEST).read_text())
+    assert manifest["tasks"]["2"]["attempts"] == 1
+    before = (tmp_path / "alone" / "task2_seed1200000.npz").stat().st_mtime_ns
+    main(["--out", str(tmp_path / "alone"), *common])
+    assert (tmp_path / "alone" / "task2_seed1200000.npz").stat().st_mtime_ns == before
