@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rsd_trt.errors import missing_extra
+from rsd_trt.eval.work import STAGES
 from rsd_trt.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from rsd_trt.eval.latency import Timing
     from rsd_trt.eval.stages import StageTiming
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's palette
+STAGE_COLOURS = dict(zip(STAGES, COLOURS, strict=True))
+UNDIVIDED = "not divided"
 MARKS = {"accepted query": "o", "rejected query": "D", "baseline query": "s"}
 
 
@@ -60,52 +64,55 @@ def latency_chart(timings: Sequence[Timing], title: str, path: Path) -> None:
 
 
 def stage_chart(rows: Sequence[StageTiming], title: str, path: Path) -> None:
-    """The p50 of each backbone's stages, stacked, one panel for each shape; a mark is a whole baseline query, a line in
-    each part the floor."""
+    """The stages of a query on each backbone, as bars beside each other; a panel for each shape."""
     from matplotlib.figure import Figure
 
-    shapes = list(dict.fromkeys((row.images, row.prompt_tokens) for row in rows if row.ms))
-    kinds = list(dict.fromkeys((row.backbone, row.precision) for row in rows if row.ms))
-    figure = Figure(figsize=(11, 0.9 + len(shapes) * (0.9 + 0.45 * len(kinds))), layout="constrained")
-    panels = figure.subplots(len(shapes), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, shape in zip(panels, shapes, strict=True):
-        here = [row for row in rows if (row.images, row.prompt_tokens) == shape and row.ms]
-        for place, kind in enumerate(reversed(kinds)):
-            draw_stages(axes, place, [row for row in here if (row.backbone, row.precision) == kind])
-        axes.set_yticks(range(len(kinds)), [f"{backbone} {precision}" for backbone, precision in reversed(kinds)])
-        axes.set_ylim(-0.6, len(kinds) - 0.4)
-        images, prompt = shape
-        axes.set_title(f"{images} image{'s' if images > 1 else ''}, {prompt} prompt tokens", fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
-    panels[-1].set_xlabel("ms (p50)")
-    found = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    shown = {label: handle for handle, label in found}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    count = len({row.way.shape for row in rows if row.ms})
+    ways = len({row.way.name for row in rows if row.ms})
+    figure = Figure(figsize=(11, 1.1 + count * (0.75 + 0.42 * ways)), layout="constrained")
+    draw_stages(figure, rows)
     figure.suptitle(f"Stages of a query, batch 1, {title}", fontsize=11)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def draw_stages(axes: Axes, place: float, rows: Sequence[StageTiming], height: float = 0.6) -> None:
-    """One backbone's stages side by side, their floors as lines, and its whole queries as marks. What a backbone is not
-    divided into is grey."""
-    from rsd_trt.eval.work import STAGES
+def draw_stages(figure: Figure, rows: Sequence[StageTiming], columns: int = 5, ink: str = "black") -> None:
+    """p50 of each stage, its floor as a line in it, and of whole queries as marks; grey: what isn't divided."""
+    measured = [row for row in rows if row.ms]
+    shapes = list(dict.fromkeys(row.way.shape for row in measured))
+    names = list(dict.fromkeys(row.way.name for row in reversed(measured)))
+    panels = figure.subplots(len(shapes), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, shape in zip(panels, shapes, strict=True):
+        for place, name in enumerate(names):
+            _draw_way(axes, place, [row for row in measured if (row.way.shape, row.way.name) == (shape, name)], ink)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_xlim(left=0)
+        axes.set_title(shape, fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", visible=False)
+    panels[-1].set_xlabel("ms (p50; line: floor)")
+    found = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    shown = {label: handle for handle, label in found}
+    order = [label for label in (*STAGES, UNDIVIDED, *MARKS) if label in shown]
+    handles = [shown[label] for label in order]
+    figure.legend(handles, order, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
+
+def _draw_way(axes: Axes, place: int, rows: Sequence[StageTiming], ink: str, height: float = 0.6) -> None:
+    """One backbone in one shape."""
     medians = {row.what: float(np.median(row.ms)) for row in rows}
-    floors = {row.what: row.floor_ms for row in rows}
+    floors = {row.what: row.floor_ms or 0.0 for row in rows}
     left = 0.0
-    for colour, stage in zip(COLOURS, STAGES, strict=True):
-        if stage not in medians:
-            continue
-        axes.barh(place, medians[stage], height, left=left, color=colour, label=stage)
-        if (floor := floors[stage]) is not None:
-            axes.plot((left + floor,) * 2, (place - height / 2, place + height / 2), color="black", linewidth=1)
-        left += medians[stage]
+    for stage in STAGES:
+        if stage in medians:
+            axes.barh(place, medians[stage], height, left=left, color=STAGE_COLOURS[stage], label=stage)
+            axes.plot((left + floors[stage],) * 2, (place - height / 2, place + height / 2), color=ink, linewidth=1)
+            left += medians[stage]
     whole = medians.get("baseline query")
     if whole is not None and "chain" not in medians:
-        axes.barh(place, max(0.0, whole - left), height, left=left, color="#d0d0d0", label="not divided")
+        axes.barh(place, max(0.0, whole - left), height, left=left, color="#b8b8b8", label=UNDIVIDED)
     for query, marker in MARKS.items():
         if query in medians:
-            (mark,) = axes.plot(medians[query], place, marker, color="white", markersize=7, label=query, zorder=3)
+            (mark,) = axes.plot(medians[query], place, marker, color="white", markersize=6.5, label=query, zorder=3)
             mark.set_markeredgecolor("black")

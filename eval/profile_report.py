@@ -94,8 +94,13 @@ def _stages(found: StageProfile) -> Stages:
     return Stages(
         boundary=stages.BOUNDARY,
         machine=asdict(found.machine),
-        startups=[asdict(startup) for startup in found.startups],
-        rows=[row.summary() for row in found.rows],
+        startups=[
+            {**asdict(startup.way), "load_s": startup.load_s, "first_s": startup.first_s} for startup in found.startups
+        ],
+        rows=[
+            {**row.summary(), "speedup": speedup}
+            for row, speedup in zip(found.rows, stages.speedups(found.rows), strict=True)
+        ],
         samples=[[round(ms, 5) for ms in row.ms] for row in found.rows],
         outside_samples=[[round(ms, 5) for ms in row.outside_ms] for row in found.rows],
     )

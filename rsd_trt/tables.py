@@ -125,7 +125,7 @@ def stages_table(rows: Sequence[Json], title: str) -> Table:
     table = Table(title=title)
     for name in ("backbone", "images", "prompt", "what"):
         table.add_column(name)
-    for name in ("p50", "p95", "p99", "outside GPU", "MB", "GFLOP", "floor", "bound by", "x floor"):
+    for name in ("p50", "p95", "p99", "outside GPU", "MB", "GFLOP", "floor", "bound by", "x floor", "speed-up"):
         table.add_column(name, justify="right")
     last = None
     for row in rows:
@@ -145,6 +145,7 @@ def stages_table(rows: Sequence[Json], title: str) -> Table:
             f"{row['floor_ms']:.3f}",
             str(row["bound"]),
             f"{row['times_floor']:.2f}",
+            "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         )
     return table
 

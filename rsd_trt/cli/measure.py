@@ -130,7 +130,7 @@ def profile(
     if not sizes:
         raise click.UsageError(f"--batch {','.join(batch)} is not a list of sizes such as 1,8")
     from rsd_trt.bundle import Bundle
-    from rsd_trt.eval.stages import Shape
+    from rsd_trt.eval.scene import Shape
     from rsd_trt.runtime.backends import check_backend
     from rsd_trt.runtime.policy import check_device
 
@@ -172,7 +172,7 @@ def profile(
         components = ProfileRequest(tuple(variants), sizes, target, precision, engines, samples, warm_up)
     if stages:
         kinds = kinds or (BACKBONES if target.type == "cuda" else ("eager",))
-        pairs = tuple((k, p) for k in kinds for p in precisions if not (k == "eager" and p == "fp8" and len(kinds) > 1))
+        pairs = tuple((k, p) for k in kinds for p in precisions)
         query = StagesRequest(pairs, shapes, target, precision, samples, warm_up)
     report = write_profile(opened, components, query, out, command)
     _print_profile(report, out, samples, as_json)
