@@ -39,7 +39,8 @@ class ScriptedPolicy(Policy):
         self._decision = Decision("start", 1)
 
     def follow(self, decision: Decision, observation: Observation) -> Query:
-        """Answers a query by `decision`.
+        """Answers a query by `decision`. Whether it is accepted in full or in part depends on the bundle's chunks too,
+        and is the same work.
 
         Raises:
             PolicyFault: the bundle's hidden state, logits or actions are not finite.
@@ -49,8 +50,10 @@ class ScriptedPolicy(Policy):
         query = self.act_batch([observation], [0])[0]
         if query.fault is not None:
             raise PolicyFault(query.fault)
-        if (found := Decision(query.route, len(query.actions))) != decision:
-            raise ValueError(f"{decision} cannot be followed: the policy made it {found}")
+        in_full = {"partial": "accepted"}
+        made, told = in_full.get(query.route, query.route), in_full.get(decision.route, decision.route)
+        if (made, len(query.actions)) != (told, decision.committed):
+            raise ValueError(f"{decision} cannot be followed: {query.route}, {len(query.actions)} came of it")
         return query
 
     def _forced(self, plans: list[Plan]) -> list[Route | None]:
