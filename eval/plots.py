@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +77,9 @@ def stage_chart(rows: Sequence[StageTiming], title: str, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def draw_stages(figure: Figure, rows: Sequence[StageTiming], columns: int = 5, ink: str = "black") -> None:
+def draw_stages(
+    figure: Figure, rows: Sequence[StageTiming], columns: int = 5, ink: str = "black", label: int = 80
+) -> None:
     """p50 of each stage, its floor as a line in it, and of whole queries as marks; grey: what isn't divided."""
     measured = [row for row in rows if row.ms]
     shapes = list(dict.fromkeys(row.way.shape for row in measured))
@@ -85,7 +88,7 @@ def draw_stages(figure: Figure, rows: Sequence[StageTiming], columns: int = 5, i
     for axes, shape in zip(panels, shapes, strict=True):
         for place, name in enumerate(names):
             _draw_way(axes, place, [row for row in measured if (row.way.shape, row.way.name) == (shape, name)], ink)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [textwrap.fill(name, label) for name in names])
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlim(left=0)
         axes.set_title(shape, fontsize=10, loc="left")

@@ -12,7 +12,9 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
 from rsd_trt.eval import latency, stages
 from rsd_trt.eval.latency import TEXTBOOK, ProfileRequest, Timing
+from rsd_trt.eval.page import check_templates
 from rsd_trt.eval.plots import check_plots, latency_chart, stage_chart
+from rsd_trt.eval.profile_page import profile_page
 from rsd_trt.eval.stages import StageProfile, StagesRequest
 from rsd_trt.files import write_atomically
 
@@ -45,13 +47,14 @@ class Report(TypedDict):
 def write_profile(
     bundle: Bundle, components: ProfileRequest | None, query: StagesRequest | None, out: Path, command: str
 ) -> Report:
-    """Times the components, the stages of a query, or both, and writes `profile.json` and pictures into `out`:
-    `profile.png` of the components, `stages.png` of the stages.
+    """Times the components, the stages of a query, or both, and writes `profile.json`, `profile.html` and
+    pictures into `out`: `profile.png` of the components, `stages.png` of the stages.
 
     Raises:
-        UserError: nothing can be timed here, `out` cannot be written, or matplotlib is not installed.
+        UserError: nothing can be timed here, `out` cannot be written, or matplotlib or jinja2 is not installed.
     """
     check_plots()
+    check_templates()
     timings = list(latency.profile(bundle, components)) if components else []
     if components and not any(timing.ms for timing in timings):
         raise UserError(f"nothing could be measured: {timings[0].reason if timings else 'no backend is given'}")
@@ -68,6 +71,7 @@ def write_profile(
             latency_chart([timing for timing in timings if timing.what != TEXTBOOK], title, out / "profile.png")
         if found:
             stage_chart(found.rows, title, out / "stages.png")
+        write_atomically(out / "profile.html", profile_page(report, found.rows if found else ()))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     return report

@@ -120,23 +120,26 @@ def latency_table(rows: Sequence[Json], title: str) -> Table:
     return table
 
 
-def stages_table(rows: Sequence[Json], title: str) -> Table:
-    """`rsd-trt profile --stages`: milliseconds, and how far they are from what the hardware allows."""
-    table = Table(title=title)
-    for name in ("backbone", "images", "prompt", "what"):
-        table.add_column(name)
-    for name in ("p50", "p95", "p99", "outside GPU", "MB", "GFLOP", "floor", "bound by", "x floor", "speed-up"):
-        table.add_column(name, justify="right")
-    last = None
+def stages_tables(rows: Sequence[Json]) -> list[Table]:
+    """`rsd-trt profile --stages`: milliseconds, and how far they are from what the hardware allows; one for a shape."""
+    tables: dict[tuple[object, object], Table] = {}
+    last: dict[tuple[object, object], str] = {}
     for row in rows:
-        if (key := (row["backbone"], row["precision"], row["images"], row["prompt_tokens"])) != last:
-            table.add_section()
-        last = key
+        shape = row["images"], row["prompt_tokens"]
+        if shape not in tables:
+            tables[shape] = table = Table(title=f"images: {shape[0]}, prompt tokens: {shape[1]}", title_justify="left")
+            for name in ("backbone", "what"):
+                table.add_column(name, no_wrap=True)
+            for name in ("p50", "p95", "p99", "outside GPU", "MB", "GFLOP", "floor", "bound by", "/ floor", "speed-up"):
+                table.add_column(name, justify="right", no_wrap=True)
+        way = f"{row['backbone']} {row['precision']}"
+        again = way == last.get(shape)
+        last[shape] = way
+        if not again:
+            tables[shape].add_section()
         ms, outside = cast("Mapping[str, float]", row["ms"]), cast("Mapping[str, float] | None", row["outside_ms"])
-        table.add_row(
-            f"{row['backbone']} {row['precision']}",
-            str(row["images"]),
-            str(row["prompt_tokens"]),
+        tables[shape].add_row(
+            "" if again else way,
             str(row["what"]),
             *(f"{ms[key]:.3f}" for key in ("p50", "p95", "p99")),
             "-" if outside is None else f"{outside['p50']:.3f}",
@@ -147,7 +150,7 @@ def stages_table(rows: Sequence[Json], title: str) -> Table:
             f"{row['times_floor']:.2f}",
             "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         )
-    return table
+    return list(tables.values())
 
 
 def machine_line(machine: Json) -> str:

@@ -45,6 +45,7 @@ NEEDS = {
     "backbone_precision": ("stages", "replay"),
     "images": ("stages", "replay"),
     "prompt_tokens": ("stages", "replay"),
+    "trace": ("stages",),
 }
 NOT_WITH_REPLAY = ("stages", "batch", "samples", "warm_up")
 ONE_FOR_REPLAY = ("backend", "backbone", "backbone_precision", "images", "prompt_tokens")
@@ -86,6 +87,11 @@ ONE_FOR_REPLAY = ("backend", "backbone", "backbone_precision", "images", "prompt
 )
 @click.option("--images", callback=split_list, help="Images of an observation, as in 1,2. [default: the bundle's]")
 @click.option("--prompt-tokens", callback=split_list, help="As in 28,64. [default: a LIBERO instruction's]")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --stages: write a Chrome trace of an accepted and a full query on the last backbone that could run.",
+)
 @click.option("-n", "--samples", type=click.IntRange(2), default=300, show_default=True, help="Launches of each row.")
 @click.option("--warm-up", type=click.IntRange(1), default=50, show_default=True, help="Launches before them.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder.")
@@ -107,6 +113,7 @@ def profile(
     backbone_precision: tuple[str, ...],
     images: tuple[str, ...],
     prompt_tokens: tuple[str, ...],
+    trace: Path | None,
     samples: int,
     warm_up: int,
     out: Path,
@@ -175,7 +182,16 @@ def profile(
         pairs = tuple((k, p) for k in kinds for p in precisions)
         query = StagesRequest(pairs, shapes, target, precision, samples, warm_up)
     report = write_profile(opened, components, query, out, command)
+    if trace is not None and query is not None and report["stages"] is not None:
+        from rsd_trt.eval.stages import number_of
+        from rsd_trt.eval.trace import write_trace
+
+        ran = {(row["backbone"], row["precision"]) for row in report["stages"]["startups"]}
+        pair = next(p for p in reversed(query.backbones) if (p[0], number_of(opened, p[1])) in ran)
+        write_trace(opened, target, pair, precision, shapes[0], trace)
     _print_profile(report, out, samples, as_json)
+    if trace is not None and not as_json:
+        click.echo(f"trace, for ui.perfetto.dev: {trace}")
 
 
 def _sort_out(bundle: Path, replay: tuple[Path, ...], more: tuple[Path, ...]) -> tuple[Path, tuple[Path, ...]]:
@@ -217,14 +233,14 @@ def _print_profile(report: Report, out: Path, samples: int, as_json: bool) -> No
     if as_json:
         click.echo(json.dumps(report))
         return
-    from rsd_trt.tables import latency_table, machine_line, stages_table
+    from rsd_trt.tables import latency_table, machine_line, stages_tables
 
     if measured := [row for row in report["rows"] if row["ms"]]:
         show(latency_table(measured, f"ms, {report['boundary']}, n = {samples}"))
     list_reasons("not measured", [row for row in report["rows"] if not row["ms"]])
     if (stages := report["stages"]) is not None:
-        show(stages_table([row for row in stages["rows"] if row["ms"]], f"ms, {stages['boundary']}, n = {samples}"))
-        click.echo(machine_line(stages["machine"]))
+        show(*stages_tables([row for row in stages["rows"] if row["ms"]]))
+        click.echo(f"ms, {stages['boundary']}, n = {samples}\n{machine_line(stages['machine'])}")
         for startup in stages["startups"]:
             click.echo(
                 f"start-up of {startup['backbone']} {startup['precision']}, {startup['images']} image(s), "
@@ -233,7 +249,7 @@ def _print_profile(report: Report, out: Path, samples: int, as_json: bool) -> No
             )
         list_reasons("not measured", [row for row in stages["rows"] if not row["ms"]])
     files = [name for name in ("profile.png", "stages.png") if report["stages" if name[0] == "s" else "rows"]]
-    click.echo(f"raw samples: {out / 'profile.json'}")
+    click.echo(f"raw samples: {out / 'profile.json'}\npage: {out / 'profile.html'}")
     for name in files:
         click.echo(f"chart: {out / name}")
 
