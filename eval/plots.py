@@ -78,9 +78,17 @@ def stage_chart(rows: Sequence[StageTiming], title: str, path: Path) -> None:
 
 
 def draw_stages(
-    figure: Figure, rows: Sequence[StageTiming], columns: int = 5, ink: str = "black", label: int = 80
+    figure: Figure,
+    rows: Sequence[StageTiming],
+    columns: int = 5,
+    ink: str = "black",
+    label: int = 80,
+    titled: bool = True,
 ) -> None:
-    """p50 of each stage, its floor as a line in it, and of whole queries as marks; grey: what isn't divided."""
+    """p50 of each stage, its floor as a line in it, and of whole queries as marks; grey: what isn't divided.
+
+    columns: of the legend; label: characters a line of a backbone's name.
+    """
     measured = [row for row in rows if row.ms]
     shapes = list(dict.fromkeys(row.way.shape for row in measured))
     names = list(dict.fromkeys(row.way.name for row in reversed(measured)))
@@ -91,7 +99,8 @@ def draw_stages(
         axes.set_yticks(range(len(names)), [textwrap.fill(name, label) for name in names])
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlim(left=0)
-        axes.set_title(shape, fontsize=10, loc="left")
+        if titled:
+            axes.set_title(shape, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", visible=False)
     panels[-1].set_xlabel("ms (p50; line: floor)")

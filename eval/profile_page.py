@@ -79,19 +79,20 @@ def profile_page(report: Report, rows: Sequence[StageTiming]) -> str:
 
 
 def sentences(rows: Sequence[StageTiming]) -> list[str]:
-    """What each backbone's whole queries cost, in words, the shape named."""
+    """For each shape, what a query costs on the backbone that answers a baseline query fastest."""
     found = []
-    for way in dict.fromkeys(row.way for row in rows):
-        ms = {row.what: p50(row) for row in rows if row.way == way}
-        if "baseline query" not in ms or way.backbone == ORACLE:
+    for shape in dict.fromkeys(row.way.shape for row in rows):
+        whole = {row.way: p50(row) for row in rows if row.way.shape == shape and row.what == "baseline query"}
+        way = min((way for way in whole if way.backbone != ORACLE), key=whole.__getitem__, default=None)
+        if way is None:
             continue
-        whole = ms["baseline query"]
-        line = f"{way.name}, {way.shape}: a baseline query takes {whole:.2f} ms"
-        for other in (r for r in rows if r.way.shape == way.shape and r.what == "baseline query"):
-            if other.way.backbone == ORACLE:
-                line += f", {p50(other) / whole:.1f} times faster than {other.way.name} ({p50(other):.2f} ms)"
-        if "accepted query" in ms:
-            line += f"; an accepted one {ms['accepted query']:.2f} ms, {whole / ms['accepted query']:.2f} times faster"
+        line = f"{shape}: {way.name} is fastest, with {whole[way]:.2f} ms for a baseline query"
+        for other, ms in whole.items():
+            if other.backbone == ORACLE:
+                line += f" ({ms / whole[way]:.2f}x over {ms:.2f} ms of {other.name})"
+        accepted = [p50(row) for row in rows if row.way == way and row.what == "accepted query"]
+        for ms in accepted:
+            line += f" and {ms:.2f} ms for an accepted one ({whole[way] / ms:.2f}x)"
         found.append(line + ".")
     return found
 
@@ -108,7 +109,7 @@ def _shape(name: str, rows: Sequence[StageTiming]) -> ShapePart:
     lines = sum(max(2, len(textwrap.wrap(way.name, LABEL))) for way in ways)
     chart = draw_chart(
         f"stages {name}",
-        lambda figure: draw_stages(figure, rows, columns=3, ink=INK, label=LABEL),
+        lambda figure: draw_stages(figure, rows, columns=3, ink=INK, label=LABEL, titled=False),
         1.6 + 0.22 * lines,
         f"{name}: p50 of each stage, side by side; lines: their floors; marks: whole queries.",
     )
