@@ -201,7 +201,7 @@ def _sort_out(bundle: Path, replay: tuple[Path, ...], more: tuple[Path, ...]) ->
         if more:
             raise click.UsageError(f"Got an unexpected argument ({more[0]}): only --replay takes several files")
         return bundle, ()
-    if bundle.is_file():
+    if bundle.is_file() or bundle.suffix in (".json", ".gz"):
         return DEFAULT_BUNDLE, (*replay, bundle, *more)
     return bundle, (*replay, *more)
 

@@ -40,7 +40,11 @@ def test_a_profile_is_written_with_every_sample(
         chart.verify()
         assert chart.format == "PNG"
         assert min(chart.size) > 200
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["profile.json", "profile.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "profile.html",
+        "profile.json",
+        "profile.png",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from replayable import FEW, made
 from synthetic import run, write
 
 from rsd_trt.bundle import Bundle
@@ -17,37 +17,14 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval import replay as module
 from rsd_trt.eval.replay import ReplayRequest, choose, replay, write_replay
 from rsd_trt.eval.replay_record import Replay, read_replay
-from rsd_trt.eval.results import Episode, Results
+from rsd_trt.eval.results import Results
 from rsd_trt.eval.scene import Shape
 from rsd_trt.runtime import policy
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.forward import EagerForward
 
 CPU = torch.device("cpu")
-FEW = {"tasks": (0, 1), "trials": 2}
 EARLY_MS, LATE_MS, WHOLE_MS = 3.0, 5.0, 7.0
-
-
-def shortened(episode: Episode, steps: int = 12) -> Episode:
-    """The start of an episode."""
-    queries = tuple(query for query in episode.queries if query.step < steps)
-    return dataclasses.replace(episode, queries=queries, steps=min(episode.steps, steps))
-
-
-def made(mode: str = "rsd", **settings: object) -> Results:
-    """A run of four short episodes whose plans last."""
-    return run(mode, change=lambda e: shortened(with_plans(e)), **{**FEW, **settings})  # type: ignore[arg-type]
-
-
-def with_plans(episode: Episode) -> Episode:
-    """The made-up episode with a full pass wherever the plan has run out of steps."""
-    left, queries = 0, []
-    for query in episode.queries:
-        if query.route in ("accepted", "partial") and left < query.committed:
-            query = dataclasses.replace(query, route="exhausted", full_pass=True, prefix=1)
-        left = (left if query.route in ("accepted", "partial") else 8) - query.committed
-        queries.append(query)
-    return dataclasses.replace(episode, queries=tuple(queries))
 
 
 @pytest.fixture(autouse=True)
