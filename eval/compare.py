@@ -17,6 +17,7 @@ Unit = Literal["%", "ms", ""]
 # What must be equal. The mode is what differs; `timing` may, and then no speed-up is given.
 SAME = (
     *("policy", "suite", "tasks", "trials", "disturb", "backend", "precision", "backbone", "device", "protocol"),
+    "backbone_precision",
     *("max_steps", "n_action_steps", "seed", "bundle_sha256", "exports_sha256", "control", "hardware", "versions"),
 )
 

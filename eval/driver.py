@@ -18,6 +18,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.request import EvalRequest, Scripted
 from rsd_trt.eval.results import Settings
 from rsd_trt.eval.runs import read_run
+from rsd_trt.runtime.backends import check_backend, default_backbone
 from rsd_trt.runtime.policy import Policy, check_device
 from rsd_trt.runtime.speculate import Coin, acceptance_rate
 
@@ -51,6 +52,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
     accept_rate = _accept_rate(request, bundle)
     bundle = dataclasses.replace(bundle, config=dataclasses.replace(config, control=control))
     rows = request.workers if device.type == "cuda" else 1  # the CPU gains nothing: see `rsd_trt.eval.pool`
+    backbone = request.backbone or default_backbone(check_backend(request.backend), device)
     policy = Policy.load(
         bundle,
         request.mode,
@@ -61,6 +63,8 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         rows=rows,
         precision=request.precision,
         engines=request.engines,
+        backbone=backbone,
+        backbone_precision=request.backbone_precision,
         coin=None if accept_rate is None else Coin(accept_rate, request.seed),
     )
     settings = Settings(
@@ -71,7 +75,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         timing="single" if request.workers == 1 else "batched",
         backend=request.backend,
         precision=request.precision,
-        backbone="eager",
+        backbone=backbone,
         device=str(device),
         protocol=protocol_name(control),
         max_steps=max_steps,
@@ -89,6 +93,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         hardware=dict(host.hardware(str(device))),
         versions=host.versions(),
         disturb=request.disturb,
+        backbone_precision=request.backbone_precision,
         accept_rate=accept_rate,
     )
     return Driver(settings, policy, rows, codec_round_trip_mse=bundle.codec().round_trip_error())

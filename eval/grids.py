@@ -42,7 +42,7 @@ def _summary_row(name: str, results: Results) -> tuple[str, ...]:
     batched = settings.timing == "batched"
     return (
         name,
-        f"{settings.backend} {settings.precision}, {settings.backbone} backbone",
+        f"{settings.backend} {settings.precision}, {settings.backbone_name} backbone",
         number(settings.n_action_steps),
         settings.timing,
         number(results.total_episodes) + _errors(results.errors),

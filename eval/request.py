@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.config import DEFAULT_ENGINES, Mode, PolicyKind, Precision
+from rsd_trt.config import DEFAULT_ENGINES, BackboneKind, BackbonePrecision, Mode, PolicyKind, Precision
 
 if TYPE_CHECKING:
     from rsd_trt.eval.simulator import Simulator
@@ -48,6 +48,8 @@ class EvalRequest:
     video: bool = False
     precision: Precision = "fp32"
     engines: Path = DEFAULT_ENGINES
+    backbone: BackboneKind | None = None  # None: what suits the backend
+    backbone_precision: BackbonePrecision = "bundle"
     record_hidden: Path | None = None  # `shadow` only
     workers: int = 1  # simulator processes; with one, each query is answered alone
     timeout: float = 300.0  # s of a simulator's silence after which its process is replaced

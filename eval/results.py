@@ -169,7 +169,7 @@ class Settings:
     timing: Annotated[Timing, "single: one simulator, each query alone; batched: many, whose times say nothing of one"]
     backend: str
     precision: str
-    backbone: Annotated[str, "how the backbone runs"]
+    backbone: Annotated[str, "how the backbone runs: eager, graph or compiled"]
     device: str
     protocol: str
     max_steps: int
@@ -188,6 +188,7 @@ class Settings:
     versions: dict[str, str]
     policy: Annotated[PolicyKind, "expert: it acts by the scene's state, step by step, and no model is run"] = "bundle"
     disturb: Annotated[int | None, "the seed of the target's displacements; null if there are none"] = None
+    backbone_precision: Annotated[str, "bundle: what its weights are stored in"] = "bundle"
     accept_rate: Annotated[
         float | None, "random mode: how often its coin accepts where a live plan is tested; null in the other modes"
     ] = None
@@ -209,6 +210,12 @@ class Settings:
     def label(self) -> str:
         """The mode of a bundle's run, or the policy in its place."""
         return self.mode if self.policy == "bundle" else self.policy
+
+    @property
+    def backbone_name(self) -> str:
+        """How the backbone ran, for people: `graph fp8`."""
+        precision = self.backbone_precision
+        return self.backbone if precision == "bundle" else f"{self.backbone} {precision}"
 
     @property
     def run(self) -> str:

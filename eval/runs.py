@@ -172,6 +172,7 @@ def _traits(run: Results) -> tuple[str, ...]:
         settings.bundle,
         settings.backend,
         settings.precision,
+        f"{settings.backbone_name} backbone",
         f"{counted(settings.n_action_steps, 'action')} a query",
         "" if settings.accept_rate is None else f"accepting {settings.accept_rate:.1%}",
         f"protocol {settings.protocol}",

@@ -28,11 +28,15 @@ Mode = Literal["baseline", "rsd", "shadow", "random"]
 PolicyKind = Literal["bundle", "expert"]
 Size = Literal["tiny", "reference", "openvla-7b"]
 Component = Literal["draft", "head", "decoder", "accept", "chain"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16"]  # of draft and head
+BackboneKind = Literal["eager", "graph", "compiled"]  # PyTorch; CUDA graphs; CUDA graphs of what torch.compile made
+BackbonePrecision = Literal["bundle", "bf16", "fp8"]
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
 POLICIES: tuple[PolicyKind, ...] = typing.get_args(PolicyKind)
 SIZES: tuple[Size, ...] = typing.get_args(Size)
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
+BACKBONES: tuple[BackboneKind, ...] = typing.get_args(BackboneKind)
+BACKBONE_PRECISIONS: tuple[BackbonePrecision, ...] = typing.get_args(BackbonePrecision)
 PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
 
 

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 BOS = "<s>"
 
 
-def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True) -> Bundle:
-    """Writes an untrained bundle with seeded random weights.
+def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True, device: str = "cpu") -> Bundle:
+    """Writes an untrained bundle with seeded random weights. device: that draws them; each draws numbers of its own.
 
     Raises:
-        UserError: `path` exists, or the disk is too small.
+        UserError: `path` exists, the disk is too small, or there is no such device.
     """
     import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} cannot be used: torch finds no CUDA here. Try: --device cpu")
 
     from rsd_trt.models.backbone import Backbone
     from rsd_trt.models.codec import Codec
@@ -46,7 +49,7 @@ def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True) ->
     with torch.device("meta"):
         needed = sum(size_in_bytes(build()) for build in builders.values())
     _check_disk(path, needed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         parts = {part: build() for part, build in builders.items()}
     return save(path, config, parts, byte_tokenizer())

@@ -1,7 +1,10 @@
-"""Which backend runs a component: one place that opens sessions, and says why it cannot."""
+"""Which backend runs a component, and how the backbone runs: one place that opens both, and says why it cannot."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import time
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +13,20 @@ from typing import Literal
 import torch
 
 from rsd_trt import host
-from rsd_trt.bundle import Bundle
-from rsd_trt.config import DEFAULT_ENGINES, Component, Precision
+from rsd_trt.bundle import PARTS, Bundle
+from rsd_trt.config import BACKBONES, DEFAULT_ENGINES, BackboneKind, BackbonePrecision, Component, Precision
 from rsd_trt.errors import Unavailable, UserError, did_you_mean
 from rsd_trt.flavour import runnable_flavour
 from rsd_trt.manifest import Batch, usable
+from rsd_trt.runtime.forward import EagerForward, Forward
+from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.session import Session, TorchSession
 
+log = logging.getLogger(__name__)
+
 Backend = Literal["torch", "graph", "ort", "trt"]
+FP8_CAPABILITY = (8, 9)  # of the first GPUs with E4M3 matrix products
+FP8_MULTIPLE = 16  # of the widths of these
 BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
 
 
@@ -70,3 +79,73 @@ def check_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise UserError(f"backend {name!r} is unknown{did_you_mean(name, BACKENDS)}")
     return name
+
+
+def default_backbone(backend: Backend, device: torch.device) -> BackboneKind:
+    """`eager` with the backend `torch`, its slow twin, and on the CPU; else `graph`."""
+    return "eager" if backend == "torch" or device.type != "cuda" else "graph"
+
+
+def open_forward(
+    launcher: Launcher, batch: Batch, backbone: BackboneKind | None = None, precision: BackbonePrecision = "bundle"
+) -> Forward:
+    """Everything that a query computes, loaded.
+
+    Raises:
+        UserError: the backbone cannot run like that here, or the device has too little memory.
+    """
+    bundle, device = launcher.bundle, launcher.device
+    kind = backbone or default_backbone(launcher.backend, device)
+    if kind not in BACKBONES:
+        raise UserError(f"backbone {kind!r} is unknown{did_you_mean(kind, BACKBONES)}")
+    if kind != "eager" and device.type != "cuda":
+        raise Unavailable(f"backbone {kind} needs a CUDA device, not {device}. Use: --backbone eager")
+    if precision == "fp8":
+        _check_fp8(bundle, kind, device)
+    started = time.perf_counter()
+    try:
+        forward = _open_forward(launcher, batch, kind, precision)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise UserError(
+            f"{bundle.path} does not fit on {device}: {_gigabytes(bundle)} of weights, {free / 1e9:.1f} GB of "
+            f"{total / 1e9:.1f} GB are free. Free some memory, or use a larger GPU ({str(error).splitlines()[0]})"
+        ) from None
+    log.info("backbone %s, %s, on %s: loaded in %.1f s", kind, precision, device, time.perf_counter() - started)
+    return forward
+
+
+def _open_forward(launcher: Launcher, batch: Batch, kind: BackboneKind, precision: BackbonePrecision) -> Forward:
+    bundle, device = launcher.bundle, launcher.device
+    config = bundle.config
+    shape = config.backbone if precision == "bundle" else dataclasses.replace(config.backbone, dtype="bfloat16")
+    backbone = bundle.backbone(device).to(getattr(torch, shape.dtype))
+    accept, chain = launcher.open("accept", batch), launcher.open("chain", batch)
+    preprocess = Preprocessor(config.control, shape, bundle.tokenizer(), device)
+    if kind == "eager":
+        return EagerForward(config, backbone, accept, chain, preprocess)
+    from rsd_trt.models.fused_backbone import FusedBackbone, every_product
+    from rsd_trt.runtime.graph_forward import GraphForward
+
+    blocks = config.backbone.language.blocks
+    fused = FusedBackbone(backbone, fp8=every_product(blocks) if precision == "fp8" else ())
+    if kind == "compiled":
+        fused.compile()
+    return GraphForward(config, fused, accept, chain, preprocess)
+
+
+def _check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
+    if kind == "eager":
+        raise UserError("backbone precision fp8 needs --backbone graph or compiled: eager is the reference")
+    if (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        raise Unavailable(f"backbone precision fp8 needs compute capability 8.9 or later, {device} has {capability}")
+    language = bundle.config.backbone.language
+    if language.hidden % FP8_MULTIPLE or language.intermediate % FP8_MULTIPLE:
+        raise UserError(
+            f"backbone precision fp8 needs widths that are multiples of {FP8_MULTIPLE}: hidden is {language.hidden}, "
+            f"intermediate {language.intermediate}. Use: --backbone-precision bf16"
+        )
+
+
+def _gigabytes(bundle: Bundle) -> str:
+    return f"{sum(bundle.file(part).stat().st_size for part in PARTS if bundle.file(part).is_file()) / 1e9:.1f} GB"

@@ -64,15 +64,6 @@ class Plan:
         return "refresh" if refresh_due(self.accepted_in_a_row, refresh) else None
 
 
-@dataclass(frozen=True)
-class Draft:
-    """The draft's guess for a batch: tokens [B, T, D, C], actions [B, T, A], finite [B]."""
-
-    tokens: Tensor
-    actions: Tensor
-    finite: Tensor
-
-
 def plan_gap(plan: Plan, chunk: Tensor, most: int) -> Gap:
     """How far a new chunk [T, A] is from the plan's next steps, as |difference| for each arm dimension and, for the
     gripper, 1 where the signs differ. Of the steps that a query could commit: at most `most`, and before the plan

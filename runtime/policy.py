@@ -14,16 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import ARM_DIMS, DEFAULT_ENGINES, PROPRIO_DIM, BundleConfig, Mode, Precision
+from rsd_trt.config import (
+    ARM_DIMS,
+    DEFAULT_ENGINES,
+    PROPRIO_DIM,
+    BackboneKind,
+    BackbonePrecision,
+    BundleConfig,
+    Mode,
+    Precision,
+)
 from rsd_trt.errors import PolicyFault, UserError
 from rsd_trt.manifest import Batch
-from rsd_trt.models.backbone import Backbone, BackboneState
 from rsd_trt.models.fused import agreeing_steps
-from rsd_trt.runtime.backends import Launcher, check_backend
+from rsd_trt.runtime.backends import Launcher, check_backend, open_forward
+from rsd_trt.runtime.forward import Draft, Forward, Main
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.plan import Draft, Plan, Query, judge, plan_gap
-from rsd_trt.runtime.preprocess import Preprocessor
-from rsd_trt.runtime.session import Session
+from rsd_trt.runtime.plan import Plan, Query, judge, plan_gap
 from rsd_trt.runtime.speculate import (
     Coin,
     Route,
@@ -39,6 +46,7 @@ from rsd_trt.runtime.speculate import (
 log = logging.getLogger(__name__)
 
 DRAFT_FAULT = "the draft's logits or actions are not finite"
+MAIN_FAULT = "the main head's logits or actions are not finite"
 
 
 class Policy:
@@ -54,10 +62,7 @@ class Policy:
     def __init__(
         self,
         config: BundleConfig,
-        backbone: Backbone,
-        accept: Session,
-        chain: Session,
-        preprocess: Preprocessor,
+        forward: Forward,
         mode: Mode,
         n_action_steps: int | None = None,
         slots: int = 1,
@@ -73,12 +78,8 @@ class Policy:
                 f"mode {mode} {'needs a' if coin is None else 'has no'} coin: it is what mode random decides by"
             )
         self._coin = coin
-        self._backbone = backbone
-        self._accept = accept
-        self._chain = chain
-        self._preprocess = preprocess
-        self._device = preprocess.device
-        self._tolerance = torch.tensor(config.rsd.tolerance, device=self._device)
+        self._forward = forward
+        self._tolerance = torch.tensor(config.rsd.tolerance)
         self._plans = [Plan() for _ in range(slots)]
         self.exports: dict[str, str] = {}  # sha256 of the exports that run components, by component
         self.hidden_states: list[tuple[Tensor, Tensor]] | None = None  # set to a list: `shadow` records into it
@@ -101,27 +102,23 @@ class Policy:
         rows: int = 1,
         precision: Precision = "fp32",
         engines: Path = DEFAULT_ENGINES,
+        backbone: BackboneKind | None = None,
+        backbone_precision: BackbonePrecision = "bundle",
         coin: Coin | None = None,
     ) -> Policy:
         """Loads every part of the bundle onto `device` and warms up. rows: queries that may share a forward.
 
+        backbone: by default `eager` with the backend `torch` and on the CPU, else `graph`.
+
         Raises:
-            UserError: a part that is missing or does not fit, an unknown backend, or no such device.
+            UserError: a part that is missing or does not fit, an unknown backend, no such device, or one without
+                enough memory.
         """
         target = check_device(device)
         launcher = Launcher(bundle, check_backend(backend), target, precision, engines)
         batch: Batch = "1" if rows == 1 else "dynamic"
-        policy = cls(
-            bundle.config,
-            bundle.backbone(target),
-            launcher.open("accept", batch),
-            launcher.open("chain", batch),
-            Preprocessor(bundle.config.control, bundle.config.backbone, bundle.tokenizer(), target),
-            mode,
-            n_action_steps,
-            slots,
-            coin,
-        )
+        forward = open_forward(launcher, batch, backbone, backbone_precision)
+        policy = cls(bundle.config, forward, mode, n_action_steps, slots, coin)
         policy.exports = launcher.opened
         policy.warm_up()
         return policy
@@ -164,17 +161,13 @@ class Policy:
     def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
         """One query for each (observation, slot). A fault ends that row only."""
         started = self._now()
-        inputs = self._preprocess(observations)
         plans = [self._plans[slot] for slot in slots]
-        blocks = self.config.backbone.language.blocks
         if self.mode == "baseline":
-            state = self._backbone.run(inputs, until=blocks)
-            queries = self._full(state, plans, ["full"] * len(plans), None)
+            self._forward.whole(observations)
+            queries = self._full(self._forward.main(), plans, ["full"] * len(plans), None)
         else:
-            prefix = self._backbone.run(inputs, until=self.config.rsd.draft_block)
-            hidden = self._backbone.hidden(prefix).float()
-            draft = Draft(**self._accept.run({"hidden": hidden}))
-            queries = (self._shadow if self.mode == "shadow" else self._speculate)(prefix, draft, plans)
+            self._forward.early(observations)
+            queries = (self._shadow if self.mode == "shadow" else self._speculate)(plans)
         ms = (self._now() - started) * 1e3
         for plan in plans:
             plan.queries += 1
@@ -183,10 +176,13 @@ class Policy:
                 self.reset(slot)
         return [replace(query, ms=ms) for query in queries]
 
-    def _speculate(self, prefix: BackboneState, draft: Draft, plans: list[Plan]) -> list[Query]:
+    def _speculate(self, plans: list[Plan]) -> list[Query]:
         """Accepts what the draft, or the coin, confirms and runs the rest of the backbone for the other rows."""
-        rsd = self.config.rsd
-        forced = [plan.forced(rsd.refresh, self.config.dims.T) for plan in plans]
+        forced = [plan.forced(self.config.rsd.refresh, self.config.dims.T) for plan in plans]
+        together = None not in forced
+        if together:  # whatever the draft says: nothing has to wait for it
+            self._forward.late(range(len(plans)))
+        draft = self._forward.draft()
         agreed = self._agreement_with_plans(draft.tokens, draft.actions, plans)
         if (coin := self._coin) is not None:
             agreed = [n * coin.accepts(plan.episode, plan.queries) for n, plan in zip(agreed, plans, strict=True)]
@@ -195,7 +191,7 @@ class Policy:
         routes: dict[int, Route] = {}
         for row, plan in enumerate(plans):
             if not finite[row]:
-                queries[row] = self._fault("fault", DRAFT_FAULT, prefix, row)
+                queries[row] = self._draft_fault("fault", draft, row)
             elif (reason := forced[row]) is not None:
                 routes[row] = reason
             else:
@@ -207,11 +203,10 @@ class Policy:
                     queries[row] = self._commit(plan, agreed[row], route)
         if routes:
             rows = list(routes)
-            index = torch.tensor(rows, device=self._device)
-            some = Draft(draft.tokens[index], draft.actions[index], draft.finite[index])
-            state = prefix if len(rows) == len(plans) else prefix.rows(index)
-            state = self._backbone.resume(state, until=self.config.backbone.language.blocks)
-            full = self._full(state, [plans[row] for row in rows], list(routes.values()), some)
+            if not together:
+                self._forward.late(rows)
+            main = self._forward.main().rows(rows) if together else self._forward.main()
+            full = self._full(main, [plans[row] for row in rows], list(routes.values()), draft.rows(rows))
             queries |= dict(zip(rows, full, strict=True))
         return [queries[row] for row in range(len(plans))]
 
@@ -222,43 +217,30 @@ class Policy:
         actions = plan.actions[plan.cursor : plan.cursor + count]
         plan.cursor += count
         plan.accepted_in_a_row += 1
-        return Query(actions.cpu().numpy().copy(), route, prefix, full_pass=self._textbook)
+        return Query(actions.numpy().copy(), route, prefix, full_pass=self._textbook)
 
-    def _full(
-        self, state: BackboneState, plans: list[Plan], routes: Sequence[Route], draft: Draft | None
-    ) -> list[Query]:
+    def _full(self, main: Main, plans: list[Plan], routes: Sequence[Route], draft: Draft | None) -> list[Query]:
         """The main head's plan for each row; with a draft, only what both agree on is committed."""
         dims, rows = self.config.dims, len(plans)
-        hidden = self._backbone.hidden(state).float()
         conditioned = self.config.head.kind == "conditioned"
-        inputs = {
-            "hidden": hidden,
-            "coarse_actions": torch.zeros(rows, dims.T, dims.A, device=self._device)
-            if draft is None
-            else draft.actions,
-            "tolerance": self._tolerance,
-        }
-        if conditioned:
-            zeros = torch.zeros(rows, dims.T, dims.D, dims.C, dtype=torch.int64, device=self._device)
-            inputs["condition"] = zeros if draft is None else draft.tokens
-        out = self._chain.run(inputs)
-        tokens, actions = out["tokens"].clone(), out["actions"].clone()
+        tokens, actions = main.tokens.clone(), main.actions.clone()
+        blocks = self.config.backbone.language.blocks
         counts = [self.n_action_steps] * rows
         prefixes: list[int] | None = None
         shares: list[list[float]] | None = None
         if draft is not None:
-            passes = self._passes(out["agreement"], draft.tokens, tokens)
+            passes = self._passes(main.agreement, draft.tokens, tokens)
             passes = passes & gripper_holds(actions, before=actions[:, 0, ARM_DIMS])
-            prefixes = agreeing_prefix(passes, torch.full((rows,), dims.T, device=self._device)).tolist()
+            prefixes = agreeing_prefix(passes, torch.full((rows,), dims.T)).tolist()
             # A conditioned head copies the draft: its agreement is no reason to commit more.
             counts = [1 if conditioned else commit_full(n, self.n_action_steps) for n in prefixes]
             shares = (draft.tokens == tokens[..., : dims.C]).float().mean((1, 2)).tolist()
-        finite, numbers = out["finite"].tolist(), actions.cpu().numpy()
+        finite, numbers = main.finite.tolist(), actions.numpy()
         queries = []
         for row, plan in enumerate(plans):
             if not finite[row]:
-                message = "the main head's logits or actions are not finite"
-                queries.append(self._fault(routes[row], message, state, row))
+                known = bool(main.hidden_finite[row])
+                queries.append(self._fault(routes[row], MAIN_FAULT if known else self._bad_hidden(blocks), True))
                 continue
             plan.actions, plan.tokens = actions[row], tokens[row]
             plan.grippers = tuple(bool(closed) for closed in numbers[row, :, ARM_DIMS] > 0)
@@ -273,16 +255,18 @@ class Policy:
             )
         return queries
 
-    def _shadow(self, prefix: BackboneState, draft: Draft, plans: list[Plan]) -> list[Query]:
+    def _shadow(self, plans: list[Plan]) -> list[Query]:
         """Acts as the baseline, and judges by the main head's new plan what `rsd` would have decided."""
         rsd, dims = self.config.rsd, self.config.dims
         forced = [plan.forced(rsd.refresh, dims.T) for plan in plans]
         before = [Plan(plan.actions, plan.tokens, plan.grippers, plan.cursor) for plan in plans]
+        self._forward.late(range(len(plans)), drafted=False)
+        draft = self._forward.draft()
         by_draft = self._agreement_with_plans(draft.tokens, draft.actions, before)
-        state = self._backbone.resume(prefix, until=self.config.backbone.language.blocks)
+        queries = self._full(self._forward.main(), plans, [reason or "rejected" for reason in forced], None)
         if self.hidden_states is not None:
-            self.hidden_states.append((self._backbone.hidden(prefix).cpu(), self._backbone.hidden(state).cpu()))
-        queries = self._full(state, plans, [reason or "rejected" for reason in forced], None)
+            early, late = self._forward.hidden()
+            self.hidden_states.append((early.cpu(), late.cpu()))
         fresh = [
             (plan.tokens, plan.actions) if query.fault is None else (None, None)
             for plan, query in zip(plans, queries, strict=True)
@@ -291,7 +275,7 @@ class Policy:
         judged = []
         for row, query in enumerate(queries):
             if not finite[row]:
-                judged.append(self._fault(query.route, DRAFT_FAULT, prefix, row))
+                judged.append(self._draft_fault(query.route, draft, row))
                 continue
             tokens, actions = fresh[row]
             if tokens is None or actions is None:
@@ -320,14 +304,14 @@ class Policy:
         if not live:
             return [0] * len(plans)
         rows = [row for row, plan in enumerate(plans) if plan.actions is not None]
-        index = torch.tensor(rows, device=self._device)
-        cursor = torch.tensor([plan.cursor for plan in live], device=self._device)
+        index = torch.tensor(rows)
+        cursor = torch.tensor([plan.cursor for plan in live])
         plan_actions = torch.stack([plan.actions for plan in live if plan.actions is not None])  # [b, T, A]
         plan_tokens = torch.stack([plan.tokens for plan in live if plan.tokens is not None])  # [b, T, D, L]
         ahead, length = remaining(plan_actions, cursor)
         ahead_tokens, _ = remaining(plan_tokens, cursor)
         passes = self._passes(agreeing_steps(actions[index], ahead, self._tolerance), tokens[index], ahead_tokens)
-        last = plan_actions[torch.arange(len(live), device=self._device), cursor - 1, ARM_DIMS]
+        last = plan_actions[torch.arange(len(live)), cursor - 1, ARM_DIMS]
         prefix = agreeing_prefix(passes & gripper_holds(ahead, before=last), length).tolist()
         found = dict(zip(rows, prefix, strict=True))
         return [found.get(row, 0) for row in range(len(plans))]
@@ -341,17 +325,22 @@ class Policy:
         coarse = plan_tokens[..., : self.config.dims.C]
         return agreeing_token_steps(draft_tokens, coarse, self.config.rsd.token_share)
 
-    def _fault(self, route: Route, message: str, state: BackboneState, row: int) -> Query:
-        """A row that ends here; names the hidden state when that is where the trouble began."""
-        hidden = self._backbone.hidden(state)[row]
-        if not bool(torch.isfinite(hidden).all()):
-            message = f"the hidden state after block {state.block} is not finite"
-        full_pass = state.block == self.config.backbone.language.blocks
+    def _draft_fault(self, route: Route, draft: Draft, row: int) -> Query:
+        """A row whose draft cannot be used; names the hidden state when that is where the trouble began."""
+        block = self.config.rsd.draft_block
+        message = DRAFT_FAULT if bool(draft.hidden_finite[row]) else self._bad_hidden(block)
+        return self._fault(route, message, full_pass=self._textbook)
+
+    def _fault(self, route: Route, message: str, full_pass: bool) -> Query:
         return Query(np.zeros((0, self.config.dims.A), np.float32), route, fault=message, full_pass=full_pass)
 
+    @staticmethod
+    def _bad_hidden(block: int) -> str:
+        return f"the hidden state after block {block} is not finite"
+
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._forward.device.type == "cuda":
+            torch.cuda.synchronize(self._forward.device)
         return time.perf_counter()
 
 

@@ -40,7 +40,7 @@ class Preprocessor:
             ValueError: images or proprio of another shape or dtype than the configuration states.
         """
         for observation in observations:
-            self._check(observation)
+            self.check(observation)
         images = np.stack([observation.images for observation in observations])  # [B, cameras, S, S, 3]
         prompts = [self.prompt_tokens(observation.instruction) for observation in observations]
         tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
@@ -50,7 +50,7 @@ class Preprocessor:
             pixels=self.pixels(torch.from_numpy(images).to(self.device)),
             tokens=tokens.to(self.device),
             lengths=torch.tensor([len(prompt) for prompt in prompts], device=self.device),
-            proprio=self.proprio(np.stack([observation.proprio for observation in observations]))
+            proprio=torch.from_numpy(self.proprio(np.stack([x.proprio for x in observations]))).to(self.device)
             if self.backbone.proprio
             else None,
         )
@@ -93,16 +93,17 @@ class Preprocessor:
             self._prompts[instruction] = ids
         return self._prompts[instruction]
 
-    def proprio(self, values: NDArray[np.float32]) -> Tensor:
+    def proprio(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """[B, 8] -> [B, 8]; with quantiles, 2 (x - q01) / (q99 - q01) - 1 where the mask is true (OpenVLA-OFT)."""
         x = values.astype(np.float32)
         if (quantiles := self.control.proprio_quantiles) is not None:
             q01, q99 = np.array(quantiles.q01, np.float32), np.array(quantiles.q99, np.float32)
             normalised = np.clip(2 * (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)
             x = np.where(quantiles.mask, normalised, x).astype(np.float32)
-        return torch.from_numpy(x).to(self.device)
+        return x
 
-    def _check(self, observation: Observation) -> None:
+    def check(self, observation: Observation) -> None:
+        """Raises ValueError unless images and proprio are what the configuration states."""
         side = self.control.camera_size
         shape = (len(self.control.cameras), side, side, 3)
         if observation.images.shape != shape or observation.images.dtype != np.uint8:

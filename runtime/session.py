@@ -117,8 +117,13 @@ def check_inputs(signature: Signature, inputs: Tensors) -> None:
             raise ValueError(f"{signature.describe(port)} got {list(value.shape)} {value.dtype}")
 
 
-def capture(launch: Launch, device: torch.device, warm_up: int = 3) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `launch`, after runs that let it allocate and choose kernels."""
+def capture(
+    launch: Launch, device: torch.device, warm_up: int = 3, pool: torch.cuda._POOL_HANDLE | None = None
+) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `launch`, after runs that let it allocate and choose kernels.
+
+    pool: of memory, which graphs that never run at the same time may share.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -127,6 +132,6 @@ def capture(launch: Launch, device: torch.device, warm_up: int = 3) -> torch.cud
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         launch()
     return graph

@@ -24,7 +24,7 @@ LAYERS = (
     {"cli"},
 )
 APART = {"export", "runtime"}
-NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "transformers"}
+NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
 WITHOUT_TORCH |= {"jsonio", "manifest", "presets", "tables"}
 

@@ -15,8 +15,15 @@ from rsd_trt.config import SIZES, Size
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--size", type=click.Choice(SIZES), default="reference", show_default=True, help="Size preset.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random weights.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What draws the weights: cuda is faster for 7B, and its numbers are others.",
+)
 @click.option("--without-backbone", is_flag=True, help="Write draft, head and codec only (7B: saves 15 GB).")
-def init(path: Path, size: Size, seed: int, without_backbone: bool) -> None:
+def init(path: Path, size: Size, seed: int, device: str, without_backbone: bool) -> None:
     """Write an UNTRAINED bundle with random weights, to try the tools on.
 
     \b
@@ -24,7 +31,7 @@ def init(path: Path, size: Size, seed: int, without_backbone: bool) -> None:
     """
     from rsd_trt.initialise import initialise
 
-    bundle = initialise(path, size, seed, with_backbone=not without_backbone)
+    bundle = initialise(path, size, seed, with_backbone=not without_backbone, device=device)
     click.echo(f"{bundle.path}: size {size}, seed {seed}, UNTRAINED (its actions mean nothing)")
 
 

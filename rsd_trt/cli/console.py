@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rsd_trt.config import DEFAULT_BUNDLE, DEFAULT_ENGINES, PRECISIONS
+from rsd_trt.config import BACKBONE_PRECISIONS, BACKBONES, DEFAULT_BUNDLE, DEFAULT_ENGINES, PRECISIONS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,6 +36,19 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON t
 device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 precision_option = click.option(
     "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of draft and head."
+)
+backbone_option = click.option(
+    "--backbone",
+    type=click.Choice(BACKBONES),
+    help="How the backbone runs: eager PyTorch, CUDA graphs, or CUDA graphs of what torch.compile made. [default: "
+    "eager with --backend torch and on the CPU, else graph]",
+)
+backbone_precision_option = click.option(
+    "--backbone-precision",
+    type=click.Choice(BACKBONE_PRECISIONS),
+    default="bundle",
+    show_default=True,
+    help="bundle: what its weights are stored in; fp8: E4M3 matrix products in the Llama blocks.",
 )
 engines_option = click.option(
     "--engines", type=click.Path(path_type=Path), default=DEFAULT_ENGINES, show_default=True, help="Folder of exports."

@@ -14,6 +14,8 @@ from click.core import ParameterSource
 from rsd_trt.cli.console import (
     EpisodeProgress,
     FiniteRange,
+    backbone_option,
+    backbone_precision_option,
     bundle_argument,
     device_option,
     engines_option,
@@ -23,13 +25,23 @@ from rsd_trt.cli.console import (
     show,
     stoppable,
 )
-from rsd_trt.config import MODES, POLICIES, PROTOCOLS, SUITES, Mode, PolicyKind, Precision
+from rsd_trt.config import (
+    MODES,
+    POLICIES,
+    PROTOCOLS,
+    SUITES,
+    BackboneKind,
+    BackbonePrecision,
+    Mode,
+    PolicyKind,
+    Precision,
+)
 from rsd_trt.errors import UserError
 from rsd_trt.jsonio import to_json
 
 OF_A_BUNDLE = (
     *("bundle", "mode", "backend", "device", "n_action_steps", "accept_rate"),
-    *("precision", "engines", "record_hidden"),
+    *("precision", "backbone", "backbone_precision", "engines", "record_hidden"),
 )
 MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
 
@@ -118,6 +130,8 @@ class AcceptRate(click.ParamType["float | Path | None"]):
     help="Displace the target of libero_spatial once an episode, by 2-5 cm before the grasp: the same in every mode.",
 )
 @precision_option
+@backbone_option
+@backbone_precision_option
 @engines_option
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder.")
 @click.option(
@@ -158,6 +172,8 @@ def evaluate(
     seed: int,
     disturb: int | None,
     precision: Precision,
+    backbone: BackboneKind | None,
+    backbone_precision: BackbonePrecision,
     engines: Path,
     out: Path,
     workers: int,
@@ -211,6 +227,8 @@ def evaluate(
         record_hidden=record_hidden,
         precision=precision,
         engines=engines,
+        backbone=backbone,
+        backbone_precision=backbone_precision,
     )
     with stoppable(), EpisodeProgress(timed=workers == 1 and policy == "bundle") as progress:
         results = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))

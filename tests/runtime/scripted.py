@@ -14,6 +14,7 @@ from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, Mode, RsdConfig
 from rsd_trt.models.backbone import BackboneState
 from rsd_trt.models.fused import agreeing_steps, all_finite
 from rsd_trt.presets import preset
+from rsd_trt.runtime.forward import EagerForward
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.speculate import Coin
 
@@ -124,6 +125,6 @@ def scripted(
     """A policy over frames; its observations are their numbers. Mode `random` has a fair coin if none is given."""
     world = World(frames)
     config = configure(**settings)  # type: ignore[arg-type]
+    forward = EagerForward(config, world, Draft(world), Main(world), world)  # type: ignore[arg-type]
     coin = Coin(0.5, 0) if coin is None and mode == "random" else coin
-    policy = Policy(config, world, Draft(world), Main(world), world, mode, None, slots, coin)  # type: ignore[arg-type]
-    return policy, world
+    return Policy(config, forward, mode, None, slots, coin), world

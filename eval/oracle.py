@@ -1,0 +1,173 @@
+"""A backbone's weights in other people's code: timm's towers and transformers' Llama, in eager PyTorch.
+
+It is what `rsd_trt.models.backbone` is checked against, and what people run who deploy nothing: `rsd-trt profile` times
+it as that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsd_trt.config import LanguageConfig, TowerConfig
+from rsd_trt.errors import Unavailable
+from rsd_trt.models.backbone import Backbone, BackboneInputs
+from rsd_trt.models.vision import NORM_EPS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import LlamaModel
+
+INSTALL = "pip install timm transformers"
+
+
+class Oracle:
+    """The backbone once more, independently assembled.
+
+    It shares the given backbone's weights, on whose device and in whose dtype it computes: building it costs no memory.
+
+    Raises:
+        Unavailable: timm or transformers is not installed.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        config = backbone.config
+        self.towers = [
+            build_tower(tower, config.image_size, module.state_dict())
+            for tower, module in zip(config.towers, backbone.vision_backbone.values(), strict=True)
+        ]
+        self.llama = build_llama(config.language, backbone.llama.state_dict())
+        self._projector = linears(backbone.projector)
+        self._proprio = linears(backbone.proprio_projector) if backbone.proprio_projector is not None else None
+
+    def vision(self, pixels: Tensor) -> Tensor:
+        """pixels [B, images, towers, 3, S, S] -> both towers' features [B, images * patches, width]."""
+        features = []
+        for i, tower in enumerate(self.towers):
+            features.append(tower_features(tower, pixels[:, :, i].flatten(0, 1)))  # [B * images, patches, width]
+        joined = torch.cat(features, dim=-1)
+        return joined.view(len(pixels), -1, joined.shape[-1])
+
+    def embed(self, inputs: BackboneInputs) -> Tensor:
+        """The embedded sequence [B, S, H]: BOS, patches, proprioception, the rest of the prompt."""
+        words = self.llama.get_input_embeddings()(inputs.tokens)  # [B, P, H]
+        parts = [words[:, :1], mlp(self._projector, self.vision(inputs.pixels)), words[:, 1:]]
+        if self._proprio is not None:
+            assert inputs.proprio is not None
+            parts.insert(2, mlp(self._proprio, inputs.proprio.to(words.dtype))[:, None])
+        return torch.cat(parts, dim=1)
+
+    def states(self, stream: Tensor) -> tuple[Tensor, ...]:
+        """The embedded sequence [B, S, H] -> the stream before block 1 and after every block, the last one normed."""
+        found = self.llama(inputs_embeds=stream, use_cache=False, output_hidden_states=True).hidden_states
+        assert found is not None
+        return tuple(found)
+
+    def hidden(self, inputs: BackboneInputs) -> Tensor:
+        """[B, H] after the last block and the final norm, at the prompt's last position."""
+        stream = self.embed(inputs)
+        final = self.llama(inputs_embeds=stream, use_cache=False).last_hidden_state
+        assert final is not None
+        return final[torch.arange(len(stream), device=stream.device), last_positions(inputs, stream)]
+
+
+def last_positions(inputs: BackboneInputs, stream: Tensor) -> Tensor:
+    """[B], where each row's prompt ends in the embedded sequence."""
+    return inputs.lengths - 1 + stream.shape[1] - inputs.tokens.shape[1]
+
+
+def tower_features(tower: nn.Module, pixels: Tensor) -> Tensor:
+    """pixels [B, 3, S, S] -> features [B, patches, width]: timm's last block, without final norm and prefix tokens."""
+    features: Tensor = tower.get_intermediate_layers(pixels, n=1)[0]  # type: ignore[operator]
+    return features
+
+
+def build_tower(config: TowerConfig, image_size: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """timm's VisionTransformer on the weights of a `VisionTower`. timm calls a LayerScale's factor `gamma`.
+
+    Raises:
+        Unavailable: timm is not installed.
+    """
+    tower = timm_tower(config, image_size)
+    tower.norm = nn.Identity()  # unused: OpenVLA reads the stream as a block leaves it
+    tower.load_state_dict({key.replace("scale_factor", "gamma"): value for key, value in state.items()}, assign=True)
+    return tower.requires_grad_(False).eval()
+
+
+def timm_tower(config: TowerConfig, image_size: int) -> nn.Module:
+    """timm's VisionTransformer of these dimensions, without memory for its weights.
+
+    Raises:
+        Unavailable: timm is not installed.
+    """
+    from functools import partial
+
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"{error.name} is not installed. Install it: {INSTALL}") from None
+    with torch.device("meta"):
+        tower: nn.Module = VisionTransformer(
+            img_size=image_size,
+            patch_size=config.patch,
+            embed_dim=config.width,
+            depth=config.blocks,
+            num_heads=config.heads,
+            mlp_ratio=(config.mlp_width + 0.5) / config.width,  # timm multiplies and rounds down
+            init_values=1.0 if config.layer_scale else None,
+            class_token=config.prefix_tokens > 0,
+            reg_tokens=max(config.prefix_tokens - 1, 0),
+            no_embed_class=True,
+            norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
+            act_layer=partial(nn.GELU, approximate="tanh" if config.gelu == "tanh" else "none"),
+            global_pool="",
+            num_classes=0,
+        )
+    return tower
+
+
+def build_llama(config: LanguageConfig, state: Mapping[str, Tensor]) -> LlamaModel:
+    """transformers' LlamaModel on the weights of a `Llama`, with PyTorch's attention.
+
+    Raises:
+        Unavailable: transformers is not installed.
+    """
+    try:
+        from transformers import LlamaConfig, LlamaModel
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"{error.name} is not installed. Install it: {INSTALL}") from None
+    settings = LlamaConfig.from_dict(
+        {
+            "hidden_size": config.hidden,
+            "intermediate_size": config.intermediate,
+            "num_hidden_layers": config.blocks,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.heads,
+            "vocab_size": config.vocab,
+            "rms_norm_eps": config.rms_eps,
+            "rope_theta": config.rope_theta,
+            "attn_implementation": "sdpa",
+        }
+    )
+    with torch.device("meta"):
+        llama = LlamaModel(settings)
+    llama.load_state_dict(state, assign=True)
+    llama.rotary_emb = type(llama.rotary_emb)(config=settings).to(state["norm.weight"].device)  # is no weight
+    llama.train(False)
+    return llama.requires_grad_(False)
+
+
+def linears(module: nn.Module) -> list[nn.Linear]:
+    """A projector's layers, in order."""
+    return [layer for layer in module.children() if isinstance(layer, nn.Linear)]
+
+
+def mlp(layers: list[nn.Linear], x: Tensor) -> Tensor:
+    """Linear layers with an exact GELU between each two."""
+    for i, layer in enumerate(layers):
+        x = F.linear(F.gelu(x) if i else x, layer.weight, layer.bias)
+    return x

@@ -1,0 +1,153 @@
+"""What a query computes, apart from what it decides, and its slow twin in eager PyTorch.
+
+A query is one forward, in two parts. `early` runs from the image to block k, the draft and its coarse actions;
+`late` goes on from there to block N, the main head and its plan. Between them the policy decides, on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rsd_trt.config import BundleConfig
+from rsd_trt.models.backbone import Backbone, BackboneState
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.preprocess import Preprocessor
+from rsd_trt.runtime.session import Session, Tensors
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The draft's guess for a batch, on the host."""
+
+    tokens: Tensor  # [B, T, D, C] int64
+    actions: Tensor  # [B, T, A]
+    finite: Tensor  # [B] bool: logits and actions
+    hidden_finite: Tensor  # [B] bool: the hidden state after block k
+
+    def rows(self, rows: Sequence[int]) -> Draft:
+        """Some rows of the batch."""
+        index = torch.tensor(rows)
+        return Draft(self.tokens[index], self.actions[index], self.finite[index], self.hidden_finite[index])
+
+
+@dataclass(frozen=True)
+class Main:
+    """The main head's plan for a batch, on the host."""
+
+    tokens: Tensor  # [B, T, D, L] int64
+    actions: Tensor  # [B, T, A]
+    agreement: Tensor  # [B, T] bool: the steps on which the draft's actions agree, if there was a draft
+    finite: Tensor  # [B] bool: logits and actions
+    hidden_finite: Tensor  # [B] bool: the hidden state after block N
+
+    def rows(self, rows: Sequence[int]) -> Main:
+        """Some rows of the batch."""
+        index = torch.tensor(rows)
+        values = (self.tokens, self.actions, self.agreement, self.finite, self.hidden_finite)
+        return Main(*(value[index] for value in values))
+
+
+class Forward(Protocol):
+    """Computes queries. What it gives belongs to it: the next query may overwrite it."""
+
+    device: torch.device
+
+    def early(self, observations: Sequence[Observation]) -> None:
+        """Enqueues preprocessing, vision, the blocks up to k, the draft and the decoding of its tokens."""
+        ...
+
+    def draft(self) -> Draft:
+        """What `early` gave; waits for it."""
+        ...
+
+    def late(self, rows: Sequence[int], drafted: bool = True) -> None:
+        """Enqueues, once after `early` and for some of its rows, the blocks after k, the head and the decoding.
+
+        drafted: a conditioned head is fed the draft's tokens; else zeros.
+        """
+        ...
+
+    def whole(self, observations: Sequence[Observation]) -> None:
+        """Enqueues a full pass without a draft."""
+        ...
+
+    def main(self) -> Main:
+        """What `late` or `whole` gave; waits for it."""
+        ...
+
+    def hidden(self) -> tuple[Tensor, Tensor]:
+        """The hidden states [B, H] after block k and after block N, of the last `early` and the last `late`."""
+        ...
+
+
+class EagerForward:
+    """Eager PyTorch, a step at a time: what every other forward is checked against."""
+
+    def __init__(
+        self,
+        config: BundleConfig,
+        backbone: Backbone,
+        accept: Session,
+        chain: Session,
+        preprocess: Preprocessor,
+    ) -> None:
+        self.device = preprocess.device
+        self._config = config
+        self._blocks = config.backbone.language.blocks
+        self._backbone = backbone
+        self._accept = accept
+        self._chain = chain
+        self._preprocess = preprocess
+        self._tolerance = torch.tensor(config.rsd.tolerance, device=self.device)
+        self._early: tuple[BackboneState, Tensor, Tensors]
+        self._main: tuple[Tensor, Tensors]
+
+    def early(self, observations: Sequence[Observation]) -> None:
+        state = self._backbone.run(self._preprocess(observations), until=self._config.rsd.draft_block)
+        hidden = self._backbone.hidden(state).float()
+        self._early = state, hidden, self._accept.run({"hidden": hidden})
+
+    def draft(self) -> Draft:
+        _, hidden, out = self._early
+        return Draft(out["tokens"].cpu(), out["actions"].cpu(), out["finite"].cpu(), finite_rows(hidden).cpu())
+
+    def late(self, rows: Sequence[int], drafted: bool = True) -> None:
+        state, _, out = self._early
+        tokens, actions = out["tokens"], out["actions"]
+        if len(rows) < len(state.last):
+            index = torch.tensor(rows, device=self.device)
+            state, tokens, actions = state.rows(index), tokens[index], actions[index]
+        self._finish(state, actions, tokens if drafted else None)
+
+    def whole(self, observations: Sequence[Observation]) -> None:
+        state = self._backbone.run(self._preprocess(observations), until=self._blocks)
+        dims = self._config.dims
+        self._finish(state, torch.zeros(len(observations), dims.T, dims.A, device=self.device), None)
+
+    def main(self) -> Main:
+        hidden, out = self._main
+        tokens, actions, agreement, finite = (out[name] for name in ("tokens", "actions", "agreement", "finite"))
+        return Main(tokens.cpu(), actions.cpu(), agreement.cpu(), finite.cpu(), finite_rows(hidden).cpu())
+
+    def hidden(self) -> tuple[Tensor, Tensor]:
+        return self._early[1], self._main[0]
+
+    def _finish(self, state: BackboneState, coarse_actions: Tensor, condition: Tensor | None) -> None:
+        dims = self._config.dims
+        hidden = self._backbone.hidden(self._backbone.resume(state, until=self._blocks)).float()
+        inputs = {"hidden": hidden, "coarse_actions": coarse_actions, "tolerance": self._tolerance}
+        if self._config.head.kind == "conditioned":
+            shape = (len(hidden), dims.T, dims.D, dims.C)
+            zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            inputs["condition"] = zeros if condition is None else condition
+        self._main = hidden, self._chain.run(inputs)
+
+
+def finite_rows(hidden: Tensor) -> Tensor:
+    """Which rows [B, H] hold neither NaN nor infinity -> [B] bool."""
+    return torch.isfinite(hidden).all(1)

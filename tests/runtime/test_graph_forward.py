@@ -1,0 +1,138 @@
+"""The graph forward's buffers and shapes, on the CPU: a captured graph is stood in for by the calls that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.config import MODES, HeadConfig, Mode
+from rsd_trt.initialise import initialise
+from rsd_trt.models.fused_backbone import FusedBackbone
+from rsd_trt.runtime import graph_forward, graph_session
+from rsd_trt.runtime.backends import Launcher
+from rsd_trt.runtime.forward import EagerForward
+from rsd_trt.runtime.graph_forward import GraphForward, padded
+from rsd_trt.runtime.graph_session import GraphSession
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.preprocess import Preprocessor
+from rsd_trt.runtime.session import Launch, Session
+from rsd_trt.runtime.speculate import Coin
+
+CPU = torch.device("cpu")
+WORDS = ("pick up the bowl", "put the bowl on the plate", "lift", "open the drawer of the cabinet")
+
+
+class Captures:
+    """Counts the captures, and refuses to let buffers be replaced between them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, launch: Launch, device: torch.device, pool: object = None) -> SimpleNamespace:
+        self.count += 1
+        launch()
+        return SimpleNamespace(replay=lambda: torch.inference_mode()(launch)())
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    found = Captures()
+    for module in (graph_forward, graph_session):
+        monkeypatch.setattr(module, "capture", found)
+    monkeypatch.setattr(graph_forward, "pinned", lambda shape, dtype: torch.zeros(tuple(shape), dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", threading.get_ident)
+    monkeypatch.setattr(GraphForward, "_wait", lambda self: None)
+    return found
+
+
+def policies(bundle: Bundle, mode: Mode, slots: int, tail: Literal["captured", "launched"]) -> list[Policy]:
+    """The eager policy and the one of graphs."""
+    config = bundle.config
+    preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), CPU)
+    eager: list[Session] = [Launcher(bundle, "torch", CPU).open(name, "dynamic") for name in ("accept", "chain")]
+    components = (bundle.component("accept"), bundle.component("chain"))
+    sessions = [GraphSession(component, CPU) for component in components] if tail == "captured" else eager
+    coin = Coin(0.5, 0) if mode == "random" else None
+    forwards = (
+        EagerForward(config, bundle.backbone(), *eager, preprocess),
+        GraphForward(config, FusedBackbone(bundle.backbone()), *sessions, preprocess),
+    )
+    return [Policy(config, forward, mode, slots=slots, coin=coin) for forward in forwards]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tail", ["captured", "launched"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_it_acts_as_the_eager_forward(
+    bundle: Bundle,
+    observe: Callable[..., Observation],
+    captures: Captures,
+    mode: Mode,
+    tail: Literal["captured", "launched"],
+    rows: int,
+) -> None:
+    wide = dataclasses.replace(bundle.config.rsd, tolerance=(1.0,) * 6)  # random drafts are accepted now and then
+    bundle = dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, rsd=wide))
+    check(policies(bundle, mode, rows, tail), observe, rows)
+    assert captures.count <= (2 if rows == 1 else 8)  # for all queries together
+
+
+@pytest.mark.parametrize("kind", ["conditioned", "textbook"])
+def test_conditioned_heads_and_late_drafts(
+    tmp_path: Path, observe: Callable[..., Observation], captures: Captures, kind: str
+) -> None:
+    del captures
+    bundle = initialise(tmp_path / "tiny", "tiny", seed=0)
+    config = bundle.config
+    if kind == "textbook":
+        rsd = dataclasses.replace(config.rsd, draft_block=config.backbone.language.blocks)
+        config = dataclasses.replace(config, rsd=rsd)
+    else:
+        from rsd_trt.models.head import build_head
+
+        config = dataclasses.replace(config, head=HeadConfig("conditioned", feature=32, width=16, embedding=4))
+        head = build_head(config.head, config.dims, config.hidden)
+        monkey = dataclasses.replace(bundle, config=config)
+        from safetensors.torch import save_file
+
+        save_file(head.state_dict(), monkey.file("head"))
+    bundle = Bundle(bundle.path, config)
+    for mode in MODES:
+        check(policies(bundle, mode, 2, "captured"), observe, 2)
+
+
+def check(both: list[Policy], observe: Callable[..., Observation], rows: int) -> None:
+    eager, graphs = both
+    for step in range(6):
+        seen = [observe(eager.config.control, 10 * step + row, WORDS[row]) for row in range(rows)]
+        slots = list(range(rows))
+        for expected, found in zip(eager.act_batch(seen, slots), graphs.act_batch(seen, slots), strict=True):
+            assert (found.route, found.prefix, found.full_pass) == (expected.route, expected.prefix, expected.full_pass)
+            assert (found.token_agreement, found.verdict) == (expected.token_agreement, expected.verdict)
+            np.testing.assert_allclose(found.actions, expected.actions, atol=1e-5)
+
+
+def test_a_query_of_fewer_rows_after_one_of_more_reads_its_own(
+    bundle: Bundle, observe: Callable[..., Observation], captures: Captures
+) -> None:
+    eager, graphs = policies(bundle, "baseline", 4, "captured")
+    seen = [observe(bundle.config.control, row, WORDS[row]) for row in range(4)]
+    for rows in ([0, 1, 2, 3], [2], [1, 3], [0, 2, 3]):
+        batch = [seen[row] for row in rows]
+        for expected, found in zip(eager.act_batch(batch, rows), graphs.act_batch(batch, rows), strict=True):
+            np.testing.assert_allclose(found.actions, expected.actions, atol=1e-5)
+    assert captures.count == 3  # of one row, of two, and of three and four
+
+
+def test_rows_are_padded_to_powers_of_two() -> None:
+    assert [padded(rows) for rows in (1, 2, 3, 4, 5, 16, 17)] == [1, 2, 4, 4, 8, 16, 32]
