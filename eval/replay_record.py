@@ -35,6 +35,7 @@ class ReplayRow:
     actions: Annotated[int, "that these episodes executed"]
     ms_per_action: Annotated[float, "synchronised time of the replayed queries / executed actions"]
     ms_per_action_interval: Annotated[tuple[float, float] | None, "95%, bootstrap over episodes; null for too few"]
+    backbone_precision: Annotated[str, "bundle: what its weights are stored in"] = "bundle"
 
     def __post_init__(self) -> None:
         """Raises UserError: out of range."""
