@@ -1,24 +1,27 @@
 """A policy on disk: one folder with `config.json`, four safetensors files and a tokenizer.
 
+The backbone's weights may stay in another folder, to which `backbone_weights` of the configuration refers.
+
 Loading is strict and never writes. Saving goes to a temporary name first, so that a folder is whole or absent.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsd_trt.config import FORMAT_VERSION, BundleConfig, Component, Precision
 from rsd_trt.errors import UserError
+from rsd_trt.files import new_folder
 from rsd_trt.jsonio import from_json, to_json
+from rsd_trt.openvla import without_unused
+from rsd_trt.weights import Entry, check_folder, check_keys, contents, fill, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +42,6 @@ TOKENIZER = "tokenizer.json"
 HIDDEN_STATES = "hidden_states.safetensors"  # optional: recorded on LIBERO, for `rsd-trt verify`
 PARTS = ("backbone", "draft", "head", "codec")
 COMPONENT_VERSION = 1  # to be raised when a component computes something else from the same weights
-LISTED_KEYS = 10  # of each kind, in the error about a file that does not fit
 BOS = "<s>"
 
 
@@ -71,8 +73,34 @@ class Bundle:
         return cls(path, from_json(BundleConfig, data, str(file)))
 
     def file(self, part: str) -> Path:
-        """The weights of one of `PARTS`."""
+        """The bundle's own weights of one of `PARTS`."""
         return self.path / f"{part}.safetensors"
+
+    def has(self, part: str) -> bool:
+        """Whether the bundle has weights of that part, its own or elsewhere."""
+        return self.file(part).is_file() or (part == "backbone" and self.config.backbone_weights is not None)
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """Where backbone weights lie that are not the bundle's own."""
+        weights = self.config.backbone_weights
+        return self.path / weights.folder if weights else None
+
+    def weights(self, part: str, whole: bool = False) -> dict[str, Entry]:
+        """The tensors of a part, by key. Files elsewhere are compared with what they were when the bundle was packed:
+        size, header and samples; with `whole`, every byte.
+
+        Raises:
+            UserError: the part is missing or damaged, or a file has changed.
+        """
+        file = self.file(part)
+        if not self.has(part):
+            raise UserError(f"{file} is missing: the bundle has no {part}")
+        own = [file] if file.is_file() else []
+        if part != "backbone" or self.config.backbone_weights is None:
+            return contents(own)
+        shards = check_folder(self.config.backbone_weights, self.path / self.config.backbone_weights.folder, whole)
+        return without_unused(contents([*own, *shards]), self.config.backbone)
 
     def digest(self, file: str) -> str | None:
         """sha256 of one of the bundle's files, computed once; None when it is absent."""
@@ -98,8 +126,7 @@ class Bundle:
 
         from rsd_trt.models.backbone import Backbone
 
-        dtype = getattr(torch, self.config.backbone.dtype)
-        return self._load("backbone", lambda: Backbone(self.config.backbone), dtype, device)
+        return self._load("backbone", Backbone, getattr(torch, self.config.backbone.dtype), device)
 
     def draft(self, device: torch.device | str = "cpu") -> DraftModel:
         """The draft model, in float32."""
@@ -107,19 +134,15 @@ class Bundle:
 
         from rsd_trt.models.draft import DraftModel
 
-        config = self.config
-        build = lambda: DraftModel(config.draft, config.dims, config.hidden)  # noqa: E731
-        return self._load("draft", build, torch.float32, device)
+        return self._load("draft", DraftModel, torch.float32, device)
 
     def head(self, device: torch.device | str = "cpu") -> Head:
         """The main head, in float32."""
         import torch
 
-        from rsd_trt.models.head import build_head
+        from rsd_trt.models.head import Head
 
-        config = self.config
-        build = lambda: build_head(config.head, config.dims, config.hidden)  # noqa: E731
-        return self._load("head", build, torch.float32, device)
+        return self._load("head", Head, torch.float32, device)
 
     def codec(self, device: torch.device | str = "cpu") -> Codec:
         """The codec, in float32. A layernorm codec is lossy, and says so in the log."""
@@ -127,7 +150,7 @@ class Bundle:
 
         from rsd_trt.models.codec import Codec
 
-        codec = self._load("codec", lambda: Codec(self.config.codec, self.config.dims), torch.float32, device)
+        codec = self._load("codec", Codec, torch.float32, device)
         if self.config.codec.scale == "layernorm":
             log.warning(
                 "%s: codec.scale is layernorm, whose tokens alone do not carry the action: round-trip MSE %.2g",
@@ -187,34 +210,22 @@ class Bundle:
 
     def tokenizer(self) -> Tokenizer:
         """The prompt's tokenizer."""
-        from tokenizers import Tokenizer
+        return read_tokenizer(self.path)
 
-        file = self.path / TOKENIZER
-        if not file.is_file():
-            raise UserError(f"{file} is missing: the bundle is incomplete")
-        try:
-            return Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{file} cannot be read: {error}") from None
+    def outline(self, part: str, whole: bool = False) -> nn.Module:
+        """A part without its weights (on the meta device), after a check that its files hold them."""
+        module = outline(self.config, part)
+        check_keys(module, self.weights(part, whole), self._where(part))
+        return module
 
-    def _load(self, part: str, build: Callable[[], ModuleT], dtype: torch.dtype, device: torch.device | str) -> ModuleT:
-        import torch
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def _load(self, part: str, kind: type[ModuleT], dtype: torch.dtype, device: torch.device | str) -> ModuleT:
+        module = outline(self.config, part)
+        assert isinstance(module, kind)
+        return fill(module, self.weights(part), self._where(part), dtype, device)
 
-        file = self.file(part)
-        if not file.is_file():
-            raise UserError(f"{file} is missing: the bundle has no {part}")
-        with torch.device("meta"):
-            module = build()
-        try:
-            state = load_file(file, device=str(device))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read as safetensors: {error}") from None
-        check_keys(module, state, str(file))
-        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-        module.load_state_dict(state, assign=True)
-        return module.requires_grad_(False).eval()
+    def _where(self, part: str) -> Path:
+        """What an error about the part's weights names."""
+        return self.weights_folder if part == "backbone" and self.weights_folder else self.file(part)
 
 
 if TYPE_CHECKING:
@@ -223,40 +234,40 @@ if TYPE_CHECKING:
     ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def check_keys(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Compares a state dict with what the module expects.
+def outline(config: BundleConfig, part: str) -> nn.Module:
+    """One of `PARTS` as the configuration states it, on the meta device: shapes without numbers."""
+    import torch
+
+    from rsd_trt.models.backbone import Backbone
+    from rsd_trt.models.codec import Codec
+    from rsd_trt.models.draft import DraftModel
+    from rsd_trt.models.head import build_head
+
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "backbone": lambda: Backbone(config.backbone),
+        "draft": lambda: DraftModel(config.draft, config.dims, config.hidden),
+        "head": lambda: build_head(config.head, config.dims, config.hidden),
+        "codec": lambda: Codec(config.codec, config.dims),
+    }
+    with torch.device("meta"):
+        return builders[part]()
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json of a bundle or of a Hugging Face folder.
 
     Raises:
-        UserError: missing, unexpected and mis-shaped keys, at most ten of each, with the file.
+        UserError: it is missing or cannot be read.
     """
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    shapes = [
-        f"{key} is {list(found[key])}, not {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    problems = [
-        f"{kind}: {', '.join(keys[:LISTED_KEYS])}"
-        + (f" and {more} more" if (more := len(keys) - LISTED_KEYS) > 0 else "")
-        for kind, keys in (
-            ("missing", sorted(expected.keys() - found.keys())),
-            ("unexpected", sorted(found.keys() - expected.keys())),
-            ("of another shape", shapes),
-        )
-        if keys
-    ]
-    if problems:
-        raise UserError(f"{where} does not fit the configuration; {'; '.join(problems)}")
+    from tokenizers import Tokenizer
 
-
-def sha256(file: Path) -> str:
-    """The file's sha256, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    file = folder / TOKENIZER
+    if not file.is_file():
+        raise UserError(f"{file} is missing: {folder} is incomplete")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def save(path: Path, config: BundleConfig, parts: dict[str, nn.Module], tokenizer: Tokenizer) -> Bundle:
@@ -265,19 +276,33 @@ def save(path: Path, config: BundleConfig, parts: dict[str, nn.Module], tokenize
     Raises:
         UserError: `path` exists, or cannot be written.
     """
+    with new_folder(path) as folder:
+        write_config(folder, config)
+        tokenizer.save(str(folder / TOKENIZER))
+        for part, module in parts.items():
+            write_part(folder, part, module.state_dict())
+    return Bundle.open(path)
+
+
+def write_config(folder: Path, config: BundleConfig) -> None:
+    """Writes the configuration of a bundle that is being made."""
+    (folder / CONFIG).write_text(json.dumps(to_json(config), indent=2) + "\n", "utf-8")
+
+
+def write_part(folder: Path, part: str, state: Mapping[str, Tensor]) -> None:
+    """Writes the weights of one of `PARTS` of a bundle that is being made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with new_folder(path) as folder:
-        (folder / CONFIG).write_text(json.dumps(to_json(config), indent=2) + "\n", "utf-8")
-        tokenizer.save(str(folder / TOKENIZER))
-        for part, module in parts.items():
-            state = {key: value.contiguous() for key, value in module.state_dict().items()}
-            try:
-                save_file(state, folder / f"{part}.safetensors")
-            except SafetensorError as error:  # a full disk comes as this, not as an OSError
-                raise UserError(f"{path} cannot be written: {error}") from None
-    return Bundle.open(path)
+    file = folder / f"{part}.safetensors"
+    try:
+        save_file({key: value.contiguous() for key, value in state.items()}, file)
+    except SafetensorError as error:  # a full disk comes as this, not as an OSError
+        raise UserError(f"{file.name} cannot be written: {error}") from None
 
 
 def copy_with(bundle: Bundle, config: BundleConfig, path: Path) -> Bundle:
@@ -290,27 +315,10 @@ def copy_with(bundle: Bundle, config: BundleConfig, path: Path) -> Bundle:
         for file in bundle.path.iterdir():
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-        (folder / CONFIG).write_text(json.dumps(to_json(config), indent=2) + "\n", "utf-8")
+        write_config(folder, config)
     return Bundle.open(path)
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends well, and vanishes when it does not."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists; choose another path or remove it first")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        yield temporary
-        for file in temporary.iterdir():  # mkdtemp and safetensors make what only the owner can read
-            file.chmod(0o644)
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def bundle_name(path: Path) -> str:
+    """The name of a bundle that is made at `path`; empty where the path has nothing to make one from."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name).lstrip("-.")

@@ -31,6 +31,8 @@ Component = Literal["draft", "head", "decoder", "accept", "chain"]
 Precision = Literal["fp32", "fp16", "bf16"]  # of draft and head
 BackboneKind = Literal["eager", "graph", "compiled"]  # PyTorch; CUDA graphs; CUDA graphs of what torch.compile made
 BackbonePrecision = Literal["bundle", "bf16", "fp8"]
+Preset = Literal["openvla", "openvla-oft", "rvq"]
+Resize = Literal["resize-naive", "letterbox"]  # the names are OpenVLA's
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
 POLICIES: tuple[PolicyKind, ...] = typing.get_args(PolicyKind)
 SIZES: tuple[Size, ...] = typing.get_args(Size)
@@ -38,6 +40,7 @@ COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 BACKBONES: tuple[BackboneKind, ...] = typing.get_args(BackboneKind)
 BACKBONE_PRECISIONS: tuple[BackbonePrecision, ...] = typing.get_args(BackbonePrecision)
 PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
+PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
 
 
 @dataclass(frozen=True)
@@ -148,10 +151,12 @@ class ControlConfig:
     camera_size: int = 256  # pixels a side, as rendered
     rotate_images: bool = True  # by 180 degrees, as OpenVLA's LIBERO data is
     center_crop: float = 1.0  # share of the image's area that is kept
+    resize: Resize = "resize-naive"  # the same for square cameras, and no others exist
     prompt: str = "In: What action should the robot take to {instruction}?\nOut:"
     lowercase: bool = True  # the instruction, before it goes into the prompt
     suffix_token: int | None = None  # appended when the prompt's last token is another
     gripper: Literal["env", "openvla"] = "env"  # env: -1 open, +1 close; openvla: 1 open, 0 close
+    statistics: str | None = None  # the data set that the quantiles are of
     action_quantiles: Quantiles | None = None
     proprio_quantiles: Quantiles | None = None
     settle_steps: int = 10  # idle steps before the first query, not counted
@@ -167,6 +172,36 @@ class ControlConfig:
 
 
 @dataclass(frozen=True)
+class WeightFile:
+    """A safetensors file as it was when the bundle was packed."""
+
+    name: str  # a plain name, in the folder
+    bytes: int
+    sample_sha256: str  # of the size, the header and samples of the rest: compared by every load
+    sha256: str  # of the whole file: compared by `rsd-trt info --hash`
+
+    def __post_init__(self) -> None:
+        _require(
+            Path(self.name).name == self.name and self.name not in ("", ".", ".."),
+            f"a file of weights is named {self.name!r}; it must be a plain name in its folder",
+        )
+
+
+@dataclass(frozen=True)
+class WeightsFolder:
+    """Weights of the backbone that stay where they are: the shards of a Hugging Face folder."""
+
+    folder: str  # absolute, or `.`: they were copied into the bundle
+    files: tuple[WeightFile, ...]
+
+    def __post_init__(self) -> None:
+        _require(
+            self.folder == "." or Path(self.folder).is_absolute(),
+            f"backbone_weights.folder {self.folder!r} must be an absolute path, or '.'",
+        )
+
+
+@dataclass(frozen=True)
 class BundleConfig:
     """A policy: what every part is shaped like, and how it is driven."""
 
@@ -179,6 +214,7 @@ class BundleConfig:
     head: HeadConfig = HeadConfig()
     codec: CodecConfig = CodecConfig()
     control: ControlConfig = ControlConfig()
+    backbone_weights: WeightsFolder | None = None  # beside or instead of backbone.safetensors
     training_actions: Quantiles | None = None  # of the training data's actions, in environment units: for diagnosis
     format_version: int = FORMAT_VERSION
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from rsd_trt.errors import UserError
 
 
 @contextlib.contextmanager
@@ -40,3 +44,33 @@ def locked(path: Path, on_busy: Callable[[], None]) -> Iterator[None]:
             on_busy()
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` when the block ends well, and vanishes when it does not."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists; choose another path or remove it first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        yield temporary
+        for file in temporary.iterdir():  # mkdtemp and safetensors make what only the owner can read
+            file.chmod(0o644)
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_disk(path: Path, needed: int) -> None:
+    """Raises UserError if the disk that `path` will lie on has fewer than `needed` bytes free."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from rsd_trt.bundle import PARTS, Bundle
@@ -12,11 +15,22 @@ from rsd_trt.manifest import folder_of, freshness, read_manifest
 Json = dict[str, object]
 
 
-def describe(bundle: Bundle, engines: Path) -> Json:
+@dataclass(frozen=True)
+class File:
+    """A file of weights."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+def describe(bundle: Bundle, engines: Path, whole: bool = False) -> Json:
     """Parts with parameters, ports and fingerprints; dimensions; conventions. Reads every file, writes none.
 
+    Backbone weights in another folder are compared by size, header and samples, and byte by byte if `whole`.
+
     Raises:
-        UserError: a part that does not fit the configuration.
+        UserError: a part that does not fit the configuration, or has changed since it was packed.
     """
     config = bundle.config
     return {
@@ -24,32 +38,44 @@ def describe(bundle: Bundle, engines: Path) -> Json:
         "name": config.name,
         "trained": config.trained,
         "sha256": bundle.fingerprint,
-        "parts": {part: _part(bundle, part) for part in PARTS},
+        "parts": {part: _part(bundle, part, whole) for part in PARTS},
         "tokenizer_sha256": bundle.fingerprints.get("tokenizer.json"),
-        "round_trip_mse": bundle.codec().round_trip_error() if bundle.file("codec").is_file() else None,
+        "round_trip_mse": bundle.codec().round_trip_error() if bundle.has("codec") else None,
         "exports": _exports(bundle, engines),
         "protocol": protocol_name(config.control),
         "config": to_json(config),
     }
 
 
-def _part(bundle: Bundle, part: str) -> Json | None:
+def _part(bundle: Bundle, part: str, whole: bool) -> Json | None:
     """None when the bundle has no such part."""
-    file = bundle.file(part)
-    if not file.is_file():
+    if not bundle.has(part):
         return None
-    module = getattr(bundle, part)()
+    module = bundle.outline(part, whole)
     signature = getattr(module, "signature", None)
     ports = {
         side: [signature.describe(port) for port in getattr(signature, side)] if signature else []
         for side in ("inputs", "outputs")
     }
+    files = _files(bundle, part)
+    lines = "".join(f"{Path(file.path).name} {file.sha256}\n" for file in files)
     return {
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
-        "bytes": file.stat().st_size,
-        "sha256": bundle.fingerprints[file.name],
+        "bytes": sum(file.bytes for file in files),
+        "sha256": files[0].sha256 if len(files) == 1 else hashlib.sha256(lines.encode()).hexdigest(),
+        "folder": str(bundle.weights_folder) if part == "backbone" and bundle.weights_folder else None,
+        "files": [dataclasses.asdict(file) for file in files],
         **ports,
     }
+
+
+def _files(bundle: Bundle, part: str) -> list[File]:
+    """The files that hold a part's weights; for those of another folder, what was recorded when it was packed."""
+    own, digest = bundle.file(part), bundle.digest(bundle.file(part).name)
+    files = [File(str(own), own.stat().st_size, digest)] if digest else []
+    if part == "backbone" and (weights := bundle.config.backbone_weights) and (folder := bundle.weights_folder):
+        files += [File(str(folder / file.name), file.bytes, file.sha256) for file in weights.files]
+    return files
 
 
 def _exports(bundle: Bundle, engines: Path) -> list[Json]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.bundle import Bundle, save
+from rsd_trt.bundle import BOS, Bundle, bundle_name, save
 from rsd_trt.config import Size
 from rsd_trt.errors import UserError
+from rsd_trt.files import check_disk
 from rsd_trt.presets import preset
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
     from torch import nn
-
-BOS = "<s>"
 
 
 def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True, device: str = "cpu") -> Bundle:
@@ -36,8 +34,7 @@ def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True, de
     from rsd_trt.models.draft import DraftModel
     from rsd_trt.models.head import build_head
 
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name).lstrip("-.")
-    config = preset(size, name=name or size)
+    config = preset(size, name=bundle_name(path) or size)
     builders: dict[str, Callable[[], nn.Module]] = {
         "draft": lambda: DraftModel(config.draft, config.dims, config.hidden),
         "head": lambda: build_head(config.head, config.dims, config.hidden),
@@ -48,7 +45,7 @@ def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True, de
         builders["backbone"] = lambda: _in_dtype(dtype, lambda: Backbone(config.backbone))
     with torch.device("meta"):
         needed = sum(size_in_bytes(build()) for build in builders.values())
-    _check_disk(path, needed)
+    check_disk(path, needed)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         parts = {part: build() for part, build in builders.items()}
@@ -81,10 +78,3 @@ def _in_dtype(dtype: torch.dtype, build: Callable[[], nn.Module]) -> nn.Module:
         return build()
     finally:
         torch.set_default_dtype(before)
-
-
-def _check_disk(path: Path, needed: int) -> None:
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")

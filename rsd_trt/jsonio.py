@@ -38,6 +38,16 @@ def from_json(cls: type[ConfigT], data: object, where: str) -> ConfigT:
     return typing.cast(ConfigT, _build(cls, data, where, ""))
 
 
+def known(kind: object, value: object) -> object:
+    """`value` without the keys that dataclasses of `kind` do not have."""
+    arguments = [argument for argument in typing.get_args(kind) if argument is not type(None)]
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+        return {name: known(hint, value[name]) for name, hint in _type_hints(kind).items() if name in value}
+    if arguments and isinstance(value, list):
+        return [known(arguments[0], entry) for entry in value]
+    return known(arguments[0], value) if arguments and isinstance(value, Mapping) else value
+
+
 def json_schema(cls: type) -> dict[str, object]:
     """The JSON Schema (2020-12) of what `to_json` gives for `cls` and `from_json` takes."""
     definitions: dict[str, object] = {}

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rsd_trt.bundle import Bundle, sha256
+from rsd_trt.bundle import Bundle
 from rsd_trt.config import Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.host import Gpu
 from rsd_trt.jsonio import from_json
+from rsd_trt.weights import sha256
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

@@ -1,7 +1,8 @@
-"""The configurations of untrained bundles, by size."""
+"""The configurations of untrained bundles, by size, and the conventions of policies that are packed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from rsd_trt.config import (
@@ -11,9 +12,11 @@ from rsd_trt.config import (
     DraftConfig,
     HeadConfig,
     LanguageConfig,
+    Preset,
     RsdConfig,
     Size,
     TowerConfig,
+    with_protocol,
 )
 
 # DINOv2 with a class token and four registers, normalised with ImageNet's statistics.
@@ -22,6 +25,25 @@ DINO_TOWER = partial(
 )
 # SigLIP: no prefix tokens, no LayerScale, pixels scaled to [-1, 1].
 SIGLIP_TOWER = partial(TowerConfig, prefix_tokens=0, layer_scale=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+# OpenVLA's towers by their timm names. The last block of each is not run: its features are not read.
+TIMM_TOWERS = {
+    "vit_large_patch14_reg4_dinov2": partial(DINO_TOWER, blocks=23, heads=16),
+    "vit_so400m_patch14_siglip_224": partial(SIGLIP_TOWER, blocks=26, heads=16),
+}
+LLAMA_SPACE = 29871  # the token that OpenVLA appends to every prompt, before the action
+
+
+def conventions(name: Preset) -> ControlConfig:
+    """How a packed policy is driven; the statistics come with its weights.
+
+    `openvla` and `openvla-oft` follow those projects' LIBERO evaluations, `rvq` the original RSD experiment's: the
+    bare instruction, images as they are rendered, actions of the environment.
+    """
+    if name == "rvq":
+        control = ControlConfig(cameras=("agentview_image",), prompt="{instruction}", lowercase=False)
+        return with_protocol(control, "seed")
+    control = ControlConfig(center_crop=0.9, suffix_token=LLAMA_SPACE, gripper="openvla")
+    return control if name == "openvla-oft" else replace(control, cameras=control.cameras[:1])
 
 
 def preset(size: Size, name: str) -> BundleConfig:
@@ -32,15 +54,15 @@ def preset(size: Size, name: str) -> BundleConfig:
             trained=False,
             backbone=BackboneConfig(
                 towers=(
-                    DINO_TOWER(width=1024, blocks=23, heads=16, mlp_width=4096, patch=14),
-                    SIGLIP_TOWER(width=1152, blocks=26, heads=16, mlp_width=4304, patch=14),
+                    TIMM_TOWERS["vit_large_patch14_reg4_dinov2"](width=1024, mlp_width=4096, patch=14),
+                    TIMM_TOWERS["vit_so400m_patch14_siglip_224"](width=1152, mlp_width=4304, patch=14),
                 ),
                 language=LanguageConfig(hidden=4096, intermediate=11008, blocks=32, heads=32, vocab=32064),
                 image_size=224,
                 dtype="bfloat16",
             ),
             rsd=RsdConfig(draft_block=8),
-            control=ControlConfig(cameras=("agentview_image",), center_crop=0.9, suffix_token=29871, gripper="openvla"),
+            control=conventions("openvla"),
         )
     if size == "reference":
         return BundleConfig(

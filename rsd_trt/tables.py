@@ -33,6 +33,7 @@ def bundle_table(description: Json) -> Table:
             continue
         inputs, outputs = cast(Sequence[str], part["inputs"]), cast(Sequence[str], part["outputs"])
         ports = f"{', '.join(inputs)} -> {', '.join(outputs)}" if inputs else ""
+        ports = f"weights in {part['folder']}" if part["folder"] else ports
         size = f"{cast(int, part['bytes']) / 1e6:.1f}"
         table.add_row(name, f"{part['parameters']:,}", size, str(part["sha256"])[:12], ports.replace("[", r"\["))
     return table

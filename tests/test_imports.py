@@ -17,7 +17,18 @@ PACKAGE = Path(rsd_trt.__file__).parent
 LAYERS = (
     {"__init__", "errors", "config", "files", "jsonio", "presets", "host"},
     {"models"},
-    {"bundle", "initialise", "flavour", "manifest", "info"},
+    {
+        "bundle",
+        "checkpoints",
+        "initialise",
+        "flavour",
+        "manifest",
+        "info",
+        "openvla",
+        "openvla_config",
+        "pack",
+        "weights",
+    },
     {"export", "runtime"},
     {"eval", "tables"},
     {"reference"},
@@ -26,7 +37,7 @@ LAYERS = (
 APART = {"export", "runtime"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
-WITHOUT_TORCH |= {"jsonio", "manifest", "presets", "tables"}
+WITHOUT_TORCH |= {"jsonio", "manifest", "openvla", "openvla_config", "presets", "tables", "weights"}
 
 
 def python_files() -> Iterator[Path]:

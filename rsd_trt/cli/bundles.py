@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from rsd_trt.cli.console import bundle_argument, engines_option, json_option, show
-from rsd_trt.config import SIZES, Size
+from rsd_trt.config import PRESETS, SIZES, Dims, Preset, Size
 
 
 @click.command()
@@ -38,8 +39,9 @@ def init(path: Path, size: Size, seed: int, device: str, without_backbone: bool)
 @click.command()
 @bundle_argument
 @engines_option
+@click.option("--hash", "whole", is_flag=True, help="Hash backbone weights that lie elsewhere, too: all gigabytes.")
 @json_option
-def info(bundle: Path, engines: Path, as_json: bool) -> None:
+def info(bundle: Path, engines: Path, whole: bool, as_json: bool) -> None:
     """Show a bundle: parts, parameters, dimensions, fingerprints, conventions, and whether its exports are fresh.
 
     \b
@@ -48,7 +50,7 @@ def info(bundle: Path, engines: Path, as_json: bool) -> None:
     from rsd_trt.bundle import Bundle
     from rsd_trt.info import describe
 
-    description = describe(Bundle.open(bundle), engines)
+    description = describe(Bundle.open(bundle), engines, whole)
     if as_json:
         click.echo(json.dumps(description, indent=2))
         return
@@ -57,4 +59,70 @@ def info(bundle: Path, engines: Path, as_json: bool) -> None:
     show(bundle_table(description), conventions_table(description), artefacts_table(description))
 
 
-COMMANDS = (init, info)
+@click.command()
+@click.option("--backbone", required=True, help="Hugging Face folder of OpenVLA or OpenVLA-OFT, or a hub id.")
+@click.option("--draft", type=click.Path(path_type=Path), help="The draft's .pt file.")
+@click.option("--head", type=click.Path(path_type=Path), help="The main head's .pt file.")
+@click.option("--codec", type=click.Path(path_type=Path), help="The RFSQ codec's .pt file.")
+@click.option("--preset", type=click.Choice(PRESETS), required=True, help="How the policy is driven.")
+@click.option("--statistics", help="Data set to normalise by. [default: the only one]")
+@click.option("--draft-block", type=click.IntRange(1), help="Block that the draft reads after. [default: the last]")
+@click.option("--codec-scale", type=click.Choice(["plain", "layernorm"]), help="[default: as the codec's file says]")
+@click.option("--chunk", type=click.IntRange(1), default=Dims.T, show_default=True, help="Steps of an action chunk.")
+@click.option("--copy", is_flag=True, help="Copy the backbone's weights into the bundle (7B: 15 GB).")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle.")
+@json_option
+def pack(
+    backbone: str,
+    draft: Path | None,
+    head: Path | None,
+    codec: Path | None,
+    preset: Preset,
+    statistics: str | None,
+    draft_block: int | None,
+    codec_scale: Literal["plain", "layernorm"] | None,
+    chunk: int,
+    copy: bool,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Make a bundle of OpenVLA's weights and the original RSD experiment's draft, head and codec.
+
+    Code that lies beside the weights is not run, and the weights stay where they are unless --copy is given. The preset
+    sets prompt, image rotation and crop, gripper convention and normalisation: openvla and openvla-oft as those
+    projects evaluate on LIBERO, rvq as the original RSD experiment does (rsd-trt info shows them).
+
+    \b
+    Example: rsd-trt pack --backbone openvla/openvla-7b --preset rvq --head best_rfsq_head.pt -o bundles/rvq
+    """
+    from rsd_trt.jsonio import to_json
+    from rsd_trt.pack import PackRequest
+    from rsd_trt.pack import pack as make
+
+    request = PackRequest(
+        backbone=backbone,
+        preset=preset,
+        out=out,
+        draft=draft,
+        head=head,
+        codec=codec,
+        statistics=statistics,
+        draft_block=draft_block,
+        codec_scale=codec_scale,
+        chunk=chunk,
+        copy=copy,
+    )
+    packed = make(request, lambda shard: click.echo(f"checking {shard}", err=True))
+    if as_json:
+        click.echo(json.dumps(to_json(packed), indent=2))
+        return
+    note = f", normalised by {packed.statistics}" if packed.statistics else ""
+    click.echo(f"{packed.bundle}: {', '.join(packed.parts)}; preset {preset}{note}")
+    click.echo(
+        f"{'copied' if copy else 'referenced'}: {packed.bytes / 1e9:.2f} GB of backbone weights in {packed.backbone}"
+    )
+    if packed.not_read:
+        click.echo(f"not read: {', '.join(packed.not_read)}")
+
+
+COMMANDS = (init, pack, info)
