@@ -34,7 +34,7 @@ class Sensitivity:
 
 @torch.inference_mode()
 def sensitivity(bundle: Bundle, device: torch.device, observations: Sequence[Observation]) -> Iterator[Sensitivity]:
-    """All products; each kind alone, and all but it; each block alone (counted from 0).
+    """All products; each kind alone, and all but it; all but the first blocks; each block alone (counted from 0).
 
     Raises:
         UserError: the device or the backbone's widths allow no E4M3.
@@ -70,7 +70,8 @@ def choices(blocks: int) -> dict[str, Choice]:
     only = {f"only {name}": {pair for pair in every if pair[1] == name} for name in PRODUCTS}
     but = {f"all but {name}": {pair for pair in every if pair[1] != name} for name in PRODUCTS}
     single = {f"block {i}": {pair for pair in every if pair[0] == i} for i in range(blocks - 1)}
-    return {"all": every, **only, **but, **single}
+    first = {f"all but blocks < {n}": {pair for pair in every if pair[0] >= n} for n in range(1, min(4, blocks - 1))}
+    return {"all": every, **only, **but, **first, **single}
 
 
 def states(fused: FusedBackbone, embedded: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:

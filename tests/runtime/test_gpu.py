@@ -167,10 +167,12 @@ def test_fp8_is_close(tmp_path: Path) -> None:
     small = initialise(tmp_path / "small", "reference", seed=0)
     seen = random_observations(small.config.control, 8)
     for result in verify_backbone(small, ["graph"], ["bundle", "bf16", "fp8"], CUDA, seen):
-        if isinstance(result, BackboneParity):
-            assert not result.exceeded, result
-        else:
+        if not isinstance(result, BackboneParity):
             assert "timm is not installed" in result.reason
+        elif result.precision == "fp8":
+            assert result.cosine > 0.995, result  # untrained: the first block alone costs 0.001
+        else:
+            assert not result.exceeded, result
     losses = {row.what: row for row in sensitivity(small, CUDA, seen)}
     assert losses["all"].cosine < losses["block 0"].cosine < 1
 
