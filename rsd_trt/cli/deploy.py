@@ -184,9 +184,7 @@ def verify(
     could be measured.
 
     \b
-    Examples:
-      rsd-trt verify --backend ort --json
-      rsd-trt verify --backbone eager,graph --backbone-precision bundle,bf16,fp8
+    Example: rsd-trt verify --backbone eager,graph --backbone-precision bundle,bf16,fp8
     """
     if backbone or sensitivity:
         verify_backbone(bundle, backbone, backbone_precision, libero, sensitivity, rows, device, as_json)
