@@ -101,7 +101,7 @@ def open_forward(
     if kind != "eager" and device.type != "cuda":
         raise Unavailable(f"backbone {kind} needs a CUDA device, not {device}. Use: --backbone eager")
     if precision == "fp8":
-        _check_fp8(bundle, kind, device)
+        check_fp8(bundle, kind, device)
     started = time.perf_counter()
     try:
         forward = _open_forward(launcher, batch, kind, precision)
@@ -134,10 +134,11 @@ def _open_forward(launcher: Launcher, batch: Batch, kind: BackboneKind, precisio
     return GraphForward(config, fused, accept, chain, preprocess)
 
 
-def _check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
+def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
+    """Raises UserError unless the backbone's matrix products can be computed in E4M3."""
     if kind == "eager":
         raise UserError("backbone precision fp8 needs --backbone graph or compiled: eager is the reference")
-    if (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise Unavailable(f"backbone precision fp8 needs compute capability 8.9 or later, {device} has {capability}")
     language = bundle.config.backbone.language
     if language.hidden % FP8_MULTIPLE or language.intermediate % FP8_MULTIPLE:
