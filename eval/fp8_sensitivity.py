@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from rsd_trt.bundle import Bundle
 from rsd_trt.eval.oracle import last_positions
 from rsd_trt.eval.parity import DYNAMIC_ROWS
-from rsd_trt.models.fused_backbone import PRODUCTS, Fp8Product, FusedBackbone, PlainProduct, ProductName, every_product
+from rsd_trt.models.fused_backbone import PRODUCTS, Fp8Product, FusedBackbone, Product, ProductName, every_product
 from rsd_trt.runtime.backends import check_fp8
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor
@@ -54,7 +54,7 @@ def sensitivity(bundle: Bundle, device: torch.device, observations: Sequence[Obs
         plain = {pair: getattr(fused.layers[pair[0]], pair[1]) for pair in choice}
         try:
             for (block, name), module in plain.items():
-                assert isinstance(module, PlainProduct)
+                assert isinstance(module, Product)
                 setattr(fused.layers[block], name, Fp8Product(module.weight))
             found = states(fused, embedded, k)
         finally:

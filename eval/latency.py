@@ -6,24 +6,19 @@ sides. One sample is one launch, as in a control loop; nothing is pipelined.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from rsd_trt import host
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.eval.parity import hidden_states, make_case
-from rsd_trt.eval.plots import check_plots, latency_chart
 from rsd_trt.eval.statistics import percentiles
-from rsd_trt.files import write_atomically
 from rsd_trt.manifest import Batch
 from rsd_trt.runtime.backends import Backend, Launcher
 from rsd_trt.runtime.session import Session
@@ -181,48 +176,3 @@ def speedups(timings: Sequence[Timing]) -> dict[Key, float]:
     eager = {(what, batch): ms for (what, variant, batch), ms in medians.items() if variant == "torch"}
     eager |= {(PAIR, batch): ms for (what, batch), ms in eager.items() if what == TEXTBOOK}
     return {(w, v, b): eager[w, b] / ms for (w, v, b), ms in medians.items() if (w, b) in eager}
-
-
-class Report(TypedDict):
-    """`profile.json`: every row with its raw samples, and all that is needed to judge it."""
-
-    boundary: str
-    command: str
-    bundle: str
-    bundle_sha256: str
-    hardware: dict[str, str | int]
-    versions: dict[str, str]
-    rows: list[dict[str, object]]
-    samples: list[list[float]]  # milliseconds, a list for each row
-
-
-def write_profile(bundle: Bundle, request: ProfileRequest, out: Path, command: str) -> Report:
-    """Times everything, and writes `profile.json` and `profile.png` into `out`.
-
-    Raises:
-        UserError: no backend runs here, `out` cannot be written, or matplotlib is not installed.
-    """
-    check_plots()
-    timings = list(profile(bundle, request))
-    if not any(timing.ms for timing in timings):
-        raise UserError(f"nothing could be measured: {timings[0].reason if timings else 'no backend is given'}")
-    faster = speedups(timings)
-    hardware = host.hardware(str(request.device))
-    report = Report(
-        boundary=BOUNDARY,
-        command=command,
-        bundle=bundle.config.name,
-        bundle_sha256=bundle.fingerprint,
-        hardware=hardware,
-        versions=host.versions(),
-        rows=[{**timing.summary(), "speedup": faster.get(timing.key)} for timing in timings],
-        samples=[[round(ms, 5) for ms in timing.ms] for timing in timings],
-    )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "profile.json", json.dumps(report) + "\n")
-        charted = [timing for timing in timings if timing.what != TEXTBOOK]
-        latency_chart(charted, str(hardware.get("gpu", hardware["cpu"])), out / "profile.png")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
-    return report

@@ -298,7 +298,7 @@ def _decision_flips(component: Component, case: Case, expected: Tensors, found: 
             steps = agreeing_steps(outputs["actions"], case.plans, case.tolerance)
         else:
             steps = outputs["agreement"]
-        prefixes.append(agreeing_prefix(steps, torch.full((len(steps),), steps.shape[1], device=steps.device)))
+        prefixes.append(agreeing_prefix(steps))
     return float((prefixes[0] != prefixes[1]).float().mean())
 
 

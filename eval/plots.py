@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,12 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rsd_trt.errors import missing_extra
+from rsd_trt.eval.work import STAGES
 from rsd_trt.files import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from rsd_trt.eval.latency import Timing
+    from rsd_trt.eval.stages import StageTiming
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's palette
+STAGE_COLOURS = dict(zip(STAGES, COLOURS, strict=True))
+UNDIVIDED = "not divided"
+MARKS = {"accepted query": "o", "rejected query": "D", "baseline query": "s"}
 
 
 def check_plots() -> None:
@@ -53,3 +62,60 @@ def latency_chart(timings: Sequence[Timing], title: str, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def stage_chart(rows: Sequence[StageTiming], title: str, path: Path) -> None:
+    """The stages of a query on each backbone, as bars beside each other; a panel for each shape."""
+    from matplotlib.figure import Figure
+
+    count = len({row.way.shape for row in rows if row.ms})
+    ways = len({row.way.name for row in rows if row.ms})
+    figure = Figure(figsize=(11, 1.1 + count * (0.75 + 0.42 * ways)), layout="constrained")
+    draw_stages(figure, rows)
+    figure.suptitle(f"Stages of a query, batch 1, {title}", fontsize=11)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def draw_stages(
+    figure: Figure, rows: Sequence[StageTiming], columns: int = 5, ink: str = "black", label: int = 80
+) -> None:
+    """p50 of each stage, its floor as a line in it, and of whole queries as marks; grey: what isn't divided."""
+    measured = [row for row in rows if row.ms]
+    shapes = list(dict.fromkeys(row.way.shape for row in measured))
+    names = list(dict.fromkeys(row.way.name for row in reversed(measured)))
+    panels = figure.subplots(len(shapes), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, shape in zip(panels, shapes, strict=True):
+        for place, name in enumerate(names):
+            _draw_way(axes, place, [row for row in measured if (row.way.shape, row.way.name) == (shape, name)], ink)
+        axes.set_yticks(range(len(names)), [textwrap.fill(name, label) for name in names])
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_xlim(left=0)
+        axes.set_title(shape, fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", visible=False)
+    panels[-1].set_xlabel("ms (p50; line: floor)")
+    found = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    shown = {label: handle for handle, label in found}
+    order = [label for label in (*STAGES, UNDIVIDED, *MARKS) if label in shown]
+    handles = [shown[label] for label in order]
+    figure.legend(handles, order, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def _draw_way(axes: Axes, place: int, rows: Sequence[StageTiming], ink: str, height: float = 0.6) -> None:
+    """One backbone in one shape."""
+    medians = {row.what: float(np.median(row.ms)) for row in rows}
+    floors = {row.what: row.floor_ms or 0.0 for row in rows}
+    left = 0.0
+    for stage in STAGES:
+        if stage in medians:
+            axes.barh(place, medians[stage], height, left=left, color=STAGE_COLOURS[stage], label=stage)
+            axes.plot((left + floors[stage],) * 2, (place - height / 2, place + height / 2), color=ink, linewidth=1)
+            left += medians[stage]
+    whole = medians.get("baseline query")
+    if whole is not None and "chain" not in medians:
+        axes.barh(place, max(0.0, whole - left), height, left=left, color="#b8b8b8", label=UNDIVIDED)
+    for query, marker in MARKS.items():
+        if query in medians:
+            (mark,) = axes.plot(medians[query], place, marker, color="white", markersize=6.5, label=query, zorder=3)
+            mark.set_markeredgecolor("black")

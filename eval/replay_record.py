@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +35,14 @@ class ReplayRow:
     actions: Annotated[int, "that these episodes executed"]
     ms_per_action: Annotated[float, "synchronised time of the replayed queries / executed actions"]
     ms_per_action_interval: Annotated[tuple[float, float] | None, "95%, bootstrap over episodes; null for too few"]
+    suite: Annotated[str | None, "that the decisions were made in"] = None
+    decisions_of: Annotated[str | None, "the bundle that made them"] = None
     backbone_precision: Annotated[str, "bundle: what its weights are stored in"] = "bundle"
+    route_ms: Annotated[dict[str, float], "p50 of a query, by route"] = field(default_factory=dict)
+    episode_ms: Annotated[tuple[float, ...], "of an episode's queries together, as in `Replay.replayed`"] = ()
+    baseline: Annotated[str | None, "the baseline run, of as many actions a query, that speedup is over"] = None
+    speedup: Annotated[float | None, "of an action, over the baseline's on the same episodes"] = None
+    speedup_interval: Annotated[tuple[float, float] | None, "95%, bootstrap over episodes; null for too few"] = None
 
     def __post_init__(self) -> None:
         """Raises UserError: out of range."""
@@ -57,6 +64,11 @@ class Replay:
     versions: dict[str, str]
     boundary: Annotated[str, "in words, what the times include"]
     rows: tuple[ReplayRow, ...]
+    images: Annotated[int | None, "of an observation"] = None
+    prompt_tokens: Annotated[int | None, "of every prompt; null if they are the tasks' own"] = None
+    replayed: Annotated[dict[str, tuple[tuple[int, ...], ...]], "by suite, the (task, trial) of each episode"] = field(
+        default_factory=dict
+    )
 
     def row(self, run: str) -> ReplayRow | None:
         """That of the run of that name."""

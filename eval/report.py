@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Annotated
 
 from rsd_trt import __version__
-from rsd_trt.errors import UserError, missing_extra
-from rsd_trt.eval import charts, grids, markdown, wording
+from rsd_trt.errors import UserError
+from rsd_trt.eval import charts, grids
 from rsd_trt.eval.compare import Comparison, figures
 from rsd_trt.eval.conclusion import Conclusion, Target, conclude, targets
 from rsd_trt.eval.diagnosis import Finding, diagnose
 from rsd_trt.eval.gallery import Gallery, gallery
 from rsd_trt.eval.grids import Grid
+from rsd_trt.eval.page import check_templates, render
 from rsd_trt.eval.plots import check_plots
 from rsd_trt.eval.replay_record import Replay, read_replay
 from rsd_trt.eval.results import Settings, TaskResult, Throughput
@@ -34,7 +35,6 @@ from rsd_trt.files import replacing
 from rsd_trt.jsonio import to_json
 
 PICTURE = "tradeoff.png"
-TEMPLATES = Path(__file__).with_name("templates")
 COMPARISON_VERSION = 1
 
 
@@ -130,14 +130,14 @@ def write_report(paths: Sequence[Path], out: Path, command: str, replay: Path | 
             installed.
     """
     check_plots()
-    _check_templates()
+    check_templates()
     runs = read_runs(paths)
     comparison = _comparison(runs, command, read_replay(replay) if replay is not None else None)
     page = _page(runs, comparison)
     texts = {
         "performance_comparison.json": (json.dumps(to_json(comparison), indent=1) + "\n").encode(),
-        "report.md": _render("report.md.jinja", page).encode(),
-        "report.html": _render("report.html.jinja", page).encode(),
+        "report.md": render("report.md.jinja", page).encode(),
+        "report.html": render("report.html.jinja", page).encode(),
     }
     if comparison.tradeoff is not None and page.picture is not None:
         texts[page.picture] = tradeoff_png(comparison.tradeoff)
@@ -233,28 +233,3 @@ def _illustrated(finding: Finding, runs: dict[str, Run]) -> Illustrated:
         return Illustrated(finding, grid, None)
     source = runs[finding.source]
     return Illustrated(finding, grid, charts.picture(finding.picture, source.name, source.results))
-
-
-def _check_templates() -> None:
-    try:
-        import jinja2  # noqa: F401
-    except ImportError:
-        raise missing_extra("jinja2", "report") from None
-
-
-def _render(template: str, page: Page) -> str:
-    """The page through a template; whatever it shows is escaped for HTML, or for Markdown."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    html = template.startswith("report.html")
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=html,
-        finalize=None if html else markdown.text,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"table": markdown.table, "code": markdown.code}
-    return environment.get_template(template).render(page=page, words=wording)

@@ -33,6 +33,8 @@ SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 MAX_BYTES = 1 << 29  # of a results file: a compressed one may not fill the memory
 HISTOGRAM_BINS = 20  # of executed actions, over [-1, 1]
 
+LATER_CONTROL = ("resize", "statistics")  # settings below `control` that did not exist when runs were first named
+
 Timing = Literal["single", "batched"]
 
 
@@ -222,6 +224,7 @@ class Settings:
         """The name that the run's episodes carry. A setting at its default is left out, so that a setting which did
         not exist when a run was made does not change the run's name."""
         data = to_json(self)
+        data["control"] = _without_defaults(to_json(self.control), self.control, LATER_CONTROL)
         told = {f.name: data[f.name] for f in dataclasses.fields(self) if data[f.name] != f.default}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -336,6 +339,12 @@ def read_results(path: Path) -> Results:
 def results_schema() -> dict[str, object]:
     """The JSON Schema of a results file."""
     return json_schema(Results)
+
+
+def _without_defaults(data: dict[str, object], config: ControlConfig, names: tuple[str, ...]) -> dict[str, object]:
+    """`data` without those of the named fields that are at their default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in names}
+    return {name: value for name, value in data.items() if name not in defaults or value != defaults[name]}
 
 
 def _require(holds: bool, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 from rich.markup import escape
@@ -11,6 +12,7 @@ from rich.table import Table
 from rsd_trt.eval.calibrate import Calibration
 from rsd_trt.eval.compare import FIGURES
 from rsd_trt.eval.conclusion import targets
+from rsd_trt.eval.replay_record import Replay
 from rsd_trt.eval.results import Results
 from rsd_trt.eval.runs import Run
 from rsd_trt.eval.wording import interval, number
@@ -154,6 +156,76 @@ def latency_table(rows: Sequence[Json], title: str) -> Table:
         figures = (f"{ms[key]:.3f}" for key in ("p50", "p90", "p95", "p99", "max"))
         grown = "-" if row["grown"] is None else str(row["grown"])
         table.add_row(*start, *figures, speedup, grown)
+    return table
+
+
+def stages_tables(rows: Sequence[Json]) -> list[Table]:
+    """`rsd-trt profile --stages`: milliseconds, and how far they are from what the hardware allows; one for a shape."""
+    tables: dict[tuple[object, object], Table] = {}
+    last: dict[tuple[object, object], str] = {}
+    for row in rows:
+        shape = row["images"], row["prompt_tokens"]
+        if shape not in tables:
+            tables[shape] = table = Table(title=f"images: {shape[0]}, prompt tokens: {shape[1]}", title_justify="left")
+            for name in ("backbone", "what"):
+                table.add_column(name, no_wrap=True)
+            for name in ("p50", "p95", "p99", "outside GPU", "MB", "GFLOP", "floor", "bound by", "/ floor", "speed-up"):
+                table.add_column(name, justify="right", no_wrap=True)
+        way = f"{row['backbone']} {row['precision']}"
+        again = way == last.get(shape)
+        last[shape] = way
+        if not again:
+            tables[shape].add_section()
+        ms, outside = cast("Mapping[str, float]", row["ms"]), cast("Mapping[str, float] | None", row["outside_ms"])
+        tables[shape].add_row(
+            "" if again else way,
+            str(row["what"]),
+            *(f"{ms[key]:.3f}" for key in ("p50", "p95", "p99")),
+            "-" if outside is None else f"{outside['p50']:.3f}",
+            f"{cast(int, row['bytes']) / 1e6:,.1f}",
+            f"{cast(int, row['flops']) / 1e9:,.1f}",
+            f"{row['floor_ms']:.3f}",
+            str(row["bound"]),
+            f"{row['times_floor']:.2f}",
+            "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+        )
+    return list(tables.values())
+
+
+def machine_line(machine: Json) -> str:
+    """What floors are made from."""
+    rates = cast("Mapping[str, float]", machine["flops_per_s"])
+    found = ", ".join(f"{number} {rate / 1e12:,.3g} TFLOP/s" for number, rate in rates.items())
+    side = machine["matrix_side"]
+    return (
+        f"floors are of what was measured in this run: {cast(float, machine['bytes_per_s']) / 1e9:,.4g} GB/s (copy of "
+        f"{cast(int, machine['copied_bytes']) / 2**20:,.0f} MiB), {found} (random {side} x {side} matrices)"
+    )
+
+
+def replay_table(replay: Replay) -> Table:
+    """`rsd-trt profile --replay`: whose decisions, by whose clock."""
+    clock = replay.rows[0]
+    precision = "" if clock.backbone_precision == "bundle" else f" {clock.backbone_precision}"
+    title = f"a replay: decisions of the runs below, clock of {replay.bundle}, {clock.backbone}{precision} backbone"
+    table = Table(title=escape(title))
+    for name in ("decisions of", "actions a query"):
+        table.add_column(name)
+    for name in ("episodes", "queries", "full passes", "ms/action", "95% interval", "speed-up", "95% interval"):
+        table.add_column(name, justify="right")
+    for row in replay.rows:
+        bounds = row.ms_per_action_interval
+        table.add_row(
+            escape(f"{row.decisions_of}, {row.mode}, {Path(row.results).name}"),
+            str(row.n_action_steps),
+            str(row.episodes),
+            f"{row.queries:,}",
+            f"{row.full_passes:,}",
+            f"{row.ms_per_action:.3f}",
+            f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "too few",
+            f"{row.speedup:.2f}x" if row.speedup else "-",
+            interval(row.speedup_interval, "x") if row.speedup else "-",
+        )
     return table
 
 

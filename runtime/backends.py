@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import time
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,9 +19,13 @@ from rsd_trt.config import BACKBONES, DEFAULT_ENGINES, BackboneKind, BackbonePre
 from rsd_trt.errors import Unavailable, UserError, did_you_mean
 from rsd_trt.flavour import runnable_flavour
 from rsd_trt.manifest import Batch, usable
+from rsd_trt.models.backbone import Backbone
 from rsd_trt.runtime.forward import EagerForward, Forward
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.session import Session, TorchSession
+
+if TYPE_CHECKING:
+    from rsd_trt.models.fused_backbone import FusedBackbone
 
 log = logging.getLogger(__name__)
 
@@ -96,42 +101,69 @@ def open_forward(
     """
     bundle, device = launcher.bundle, launcher.device
     kind = backbone or default_backbone(launcher.backend, device)
+    for part in PARTS:
+        if not bundle.has(part):
+            raise UserError(f"{bundle.path} has no {part}: nothing can act by it")
+    started = time.perf_counter()
+    with _told_if_too_large(bundle, device):
+        forward = assemble(launcher, batch, open_backbone(bundle, device, kind, precision))
+    log.info("backbone %s, %s, on %s: loaded in %.1f s", kind, precision, device, time.perf_counter() - started)
+    return forward
+
+
+def open_backbone(
+    bundle: Bundle, device: torch.device, kind: BackboneKind, precision: BackbonePrecision = "bundle"
+) -> Backbone | FusedBackbone:
+    """The backbone as `kind` runs it, on the device.
+
+    Raises:
+        UserError: it cannot run like that here, or the device has too little memory.
+    """
     if kind not in BACKBONES:
         raise UserError(f"backbone {kind!r} is unknown{did_you_mean(kind, BACKBONES)}")
     if kind != "eager" and device.type != "cuda":
         raise Unavailable(f"backbone {kind} needs a CUDA device, not {device}. Use: --backbone eager")
     if precision == "fp8":
         check_fp8(bundle, kind, device)
-    started = time.perf_counter()
+    dtype = bundle.config.backbone.dtype if precision == "bundle" else "bfloat16"
+    with _told_if_too_large(bundle, device):
+        backbone = bundle.backbone(device).to(getattr(torch, dtype))
+        if kind == "eager":
+            return backbone
+        from rsd_trt.models.fused_backbone import FusedBackbone, fp8_products
+
+        blocks = bundle.config.backbone.language.blocks
+        fused = FusedBackbone(backbone, fp8=fp8_products(blocks) if precision == "fp8" else ())
+    if kind == "compiled":
+        fused.compile()
+    return fused
+
+
+@contextlib.contextmanager
+def _told_if_too_large(bundle: Bundle, device: torch.device) -> Iterator[None]:
+    """Turns the device's lack of memory into a UserError."""
     try:
-        forward = _open_forward(launcher, batch, kind, precision)
+        yield
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise UserError(
             f"{bundle.path} does not fit on {device}: {_gigabytes(bundle)} of weights, {free / 1e9:.1f} GB of "
             f"{total / 1e9:.1f} GB are free. Free some memory, or use a larger GPU ({str(error).splitlines()[0]})"
         ) from None
-    log.info("backbone %s, %s, on %s: loaded in %.1f s", kind, precision, device, time.perf_counter() - started)
-    return forward
 
 
-def _open_forward(launcher: Launcher, batch: Batch, kind: BackboneKind, precision: BackbonePrecision) -> Forward:
+def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbone) -> Forward:
+    """What a query computes, from a loaded backbone: forwards of several configurations may share one."""
     bundle, device = launcher.bundle, launcher.device
     config = bundle.config
-    shape = config.backbone if precision == "bundle" else dataclasses.replace(config.backbone, dtype="bfloat16")
-    backbone = bundle.backbone(device).to(getattr(torch, shape.dtype))
     accept, chain = launcher.open("accept", batch), launcher.open("chain", batch)
-    preprocess = Preprocessor(config.control, shape, bundle.tokenizer(), device)
-    if kind == "eager":
+    dtype: torch.dtype = backbone.projector.fc1.weight.dtype
+    preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), device, dtype)
+    if isinstance(backbone, Backbone):
         return EagerForward(config, backbone, accept, chain, preprocess)
-    from rsd_trt.models.fused_backbone import FusedBackbone, every_product
     from rsd_trt.runtime.graph_forward import GraphForward
 
-    blocks = config.backbone.language.blocks
-    fused = FusedBackbone(backbone, fp8=every_product(blocks) if precision == "fp8" else ())
-    if kind == "compiled":
-        fused.compile()
-    return GraphForward(config, fused, accept, chain, preprocess)
+    return GraphForward(config, backbone, accept, chain, preprocess)
 
 
 def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
@@ -149,4 +181,8 @@ def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
 
 
 def _gigabytes(bundle: Bundle) -> str:
-    return f"{sum(bundle.file(part).stat().st_size for part in PARTS if bundle.file(part).is_file()) / 1e9:.1f} GB"
+    """The size of all weights, those in other folders too."""
+    elsewhere = bundle.config.backbone_weights
+    sizes = [bundle.file(part).stat().st_size for part in PARTS if bundle.file(part).is_file()]
+    sizes += [file.bytes for file in elsewhere.files] if elsewhere else []
+    return f"{sum(sizes) / 1e9:.1f} GB"

@@ -177,7 +177,7 @@ class Policy:
 
     def _speculate(self, plans: list[Plan]) -> list[Query]:
         """Accepts what the draft, or the coin, confirms and runs the rest of the backbone for the other rows."""
-        forced = [plan.forced(self.config.rsd.refresh, self.config.dims.T) for plan in plans]
+        forced = self._forced(plans)
         together = None not in forced
         if together:  # whatever the draft says: nothing has to wait for it
             self._forward.late(range(len(plans)))
@@ -191,9 +191,7 @@ class Policy:
             elif (reason := forced[row]) is not None:
                 routes[row] = reason
             else:
-                prefix = self._agreement(plan, draft.tokens[row], draft.actions[row])
-                if self._coin is not None and not self._coin.accepts(plan.episode, plan.queries):
-                    prefix = 0
+                prefix = self._confirmed(plan, draft.tokens[row], draft.actions[row])
                 route = route_tested(prefix, self.config.dims.T - plan.cursor, self.n_action_steps)
                 if route == "rejected":
                     routes[row] = route
@@ -208,6 +206,15 @@ class Policy:
             queries |= dict(zip(rows, full, strict=True))
         return [queries[row] for row in range(len(plans))]
 
+    def _forced(self, plans: list[Plan]) -> list[Route | None]:
+        """For each plan, why its query has to be a full pass, or None if the draft may decide."""
+        return [plan.forced(self.config.rsd.refresh, self.config.dims.T) for plan in plans]
+
+    def _confirmed(self, plan: Plan, tokens: Tensor, actions: Tensor) -> int:
+        """The steps of a live plan that the draft, or the coin, confirms."""
+        agreed = self._agreement(plan, tokens, actions)
+        return agreed if self._coin is None or self._coin.accepts(plan.episode, plan.queries) else 0
+
     def _commit(self, plan: Plan, prefix: int, route: Route) -> Query:
         """The next actions of a plan that the draft confirms."""
         assert plan.actions is not None
@@ -220,19 +227,16 @@ class Policy:
     def _full(self, main: Main, plans: list[Plan], routes: Sequence[Route], draft: Draft | None) -> list[Query]:
         """The main head's plan for each row; with a draft, only what both agree on is committed."""
         dims, rows = self.config.dims, len(plans)
-        conditioned = self.config.head.kind == "conditioned"
         tokens, actions = main.tokens.clone(), main.actions.clone()
         blocks = self.config.backbone.language.blocks
-        counts = [self.n_action_steps] * rows
         prefixes: list[int] | None = None
         shares: list[list[float]] | None = None
         if draft is not None:
             passes = self._passes(main.agreement, draft.tokens, tokens)
             passes = passes & gripper_holds(actions, before=actions[:, 0, ARM_DIMS])
             prefixes = agreeing_prefix(passes).tolist()
-            # A conditioned head copies the draft: its agreement is no reason to commit more.
-            counts = [1 if conditioned else commit_full(n, self.n_action_steps) for n in prefixes]
             shares = (draft.tokens == tokens[..., : dims.C]).float().mean((1, 2)).tolist()
+        counts = self._counts(rows, prefixes)
         finite, numbers = main.finite.tolist(), actions.numpy()
         queries = []
         for row, plan in enumerate(plans):
@@ -252,6 +256,14 @@ class Policy:
                 )
             )
         return queries
+
+    def _counts(self, rows: int, prefixes: list[int] | None) -> list[int]:
+        """Actions that full passes commit: with a draft, those that it agrees with, and at least one."""
+        if prefixes is None:
+            return [self.n_action_steps] * rows
+        # A conditioned head copies the draft: its agreement is no reason to commit more.
+        conditioned = self.config.head.kind == "conditioned"
+        return [1 if conditioned else commit_full(n, self.n_action_steps) for n in prefixes]
 
     def _shadow(self, plans: list[Plan]) -> list[Query]:
         """Acts as the baseline, and judges by the main head's new plan what `rsd` would have decided."""

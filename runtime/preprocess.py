@@ -22,13 +22,19 @@ class Preprocessor:
     """Observations -> backbone inputs."""
 
     def __init__(
-        self, control: ControlConfig, backbone: BackboneConfig, tokenizer: Tokenizer, device: torch.device
+        self,
+        control: ControlConfig,
+        backbone: BackboneConfig,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """dtype: of the pixels; by default the configuration's."""
         self.control = control
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.device = device
-        self.dtype: torch.dtype = getattr(torch, backbone.dtype)
+        self.dtype: torch.dtype = dtype or getattr(torch, backbone.dtype)
         self._mean = self._channels([tower.mean for tower in backbone.towers])
         self._std = self._channels([tower.std for tower in backbone.towers])
         self._prompts: dict[str, list[int]] = {}

@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,11 @@ class FiniteRange(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value!r} is not a number", param, ctx)
         return number
+
+
+def split_list(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """`a,b` -> (a, b); nothing -> ()."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if value else ()
 
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
@@ -152,3 +157,34 @@ class BuildProgress:
     def add(self, outcome: Outcome) -> None:
         now = f"{outcome.artefact.name}: {'built' if outcome.built else 'fresh'}"
         self.progress.update(self.bar, advance=1, now=now)
+
+
+class ReplayProgress:
+    """A progress bar on stderr: episodes replayed."""
+
+    def __enter__(self) -> ReplayProgress:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=Console(stderr=True))
+        self.bar = self.progress.add_task("", total=None)
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def advance(self, done: int, total: int) -> None:
+        self.progress.update(self.bar, completed=done, total=total)
+
+
+def list_reasons(what: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """A line for each reason, with the rows that it left without figures."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        name = f"{row.get('backend') or row.get('backbone')} {row.get('component') or row.get('what')}"
+        names = reasons.setdefault(str(row["reason"]), [])
+        names += [] if name in names else [name]
+    for reason, names in reasons.items():
+        click.echo(f"{what}: {', '.join(names)}: {reason}")

@@ -1,10 +1,8 @@
-"""Commands that export a bundle, prove the export equal, and time it."""
+"""Commands that export a bundle, and prove the export equal."""
 
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,8 +17,10 @@ from rsd_trt.cli.console import (
     device_option,
     engines_option,
     json_option,
+    list_reasons,
     precision_option,
     show,
+    split_list,
 )
 from rsd_trt.config import (
     BACKBONE_PRECISIONS,
@@ -39,11 +39,6 @@ if TYPE_CHECKING:
 NameT = TypeVar("NameT", bound=str)
 ExportTarget = Literal["auto", "tensorrt", "rtx", "onnx"]
 MIN_ROWS = 64  # fewer inputs prove little
-
-
-def split_list(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """`a,b` -> (a, b); nothing -> ()."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if value else ()
 
 
 @click.command()
@@ -268,70 +263,4 @@ def conclude(results: Sequence[Mapping[str, object]], as_json: bool) -> None:
         raise UserError("nothing could be measured")
 
 
-@click.command()
-@bundle_argument
-@click.option("--backend", callback=split_list, default="torch,graph,ort,trt", show_default=True, help="To time.")
-@click.option("--batch", callback=split_list, default="1", show_default=True, help="Batch sizes, as in 1,8.")
-@click.option("-n", "--samples", type=click.IntRange(2), default=300, show_default=True, help="Launches of each row.")
-@click.option("--warm-up", type=click.IntRange(1), default=50, show_default=True, help="Launches before them.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder.")
-@precision_option
-@device_option
-@engines_option
-@json_option
-def profile(
-    bundle: Path,
-    backend: tuple[str, ...],
-    batch: tuple[str, ...],
-    samples: int,
-    warm_up: int,
-    out: Path,
-    precision: Precision,
-    device: str,
-    engines: Path,
-    as_json: bool,
-) -> None:
-    """Time the components on every backend, in one run on the same inputs.
-
-    Writes OUT/profile.json with every raw sample and OUT/profile.png. On CUDA, ort is timed with and without its
-    CUDA graph.
-
-    \b
-    Example: rsd-trt profile --backend torch,ort --batch 1,8
-    """
-    from rsd_trt.bundle import Bundle
-    from rsd_trt.eval.latency import ProfileRequest, write_profile
-    from rsd_trt.runtime.backends import check_backend
-    from rsd_trt.runtime.policy import check_device
-
-    target = check_device(device)
-    variants = [(check_backend(name), True) for name in backend]
-    if target.type == "cuda" and "ort" in backend:
-        variants.insert([name for name, _ in variants].index("ort"), ("ort", False))
-    if not batch or not all(size.isdecimal() and int(size) > 0 for size in batch):
-        raise click.UsageError(f"--batch {','.join(batch)} is not a list of sizes such as 1,8")
-    sizes = tuple(int(size) for size in batch)
-    request = ProfileRequest(tuple(variants), sizes, target, precision, engines, samples, warm_up)
-    report = write_profile(Bundle.open(bundle), request, out, shlex.join(["rsd-trt", *sys.argv[1:]]))
-    if as_json:
-        click.echo(json.dumps(report))
-        return
-    from rsd_trt.tables import latency_table
-
-    show(latency_table([r for r in report["rows"] if r["ms"]], f"ms, {report['boundary']}, n = {samples}"))
-    list_reasons("not measured", [r for r in report["rows"] if not r["ms"]])
-    click.echo(f"raw samples: {out / 'profile.json'}\nchart: {out / 'profile.png'}")
-
-
-def list_reasons(what: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """A line for each reason, with the rows that it left without figures."""
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        name = f"{row['backend']} {row.get('component') or row.get('what')}"
-        names = reasons.setdefault(str(row["reason"]), [])
-        names += [] if name in names else [name]
-    for reason, names in reasons.items():
-        click.echo(f"{what}: {', '.join(names)}: {reason}")
-
-
-COMMANDS = (export, verify, profile)
+COMMANDS = (export, verify)

@@ -260,6 +260,8 @@ def test_a_setting_at_its_default_does_not_name_the_run(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     for name in ("policy", "disturb", "accept_rate", "backbone_precision"):
         del data["settings"][name]
+    for name in ("resize", "statistics"):
+        del data["settings"]["control"][name]
     told = json.dumps(data["settings"], sort_keys=True).encode()
     assert results.settings.run == hashlib.sha256(told).hexdigest()[:12]
     path.write_text(json.dumps(data))
@@ -327,3 +329,10 @@ def test_a_run_whose_fields_are_out_of_range_is_not_accepted(tmp_path: Path) -> 
     wrong = dataclasses.replace(results, queries=results.queries + 1)
     with pytest.raises(UserError, match="queries is"):
         read_run(write(tmp_path / "r.json", wrong))
+
+
+@pytest.mark.parametrize("name", ["baseline_1_action_single", "rsd_1_action_single"])
+def test_published_results_are_still_read(name: str) -> None:
+    path = Path(__file__).parents[2] / "docs" / "results" / "reference" / f"{name}.json.gz"
+    results = read_run(path)  # raises where a setting that came later has changed the run's name
+    assert results.total_episodes == len(results.episodes) > 0

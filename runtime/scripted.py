@@ -1,0 +1,72 @@
+"""A policy that is told its decisions: what a query costs, without a draft that is right as often as a recorded one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from rsd_trt.config import BundleConfig
+from rsd_trt.errors import PolicyFault
+from rsd_trt.runtime.forward import Forward
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.plan import Plan, Query
+from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.speculate import Route
+
+TESTED: tuple[Route, ...] = ("accepted", "partial", "rejected")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a query is to go, and how many actions it commits."""
+
+    route: Route
+    committed: int
+
+
+class ScriptedPolicy(Policy):
+    """One slot in mode `baseline` or `rsd`. All that `Policy` computes is computed, on the device and on the host;
+    what follows from it is replaced by the decision that is given.
+
+    Non-obvious: decisions must be such as a policy makes, in their order: an episode begins with a full pass, and no
+    more actions of a plan are accepted than it has steps left.
+    """
+
+    def __init__(
+        self, config: BundleConfig, forward: Forward, mode: Literal["baseline", "rsd"], n_action_steps: int
+    ) -> None:
+        super().__init__(config, forward, mode, n_action_steps)
+        self._decision = Decision("start", 1)
+
+    def follow(self, decision: Decision, observation: Observation) -> Query:
+        """Answers a query by `decision`. Whether it is accepted in full or in part depends on the bundle's chunks too,
+        and is the same work.
+
+        Raises:
+            PolicyFault: the bundle's hidden state, logits or actions are not finite.
+            ValueError: no policy decides so here.
+        """
+        self._decision = decision
+        query = self.act_batch([observation], [0])[0]
+        if query.fault is not None:
+            raise PolicyFault(query.fault)
+        in_full = {"partial": "accepted"}
+        made, told = in_full.get(query.route, query.route), in_full.get(decision.route, decision.route)
+        if (made, len(query.actions)) != (told, decision.committed):
+            raise ValueError(f"{decision} cannot be followed: {query.route}, {len(query.actions)} came of it")
+        return query
+
+    def _forced(self, plans: list[Plan]) -> list[Route | None]:
+        super()._forced(plans)
+        route = self._decision.route
+        return [None if route in TESTED else route]
+
+    def _confirmed(self, plan: Plan, tokens: Tensor, actions: Tensor) -> int:
+        super()._confirmed(plan, tokens, actions)
+        return 0 if self._decision.route == "rejected" else self._decision.committed
+
+    def _counts(self, rows: int, prefixes: list[int] | None) -> list[int]:
+        super()._counts(rows, prefixes)
+        return [self._decision.committed]
