@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from rsd_trt.models.signature import BATCH
 from rsd_trt.runtime.backends import Backend, Launcher
 from rsd_trt.runtime.session import Session, Tensors
 from rsd_trt.runtime.speculate import agreeing_prefix, agreeing_token_steps
+
+if TYPE_CHECKING:
+    from rsd_trt.eval.backbone_parity import BackboneParity
 
 DYNAMIC_ROWS = 16  # of a batch through the dynamic variant
 EDGE = 1.2  # coarse actions differ from the plan by up to this many tolerances, so that agreement is a close call
@@ -79,9 +83,9 @@ class Parity:
 class NotMeasured:
     """What could not be compared, and why. `failed`: the machine could, but the export is missing or damaged."""
 
-    component: Component
+    component: str
     backend: str
-    precision: Precision
+    precision: str
     batch: Batch
     reason: str
     failed: bool = False
@@ -263,7 +267,7 @@ def measure(
     )
 
 
-def to_json(result: Parity | NotMeasured) -> dict[str, object]:
+def to_json(result: Parity | BackboneParity | NotMeasured) -> dict[str, object]:
     """A result as plain values, with `status`: passed, failed or not measured."""
     if isinstance(result, NotMeasured):
         return {**asdict(result), "status": "failed" if result.failed else "not measured"}
@@ -294,7 +298,7 @@ def _decision_flips(component: Component, case: Case, expected: Tensors, found: 
             steps = agreeing_steps(outputs["actions"], case.plans, case.tolerance)
         else:
             steps = outputs["agreement"]
-        prefixes.append(agreeing_prefix(steps, torch.full((len(steps),), steps.shape[1], device=steps.device)))
+        prefixes.append(agreeing_prefix(steps))
     return float((prefixes[0] != prefixes[1]).float().mean())
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from rsd_trt.eval.clock import Clock
-from rsd_trt.eval.scene import Scene
+from rsd_trt.eval.shapes import Scene
 from rsd_trt.eval.work import STAGES, Stage
 from rsd_trt.runtime.forward import EagerForward, Forward
 from rsd_trt.runtime.observation import Observation

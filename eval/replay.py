@@ -25,7 +25,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.replay_record import Replay, ReplayRow
 from rsd_trt.eval.results import Episode, Results
 from rsd_trt.eval.runs import read_run
-from rsd_trt.eval.scene import Scene, Shape, make_scene
+from rsd_trt.eval.shapes import Scene, Shape, make_scene
 from rsd_trt.eval.statistics import bootstrap_share, bootstrap_speedup
 from rsd_trt.files import write_atomically
 from rsd_trt.jsonio import to_json

@@ -6,7 +6,7 @@ import torch
 
 from rsd_trt.config import BundleConfig
 from rsd_trt.eval.clock import Run
-from rsd_trt.eval.scene import Scene
+from rsd_trt.eval.shapes import Scene
 from rsd_trt.eval.work import Stage
 from rsd_trt.models.backbone import Backbone, BackboneInputs
 from rsd_trt.models.fused_backbone import FusedBackbone

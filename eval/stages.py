@@ -23,7 +23,7 @@ from rsd_trt.eval.clock import Clock, Run
 from rsd_trt.eval.floor import Bound, Floor, Machine, measure_machine
 from rsd_trt.eval.oracle import Oracle
 from rsd_trt.eval.query_times import QUERIES, time_queries
-from rsd_trt.eval.scene import Scene, Shape, make_scene
+from rsd_trt.eval.shapes import Scene, Shape, make_scene
 from rsd_trt.eval.stage_calls import preprocessor, stage_calls
 from rsd_trt.eval.statistics import percentiles
 from rsd_trt.eval.work import Number, Stage, Work, stage_work

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision, Precision
 from rsd_trt.errors import UserError
-from rsd_trt.eval.scene import Shape, make_scene
+from rsd_trt.eval.shapes import Shape, make_scene
 from rsd_trt.files import replacing
 from rsd_trt.runtime.backends import Launcher, open_forward
 from rsd_trt.runtime.scripted import Decision, ScriptedPolicy

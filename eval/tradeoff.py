@@ -49,7 +49,7 @@ class Point:
     ms: Annotated[float, "policy time per action"]
     ms_interval: Annotated[Interval | None, "95%, bootstrap over episodes"]
     replayed: Annotated[bool, "the time is that of a replay; else the run's own"]
-    timed_on: Annotated[str, "hardware, backend, backbone, precision"]
+    timed_on: Annotated[str, "hardware, backend, backbone, precisions"]
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,7 @@ def _point(run: Run, replay: Replay | None) -> Point | str:
         ms = results.avg_inference_time_ms
         ms_interval = bootstrap_share([e.policy_ms for e in done], [e.steps for e in done])
         hardware = settings.hardware
+    stored = "" if timed.backbone_precision == "bundle" else f" {timed.backbone_precision}"
     machine = ", ".join(str(hardware[part]) for part in ("gpu", "cpu") if part in hardware)
     return Point(
         run=run.name,
@@ -217,7 +218,7 @@ def _point(run: Run, replay: Replay | None) -> Point | str:
         ms=ms,
         ms_interval=ms_interval,
         replayed=row is not None,
-        timed_on=f"{machine}, {timed.backend} {timed.precision}, {timed.backbone} backbone",
+        timed_on=f"{machine}, {timed.backend} {timed.precision}, {timed.backbone}{stored} backbone",
     )
 
 

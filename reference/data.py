@@ -119,7 +119,8 @@ class Batches:
         # The images are rotated and resized already.
         control = replace(config.control, rotate_images=False, camera_size=config.backbone.image_size)
         self.preprocess = Preprocessor(control, config.backbone, tokenizer, device)
-        self.proprio = self.preprocess.proprio(data.proprio.cpu().numpy())  # [F, 8]
+        proprio = self.preprocess.proprio(data.proprio.cpu().numpy())
+        self.proprio = torch.from_numpy(proprio).to(device)  # [F, 8]
         prompts = [self.preprocess.prompt_tokens(instruction) for instruction in data.instructions]
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64, device=device)

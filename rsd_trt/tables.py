@@ -103,6 +103,45 @@ def parity_table(results: Sequence[Json]) -> Table:
     return table
 
 
+def backbone_table(results: Sequence[Json]) -> Table:
+    """`rsd-trt verify --backbone`: a row for each way of running it, or a part of it, and each reference."""
+    table = Table(title="worst of all inputs; k: after the draft's block, N: after the last one and the final norm")
+    for name in ("what", "batch", "against"):
+        table.add_column(name)
+    for name in ("max abs k, N", "cosine k, N", "worst flips draft, main", "action max abs", "steps apart"):
+        table.add_column(name, justify="right")
+    table.add_column("result")
+    for row in results:
+        what = row["backend"] if row["component"] == "backbone" else row["component"]
+        errors = (row[key] for key in ("early_max_abs", "max_abs"))
+        cosines = (row[key] for key in ("early_cosine", "cosine"))
+        flips = (cast("Sequence[float] | None", row[key]) for key in ("draft_flips", "flips"))
+        table.add_row(
+            f"{what} {row['precision']}",
+            str(row["batch"]),
+            str(row["reference"]),
+            ", ".join(f"{x:.2g}" for x in errors if x is not None),
+            ", ".join(f"{x:.6f}" for x in cosines if x is not None),
+            ", ".join(f"{max(x):.2%} (L{x.index(max(x))})" for x in flips if x is not None) or "-",
+            "-" if row["action_max_abs"] is None else f"{row['action_max_abs']:.2g}",
+            "-" if row["steps_apart"] is None else f"{row['steps_apart']:.2%}",
+            "passed" if row["status"] == "passed" else f"FAILED: {'; '.join(cast(Sequence[str], row['exceeded']))}",
+        )
+    return table
+
+
+def sensitivity_table(rows: Sequence[Json]) -> Table:
+    """`rsd-trt verify --sensitivity`: a row for each choice of products in FP8."""
+    table = Table(title="cosine of the hidden states with these products in FP8 and the others in bf16")
+    table.add_column("in FP8")
+    for name in ("products", "after block N, worst", "mean", "after block k, worst"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cosines = (f"{row[key]:.6f}" for key in ("cosine", "mean_cosine", "early_cosine"))
+        table.add_row(str(row["what"]), str(row["products"]), *cosines)
+    return table
+
+
 def latency_table(rows: Sequence[Json], title: str) -> Table:
     """`rsd-trt profile`: milliseconds of one launch."""
     table = Table(title=title)

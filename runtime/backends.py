@@ -101,6 +101,9 @@ def open_forward(
     """
     bundle, device = launcher.bundle, launcher.device
     kind = backbone or default_backbone(launcher.backend, device)
+    for part in PARTS:
+        if not bundle.has(part):
+            raise UserError(f"{bundle.path} has no {part}: nothing can act by it")
     started = time.perf_counter()
     with _told_if_too_large(bundle, device):
         forward = assemble(launcher, batch, open_backbone(bundle, device, kind, precision))
@@ -121,16 +124,16 @@ def open_backbone(
     if kind != "eager" and device.type != "cuda":
         raise Unavailable(f"backbone {kind} needs a CUDA device, not {device}. Use: --backbone eager")
     if precision == "fp8":
-        _check_fp8(bundle, kind, device)
+        check_fp8(bundle, kind, device)
     dtype = bundle.config.backbone.dtype if precision == "bundle" else "bfloat16"
     with _told_if_too_large(bundle, device):
         backbone = bundle.backbone(device).to(getattr(torch, dtype))
         if kind == "eager":
             return backbone
-        from rsd_trt.models.fused_backbone import FusedBackbone, every_product
+        from rsd_trt.models.fused_backbone import FusedBackbone, fp8_products
 
         blocks = bundle.config.backbone.language.blocks
-        fused = FusedBackbone(backbone, fp8=every_product(blocks) if precision == "fp8" else ())
+        fused = FusedBackbone(backbone, fp8=fp8_products(blocks) if precision == "fp8" else ())
     if kind == "compiled":
         fused.compile()
     return fused
@@ -163,10 +166,11 @@ def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbon
     return GraphForward(config, backbone, accept, chain, preprocess)
 
 
-def _check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
+def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
+    """Raises UserError unless the backbone's matrix products can be computed in E4M3."""
     if kind == "eager":
         raise UserError("backbone precision fp8 needs --backbone graph or compiled: eager is the reference")
-    if (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise Unavailable(f"backbone precision fp8 needs compute capability 8.9 or later, {device} has {capability}")
     language = bundle.config.backbone.language
     if language.hidden % FP8_MULTIPLE or language.intermediate % FP8_MULTIPLE:
@@ -177,4 +181,8 @@ def _check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None
 
 
 def _gigabytes(bundle: Bundle) -> str:
-    return f"{sum(bundle.file(part).stat().st_size for part in PARTS if bundle.file(part).is_file()) / 1e9:.1f} GB"
+    """The size of all weights, those in other folders too."""
+    elsewhere = bundle.config.backbone_weights
+    sizes = [bundle.file(part).stat().st_size for part in PARTS if bundle.file(part).is_file()]
+    sizes += [file.bytes for file in elsewhere.files] if elsewhere else []
+    return f"{sum(sizes) / 1e9:.1f} GB"

@@ -30,7 +30,9 @@ class Draft:
     hidden_finite: Tensor  # [B] bool: the hidden state after block k
 
     def rows(self, rows: Sequence[int]) -> Draft:
-        """Some rows of the batch."""
+        """Some rows of the batch, in their order."""
+        if len(rows) == len(self.finite):
+            return self
         index = torch.tensor(rows)
         return Draft(self.tokens[index], self.actions[index], self.finite[index], self.hidden_finite[index])
 
@@ -46,7 +48,9 @@ class Main:
     hidden_finite: Tensor  # [B] bool: the hidden state after block N
 
     def rows(self, rows: Sequence[int]) -> Main:
-        """Some rows of the batch."""
+        """Some rows of the batch, in their order."""
+        if len(rows) == len(self.finite):
+            return self
         index = torch.tensor(rows)
         values = (self.tokens, self.actions, self.agreement, self.finite, self.hidden_finite)
         return Main(*(value[index] for value in values))

@@ -39,7 +39,6 @@ from rsd_trt.runtime.speculate import (
     commit_accepted,
     commit_full,
     gripper_holds,
-    remaining,
     route_tested,
 )
 
@@ -183,7 +182,6 @@ class Policy:
         if together:  # whatever the draft says: nothing has to wait for it
             self._forward.late(range(len(plans)))
         draft = self._forward.draft()
-        agreed = self._confirmed(draft, plans)
         finite = draft.finite.tolist()
         queries: dict[int, Query] = {}
         routes: dict[int, Route] = {}
@@ -193,12 +191,12 @@ class Policy:
             elif (reason := forced[row]) is not None:
                 routes[row] = reason
             else:
-                left = self.config.dims.T - plan.cursor
-                route = route_tested(agreed[row], left, self.n_action_steps)
+                prefix = self._confirmed(plan, draft.tokens[row], draft.actions[row])
+                route = route_tested(prefix, self.config.dims.T - plan.cursor, self.n_action_steps)
                 if route == "rejected":
                     routes[row] = route
                 else:
-                    queries[row] = self._commit(plan, agreed[row], route)
+                    queries[row] = self._commit(plan, prefix, route)
         if routes:
             rows = list(routes)
             if not together:
@@ -212,12 +210,10 @@ class Policy:
         """For each plan, why its query has to be a full pass, or None if the draft may decide."""
         return [plan.forced(self.config.rsd.refresh, self.config.dims.T) for plan in plans]
 
-    def _confirmed(self, draft: Draft, plans: list[Plan]) -> list[int]:
-        """The steps of each live plan that the draft, or the coin, confirms."""
-        agreed = self._agreement_with_plans(draft.tokens, draft.actions, plans)
-        if (coin := self._coin) is None:
-            return agreed
-        return [n * coin.accepts(plan.episode, plan.queries) for n, plan in zip(agreed, plans, strict=True)]
+    def _confirmed(self, plan: Plan, tokens: Tensor, actions: Tensor) -> int:
+        """The steps of a live plan that the draft, or the coin, confirms."""
+        agreed = self._agreement(plan, tokens, actions)
+        return agreed if self._coin is None or self._coin.accepts(plan.episode, plan.queries) else 0
 
     def _commit(self, plan: Plan, prefix: int, route: Route) -> Query:
         """The next actions of a plan that the draft confirms."""
@@ -238,7 +234,7 @@ class Policy:
         if draft is not None:
             passes = self._passes(main.agreement, draft.tokens, tokens)
             passes = passes & gripper_holds(actions, before=actions[:, 0, ARM_DIMS])
-            prefixes = agreeing_prefix(passes, torch.full((rows,), dims.T)).tolist()
+            prefixes = agreeing_prefix(passes).tolist()
             shares = (draft.tokens == tokens[..., : dims.C]).float().mean((1, 2)).tolist()
         counts = self._counts(rows, prefixes)
         finite, numbers = main.finite.tolist(), actions.numpy()
@@ -276,7 +272,6 @@ class Policy:
         before = [Plan(plan.actions, plan.tokens, plan.grippers, plan.cursor) for plan in plans]
         self._forward.late(range(len(plans)), drafted=False)
         draft = self._forward.draft()
-        by_draft = self._agreement_with_plans(draft.tokens, draft.actions, before)
         queries = self._full(self._forward.main(), plans, [reason or "rejected" for reason in forced], None)
         if self.hidden_states is not None:
             early, late = self._forward.hidden()
@@ -298,9 +293,9 @@ class Policy:
             shares = (draft.tokens[row] == tokens[..., : dims.C]).float().mean((0, 1)).tolist()
             query = replace(query, token_agreement=tuple(shares))
             if forced[row] is None:
-                n = by_draft[row]
+                n = self._agreement(before[row], draft.tokens[row], draft.actions[row])
                 route = route_tested(n, dims.T - before[row].cursor, self.n_action_steps)
-                by_main = self._agreement_with_plans(tokens[None, ..., : dims.C], actions[None], [before[row]])[0]
+                by_main = self._agreement(before[row], tokens[..., : dims.C], actions)
                 query = replace(
                     query,
                     route=route,
@@ -312,23 +307,15 @@ class Policy:
             judged.append(query)
         return judged
 
-    def _agreement_with_plans(self, tokens: Tensor, actions: Tensor, plans: list[Plan]) -> list[int]:
-        """The prefix of each live plan's remaining steps that a new chunk agrees with; 0 without a plan."""
-        live = [plan for plan in plans if plan.actions is not None and plan.tokens is not None]
-        if not live:
-            return [0] * len(plans)
-        rows = [row for row, plan in enumerate(plans) if plan.actions is not None]
-        index = torch.tensor(rows)
-        cursor = torch.tensor([plan.cursor for plan in live])
-        plan_actions = torch.stack([plan.actions for plan in live if plan.actions is not None])  # [b, T, A]
-        plan_tokens = torch.stack([plan.tokens for plan in live if plan.tokens is not None])  # [b, T, D, L]
-        ahead, length = remaining(plan_actions, cursor)
-        ahead_tokens, _ = remaining(plan_tokens, cursor)
-        passes = self._passes(agreeing_steps(actions[index], ahead, self._tolerance), tokens[index], ahead_tokens)
-        last = plan_actions[torch.arange(len(live)), cursor - 1, ARM_DIMS]
-        prefix = agreeing_prefix(passes & gripper_holds(ahead, before=last), length).tolist()
-        found = dict(zip(rows, prefix, strict=True))
-        return [found.get(row, 0) for row in range(len(plans))]
+    def _agreement(self, plan: Plan, tokens: Tensor, actions: Tensor) -> int:
+        """The prefix of a live plan's remaining steps that a new chunk, tokens [T, D, C] and actions [T, A], agrees
+        with."""
+        assert plan.actions is not None and plan.tokens is not None
+        ahead, last = plan.actions[None, plan.cursor :], plan.actions[plan.cursor - 1, ARM_DIMS, None]
+        left = ahead.shape[1]
+        by_actions = agreeing_steps(actions[None, :left], ahead, self._tolerance)
+        passes = self._passes(by_actions, tokens[None, :left], plan.tokens[None, plan.cursor :])
+        return int(agreeing_prefix(passes & gripper_holds(ahead, before=last)))
 
     def _passes(self, by_actions: Tensor, draft_tokens: Tensor, plan_tokens: Tensor) -> Tensor:
         """The steps [B, T] that pass under the bundle's rule; with a coin all do, and the coin decides on the query."""

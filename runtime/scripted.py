@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from rsd_trt.config import BundleConfig
 from rsd_trt.errors import PolicyFault
-from rsd_trt.runtime.forward import Draft, Forward
+from rsd_trt.runtime.forward import Forward
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Plan, Query
 from rsd_trt.runtime.policy import Policy
@@ -61,9 +63,9 @@ class ScriptedPolicy(Policy):
         route = self._decision.route
         return [None if route in TESTED else route]
 
-    def _confirmed(self, draft: Draft, plans: list[Plan]) -> list[int]:
-        super()._confirmed(draft, plans)
-        return [0 if self._decision.route == "rejected" else self._decision.committed]
+    def _confirmed(self, plan: Plan, tokens: Tensor, actions: Tensor) -> int:
+        super()._confirmed(plan, tokens, actions)
+        return 0 if self._decision.route == "rejected" else self._decision.committed
 
     def _counts(self, rows: int, prefixes: list[int] | None) -> list[int]:
         super()._counts(rows, prefixes)

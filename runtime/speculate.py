@@ -40,17 +40,6 @@ Route = Literal["accepted", "partial", "rejected", "start", "exhausted", "grippe
 COIN_STREAM = 1  # keeps the coins apart from what else is drawn from (seed, task, trial)
 
 
-def remaining(chunk: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
-    """What is left of chunks [B, T, ...] after `cursor` [B] steps -> (shifted chunk, its length [B]).
-
-    The shifted chunk has T steps; those past its length repeat the last one and mean nothing.
-    """
-    steps = chunk.shape[1]
-    index = (cursor[:, None] + torch.arange(steps, device=chunk.device)).clamp(max=steps - 1)  # [B, T]
-    index = index.view(*index.shape, *(1,) * (chunk.dim() - 2)).expand_as(chunk)
-    return chunk.gather(1, index), steps - cursor
-
-
 def agreeing_token_steps(draft: Tensor, plan: Tensor, share: float) -> Tensor:
     """Steps where at least `share` of the coarse tokens [B, T, D, C] are equal -> [B, T] bool."""
     return (draft == plan).float().mean((2, 3)) >= share
@@ -66,9 +55,9 @@ def gripper_holds(plan: Tensor, before: Tensor) -> Tensor:
     return closed == previous
 
 
-def agreeing_prefix(passes: Tensor, length: Tensor) -> Tensor:
-    """The number of leading steps [B, T] that pass, at most `length` [B] -> [B] int64."""
-    return torch.minimum(passes.long().cumprod(1).sum(1), length)
+def agreeing_prefix(passes: Tensor) -> Tensor:
+    """The number of leading steps [B, T] that pass -> [B] int64."""
+    return passes.long().cumprod(1).sum(1)
 
 
 def commit_accepted(prefix: int, n_action_steps: int) -> int:

@@ -15,7 +15,7 @@ from rsd_trt.cli import main
 from rsd_trt.cli.deploy import choose_flavour
 from rsd_trt.config import COMPONENTS, MAX_BATCH
 from rsd_trt.errors import UserError
-from rsd_trt.eval import parity
+from rsd_trt.eval import parity, scenes
 from rsd_trt.eval.latency import PAIR
 from rsd_trt.flavour import Flavour, Target
 from rsd_trt.manifest import usable
@@ -142,6 +142,21 @@ def test_verify_fails_what_is_not(
     assert {row["status"] for row in json.loads(printed.stdout)} == {"failed"}
 
 
+def test_verify_compares_the_backbone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = scenes.random_observations(Bundle.open(tiny_bundle).config.control, 2)
+    monkeypatch.setattr(scenes, "libero_observations", lambda suite, control: seen)
+    command = ("verify", tiny_bundle, "--device", "cpu", "--backbone", "eager,graph", "--libero", "libero_goal")
+    result = rsd_trt(*command, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    whole = [row for row in rows if row["component"] == "backbone"]
+    assert [(row["backend"], row["status"]) for row in whole if row["backend"] == "eager"] == [("eager", "passed")] * 2
+    assert [row["status"] for row in whole if row["backend"] == "graph"] == ["not measured"]
+    table = rsd_trt(*command)
+    assert table.stdout.count("passed") == sum(row["status"] == "passed" for row in rows)
+    assert "not measured: graph backbone: backbone graph needs a CUDA device" in table.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -149,6 +164,9 @@ def test_verify_fails_what_is_not(
         (("verify", "--backend", "trt,graph"), "nothing could be measured"),
         (("verify", "--backend", "ort"), "10 of 10 comparisons failed"),
         (("verify", "--backend", ","), "nothing could be measured"),
+        (("verify", "--backbone", "graph,eagre"), "backbone 'eagre' is unknown; did you mean 'eager'?"),
+        (("verify", "--backbone", "eager", "--backbone-precision", "fp16"), "backbone precision 'fp16' is unknown"),
+        (("verify", "--sensitivity"), "backbone precision fp8 needs widths that are multiples of 16: hidden is 32"),
         (("verify", "--hidden", "missing.safetensors"), "missing.safetensors cannot be read as safetensors"),
         (("profile", "--backend", "torhc"), "backend 'torhc' is unknown; did you mean 'torch'?"),
         (("profile", "--backend", "trt"), "nothing could be measured: TensorRT engines need an NVIDIA GPU"),
@@ -173,6 +191,7 @@ def test_what_cannot_be_checked_is_one_line(
         (("export", "--component", "codec"), "'codec' is not one of 'draft'"),
         (("export", "--precision", "fp8"), "'fp8' is not one of 'fp32'"),
         (("verify", "-n", "63"), "63 is not in the range"),
+        (("verify", "--libero", "libero_goal"), "it needs --backbone or --sensitivity"),
         *(
             (("profile", "--batch", sizes), f"--batch {text} is not a list of sizes")
             for sizes, text in (("0", "0"), ("a", "a"), ("1,-2", "1,-2"), (",", ""))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
 
@@ -20,12 +22,21 @@ from rsd_trt.cli.console import (
     show,
     split_list,
 )
-from rsd_trt.config import COMPONENTS, DEFAULT_ENGINES, Component, Precision
-from rsd_trt.errors import UserError
+from rsd_trt.config import (
+    BACKBONE_PRECISIONS,
+    BACKBONES,
+    COMPONENTS,
+    DEFAULT_ENGINES,
+    SUITES,
+    Component,
+    Precision,
+)
+from rsd_trt.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from rsd_trt.flavour import Flavour
 
+NameT = TypeVar("NameT", bound=str)
 ExportTarget = Literal["auto", "tensorrt", "rtx", "onnx"]
 MIN_ROWS = 64  # fewer inputs prove little
 
@@ -136,6 +147,14 @@ def choose_flavour(target: ExportTarget) -> Flavour | None:
     help="safetensors with recorded hidden states. [default: the bundle's, else seeded ones]",
 )
 @precision_option
+@click.option(
+    "--backbone", callback=split_list, help="Check the backbone instead, run in these ways: eager,graph,compiled."
+)
+@click.option(
+    "--backbone-precision", callback=split_list, default="bundle", show_default=True, help="As in bundle,bf16,fp8."
+)
+@click.option("--libero", type=click.Choice(SUITES), help="Show the backbone a suite's first scenes, not noise.")
+@click.option("--sensitivity", is_flag=True, help="Measure what each matrix product of the backbone loses in FP8.")
 @device_option
 @engines_option
 @json_option
@@ -145,17 +164,28 @@ def verify(
     rows: int,
     hidden: Path | None,
     precision: Precision,
+    backbone: tuple[str, ...],
+    backbone_precision: tuple[str, ...],
+    libero: str | None,
+    sensitivity: bool,
     device: str,
     engines: Path,
     as_json: bool,
 ) -> None:
     """Compare every component on every backend with PyTorch: errors, token flips, decisions, actions.
 
-    Exit code 1 if a tolerance is exceeded, or nothing could be measured.
+    With --backbone: preprocessing with PIL, the vision towers with timm's, the Llama blocks with transformers', and
+    the whole backbone, in every way it is run, with both together. Exit code 1 if a tolerance is exceeded, or nothing
+    could be measured.
 
     \b
-    Example: rsd-trt verify --backend ort --json
+    Example: rsd-trt verify --backbone eager,graph --backbone-precision bundle,bf16,fp8
     """
+    if backbone or sensitivity:
+        verify_backbone(bundle, backbone, backbone_precision, libero, sensitivity, rows, device, as_json)
+        return
+    if libero:
+        raise click.UsageError("--libero shows scenes to the backbone: it needs --backbone or --sensitivity")
     from rsd_trt.bundle import Bundle
     from rsd_trt.eval import parity
     from rsd_trt.runtime.backends import check_backend
@@ -171,6 +201,59 @@ def verify(
         from rsd_trt.tables import parity_table
 
         show(parity_table([r for r in results if "exceeded" in r]))
+    conclude(results, as_json)
+
+
+def verify_backbone(
+    path: Path,
+    kinds: Sequence[str],
+    precisions: Sequence[str],
+    suite: str | None,
+    fp8_sensitivity: bool,
+    rows: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """`rsd-trt verify --backbone` and `--sensitivity`."""
+    from rsd_trt.bundle import Bundle
+    from rsd_trt.eval import backbone_parity
+    from rsd_trt.eval.fp8_sensitivity import sensitivity
+    from rsd_trt.eval.parity import to_json
+    from rsd_trt.eval.scenes import libero_observations, random_observations
+    from rsd_trt.runtime.policy import check_device
+    from rsd_trt.tables import backbone_table, sensitivity_table
+
+    chosen = [one_of("backbone", kind, BACKBONES) for kind in kinds]
+    wanted = [one_of("backbone precision", precision, BACKBONE_PRECISIONS) for precision in precisions]
+    opened, target = Bundle.open(path), check_device(device)
+    control = opened.config.control
+    seen = list(libero_observations(suite, control)) if suite else random_observations(control, rows)
+    if fp8_sensitivity:
+        losses = [asdict(loss) for loss in sensitivity(opened, target, seen)]
+        if as_json:
+            click.echo(json.dumps(losses, indent=2))
+        else:
+            show(sensitivity_table(losses))
+        return
+    results = [to_json(x) for x in backbone_parity.verify_backbone(opened, chosen, wanted, target, seen)]
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        show(backbone_table([r for r in results if "exceeded" in r]))
+    conclude(results, as_json)
+
+
+def one_of(what: str, name: str, options: Sequence[NameT]) -> NameT:
+    """Raises UserError unless `name` is one of the options."""
+    for option in options:
+        if option == name:
+            return option
+    raise UserError(f"{what} {name!r} is unknown{did_you_mean(name, options)}")
+
+
+def conclude(results: Sequence[Mapping[str, object]], as_json: bool) -> None:
+    """Says what was not compared, unless as JSON, and raises UserError if a comparison failed or none was made."""
+    if not as_json:
         list_reasons("not measured", [r for r in results if r["status"] == "not measured"])
         list_reasons("FAILED", [r for r in results if r["status"] == "failed" and "reason" in r])
     failed = [r for r in results if r["status"] == "failed"]

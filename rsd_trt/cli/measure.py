@@ -137,7 +137,7 @@ def profile(
     if not sizes:
         raise click.UsageError(f"--batch {','.join(batch)} is not a list of sizes such as 1,8")
     from rsd_trt.bundle import Bundle
-    from rsd_trt.eval.scene import Shape
+    from rsd_trt.eval.shapes import Shape
     from rsd_trt.runtime.backends import check_backend
     from rsd_trt.runtime.policy import check_device
 

@@ -23,6 +23,7 @@ FP8_MAX = 448.0  # the largest number of E4M3
 FP8 = torch.float8_e4m3fn
 ProductName = Literal["wqkv", "wo", "w13", "w2"]  # a block's four products
 PRODUCTS: tuple[ProductName, ...] = get_args(ProductName)
+MOST_SHAPES = 256  # rows, prompt lengths and places that a block is compiled for
 ALIGNMENT = 16  # of a product's inner width, for the fast kernels
 
 
@@ -265,6 +266,9 @@ class FusedBackbone(nn.Module):
         One compilation serves all blocks of a kind.
         """
         blocks = [block for tower in self.towers for block in tower.blocks]  # type: ignore[union-attr]
+        # A shape that is not compiled would run eagerly, and slowly: so there is room for all, and none is passed over.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Padded strides would have every attention output copied.
         options: dict[str, str | int | bool | Callable[..., object]] = {"comprehensive_padding": False}
         for module in (*self.layers, *blocks, self.projector):
@@ -278,6 +282,11 @@ class FusedBackbone(nn.Module):
 def every_product(blocks: int) -> set[tuple[int, ProductName]]:
     """The products of a backbone of so many blocks that can be computed in E4M3: all but the last block's."""
     return {(i, name) for i in range(blocks - 1) for name in PRODUCTS}
+
+
+def fp8_products(blocks: int) -> set[tuple[int, ProductName]]:
+    """Those that are computed in E4M3 unless somebody chooses: all but block 0's, the most sensitive by measurement."""
+    return {(i, name) for i, name in every_product(blocks) if i > 0}
 
 
 def add(x: Tensor, branch: Tensor) -> Tensor:

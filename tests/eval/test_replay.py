@@ -18,7 +18,7 @@ from rsd_trt.eval import replay as module
 from rsd_trt.eval.replay import ReplayRequest, choose, replay, write_replay
 from rsd_trt.eval.replay_record import Replay, read_replay
 from rsd_trt.eval.results import Results
-from rsd_trt.eval.scene import Shape
+from rsd_trt.eval.shapes import Shape
 from rsd_trt.runtime import policy
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.forward import EagerForward

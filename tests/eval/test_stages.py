@@ -21,7 +21,7 @@ from rsd_trt.eval.clock import Clock
 from rsd_trt.eval.floor import Machine
 from rsd_trt.eval.plots import stage_chart
 from rsd_trt.eval.query_times import QUERIES
-from rsd_trt.eval.scene import Shape, make_scene
+from rsd_trt.eval.shapes import Shape, make_scene
 from rsd_trt.eval.stages import ORACLE, StageProfile, StagesRequest, StageTiming, Way, profile_stages, speedups
 from rsd_trt.eval.work import STAGES, Stage
 from rsd_trt.models.backbone import Backbone

@@ -8,6 +8,7 @@ import torch
 from rsd_trt.bundle import Bundle
 from rsd_trt.eval.clock import Clock
 from rsd_trt.eval.query_times import QUERIES
+from rsd_trt.eval.shapes import Shape
 from rsd_trt.eval.stages import ORACLE, StagesRequest, profile_stages
 from rsd_trt.eval.work import STAGES
 
@@ -16,8 +17,6 @@ CUDA = torch.device("cuda")
 
 
 def test_every_backbone_is_timed_stage_by_stage(bundle: Bundle) -> None:
-    from rsd_trt.eval.scene import Shape
-
     kinds = (("eager", "bundle"), ("graph", "bundle"), ("compiled", "bundle"))
     request = StagesRequest(kinds, (Shape(1, 28), Shape(2, 40)), CUDA, "fp32", samples=5, warm_up=3)
     found = profile_stages(bundle, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +11,21 @@ import pytest
 import torch
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import COMPONENTS, Mode
+from rsd_trt.config import ARM_DIMS, COMPONENTS, MODES, BackboneKind, Mode
 from rsd_trt.errors import UserError
+from rsd_trt.eval.backbone_parity import BackboneParity, exact_float32, verify_backbone
+from rsd_trt.eval.fp8_sensitivity import sensitivity
 from rsd_trt.eval.latency import ProfileRequest, profile
 from rsd_trt.eval.parity import Parity, verify
+from rsd_trt.eval.scenes import INSTRUCTIONS, random_observations
 from rsd_trt.export.run import ExportRequest, export_bundle
 from rsd_trt.flavour import find_flavour
-from rsd_trt.runtime.backends import Backend
+from rsd_trt.initialise import initialise
+from rsd_trt.runtime.backends import Backend, Launcher, open_forward
+from rsd_trt.runtime.graph_forward import GraphForward
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.speculate import Coin
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +67,114 @@ def test_every_backend_acts_alike(
     for backend in ("graph", "ort"):
         for expected, found in zip(chosen["torch"], chosen[backend], strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("backbone", ["graph", "compiled"])
+def test_every_backbone_acts_as_the_eager_one(
+    bundle: Bundle, observe: Callable[..., Observation], backbone: BackboneKind, rows: int
+) -> None:
+    """In every mode; drafts of an untrained bundle are accepted now and then with a wide tolerance."""
+    rsd = dataclasses.replace(bundle.config.rsd, tolerance=(1.0,) * ARM_DIMS)
+    wide = dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, rsd=rsd))
+    slots = list(range(rows))
+    with exact_float32():
+        for mode in MODES:
+            eager, fast = (
+                Policy.load(
+                    wide,
+                    mode,
+                    "graph",
+                    "cuda",
+                    slots=rows,
+                    rows=rows,
+                    backbone=kind,
+                    coin=Coin(0.5, 0) if mode == "random" else None,
+                )
+                for kind in ("eager", backbone)
+            )
+            routes = set()
+            for step in range(8):
+                seen = [observe(wide.config.control, 10 * step + row, "") for row in slots]  # as in the warm-up
+                for expected, found in zip(eager.act_batch(seen, slots), fast.act_batch(seen, slots), strict=True):
+                    assert (found.route, found.prefix, found.fault) == (expected.route, expected.prefix, None)
+                    np.testing.assert_allclose(found.actions, expected.actions, atol=1e-4)
+                    routes.add(found.route)
+            assert len(routes) > 1 or mode == "baseline"
+
+
+def warm_forward(bundle: Bundle, rows: int) -> tuple[GraphForward, list[list[Observation]]]:
+    """A forward whose graphs are captured, and fresh observations of the same shape."""
+    forward = open_forward(Launcher(bundle, "graph", CUDA), "dynamic", "graph")
+    assert isinstance(forward, GraphForward)
+    seen = random_observations(bundle.config.control, 8 * rows)
+    seen = [dataclasses.replace(x, instruction=INSTRUCTIONS[0]) for x in seen]
+    batches = [seen[i : i + rows] for i in range(0, len(seen), rows)]
+    for batch in batches[:2]:
+        decide(forward, batch)
+    return forward, batches
+
+
+@torch.inference_mode()
+def decide(forward: GraphForward, batch: list[Observation]) -> None:
+    """A rejected query, and a full pass without a draft: three decisions."""
+    forward.early(batch)
+    forward.draft()
+    forward.late(range(len(batch)))
+    forward.main()
+    forward.whole(batch)
+    forward.main()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_warm_queries_allocate_nothing(bundle: Bundle, rows: int) -> None:
+    forward, batches = warm_forward(bundle, rows)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    for batch in batches:
+        decide(forward, batch)
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    for counter in ("allocation.all.allocated", "num_alloc_retries", "num_device_alloc"):
+        assert after.get(counter) == before.get(counter), counter
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_decision_waits_for_the_device_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    forward, batches = warm_forward(bundle, rows)
+    real, waits = GraphForward._wait, []
+
+    def wait(self: GraphForward) -> None:
+        waits.append(1)
+        torch.cuda.set_sync_debug_mode("default")
+        real(self)
+        torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(GraphForward, "_wait", wait)
+    torch.cuda.set_sync_debug_mode("error")  # any other wait raises
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones(1, device=CUDA).item()
+        for batch in batches:
+            decide(forward, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 3 * len(batches)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no FP8")
+def test_fp8_is_close(tmp_path: Path) -> None:
+    small = initialise(tmp_path / "small", "reference", seed=0)
+    seen = random_observations(small.config.control, 8)
+    for result in verify_backbone(small, ["graph"], ["bundle", "bf16", "fp8"], CUDA, seen):
+        if not isinstance(result, BackboneParity):
+            assert "timm is not installed" in result.reason
+        elif result.precision == "fp8":
+            assert result.cosine > 0.995, result  # untrained: the first block alone costs 0.001
+        else:
+            assert not result.exceeded, result
+    losses = {row.what: row for row in sensitivity(small, CUDA, seen)}
+    assert losses["all"].cosine < losses["block 0"].cosine < 1
 
 
 def test_tensorrt_equals_pytorch_or_says_why_not(bundle: Bundle, tmp_path: Path) -> None:

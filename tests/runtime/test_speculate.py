@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -22,7 +20,6 @@ from rsd_trt.runtime.speculate import (
     commit_full,
     gripper_holds,
     refresh_due,
-    remaining,
     route_tested,
 )
 
@@ -39,39 +36,19 @@ def grippers(*signs: float) -> Tensor:
     return plan
 
 
-@given(cursors=st.lists(st.integers(0, STEPS), min_size=1, max_size=4), trailing=st.sampled_from([(), (3,), (2, 3)]))
-def test_remaining_is_slicing(cursors: list[int], trailing: tuple[int, ...]) -> None:
-    shape = (len(cursors), STEPS, *trailing)
-    chunk = torch.arange(math.prod(shape)).view(shape)
-    ahead, length = remaining(chunk, torch.tensor(cursors))
-    assert ahead.shape == chunk.shape
-    for row, cursor in enumerate(cursors):
-        assert length[row] == STEPS - cursor
-        assert torch.equal(ahead[row, : STEPS - cursor], chunk[row, cursor:])
-
-
 @pytest.mark.parametrize(
-    ("passes", "length", "prefix"),
-    [
-        ([1, 1, 1, 1], 4, 4),
-        ([1, 1, 0, 1], 4, 2),
-        ([0, 1, 1, 1], 4, 0),
-        ([1, 1, 1, 1], 3, 3),
-        ([1, 1, 1, 1], 0, 0),
-        ([1, 0, 0, 0], 3, 1),
-    ],
+    ("passes", "prefix"),
+    [([1, 1, 1, 1], 4), ([1, 1, 0, 1], 2), ([0, 1, 1, 1], 0), ([1, 0, 0, 0], 1), ([], 0)],
 )
-def test_prefix_table(passes: list[int], length: int, prefix: int) -> None:
-    assert agreeing_prefix(torch.tensor([passes]).bool(), torch.tensor([length])).tolist() == [prefix]
+def test_prefix_table(passes: list[int], prefix: int) -> None:
+    assert agreeing_prefix(torch.tensor([passes]).bool()).tolist() == [prefix]
 
 
-@given(rows=st.lists(st.tuples(booleans, prefixes), min_size=1, max_size=4))
-def test_a_prefix_never_passes_a_disagreement_nor_the_end(rows: list[tuple[list[bool], int]]) -> None:
-    passes, lengths = torch.tensor([row for row, _ in rows]), torch.tensor([length for _, length in rows])
-    for n, (row, length) in zip(agreeing_prefix(passes, lengths).tolist(), rows, strict=True):
-        assert n <= length
+@given(rows=st.lists(booleans, min_size=1, max_size=4))
+def test_a_prefix_ends_before_the_first_disagreement(rows: list[list[bool]]) -> None:
+    for n, row in zip(agreeing_prefix(torch.tensor(rows)).tolist(), rows, strict=True):
         assert all(row[:n])
-        assert n == length or not row[n]
+        assert n == len(row) or not row[n]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +70,7 @@ def test_a_gripper_switch_does_not_hold(before: float, signs: list[float], holds
 def test_a_gripper_switch_ends_the_prefix(passes: list[bool], closed: list[bool], before: bool) -> None:
     signs = [1.0 if c else -1.0 for c in closed]
     holds = gripper_holds(grippers(*signs), torch.tensor([1.0 if before else -1.0]))
-    n = int(agreeing_prefix(torch.tensor([passes]) & holds, torch.tensor([STEPS])))
+    n = int(agreeing_prefix(torch.tensor([passes]) & holds))
     assert len({before, *closed[:n]}) == 1
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import PROPRIO_DIM, ControlConfig
+from rsd_trt.config import ControlConfig
 from rsd_trt.errors import UserError
+from rsd_trt.eval.scenes import random_observations
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor
 
@@ -49,15 +49,8 @@ def make_scene(bundle: Bundle, shape: Shape, instruction: str = TYPICAL) -> Scen
         control = replace(control, prompt="{instruction}", lowercase=False)
         instruction = _text_of(bundle, control, shape.prompt_tokens)
     config = replace(bundle.config, control=control)
-    random = np.random.default_rng(0)
-    side = control.camera_size
     observations = tuple(
-        Observation(
-            random.integers(0, 256, (len(control.cameras), side, side, 3), dtype=np.uint8),
-            random.uniform(-1, 1, PROPRIO_DIM).astype(np.float32),
-            instruction,
-        )
-        for _ in range(OBSERVATIONS)
+        replace(observation, instruction=instruction) for observation in random_observations(control, OBSERVATIONS)
     )
     tokens = len(_preprocessor(bundle, control).prompt_tokens(instruction))
     return Scene(replace(bundle, config=config), len(control.cameras), tokens, observations)
