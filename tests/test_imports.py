@@ -15,18 +15,18 @@ import rsd_trt
 PACKAGE = Path(rsd_trt.__file__).parent
 # A module imports from its own line and the lines above it. Stages of one line do not import each other.
 LAYERS = (
-    {"__init__", "errors", "config", "files", "jsonio", "presets", "host"},
+    {"__init__", "errors", "config", "files", "isolated", "jsonio", "presets", "host"},
     {"models"},
     {"bundle", "initialise", "flavour", "manifest", "info"},
     {"export", "runtime"},
-    {"eval", "tables"},
+    {"eval", "checks", "doctor", "tables"},
     {"reference"},
     {"cli"},
 )
 APART = {"export", "runtime"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "transformers"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
-WITHOUT_TORCH |= {"jsonio", "manifest", "presets", "tables"}
+WITHOUT_TORCH |= {"jsonio", "manifest", "presets", "tables", "checks", "doctor", "isolated"}
 
 
 def python_files() -> Iterator[Path]:

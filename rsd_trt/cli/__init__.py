@@ -7,7 +7,7 @@ import logging
 import click
 
 from rsd_trt import __version__
-from rsd_trt.cli import bundles, deploy, evaluate, reports
+from rsd_trt.cli import bundles, deploy, doctor, evaluate, reports
 from rsd_trt.errors import UserError, did_you_mean
 
 
@@ -43,5 +43,5 @@ def main(verbose: bool) -> None:
     )
 
 
-for command in (*bundles.COMMANDS, *deploy.COMMANDS, *evaluate.COMMANDS, *reports.COMMANDS):
+for command in (*bundles.COMMANDS, *doctor.COMMANDS, *deploy.COMMANDS, *evaluate.COMMANDS, *reports.COMMANDS):
     main.add_command(command)
