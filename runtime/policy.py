@@ -14,8 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import ARM_DIMS, DEFAULT_ENGINES, PROPRIO_DIM, BundleConfig, Mode, Precision
-from rsd_trt.errors import PolicyFault, UserError
+from rsd_trt.config import (
+    ARM_DIMS,
+    DEFAULT_BUNDLE,
+    DEFAULT_ENGINES,
+    MODES,
+    PROPRIO_DIM,
+    BundleConfig,
+    Mode,
+    Precision,
+)
+from rsd_trt.errors import PolicyFault, UserError, did_you_mean
 from rsd_trt.manifest import Batch
 from rsd_trt.models.backbone import Backbone, BackboneState
 from rsd_trt.models.fused import agreeing_steps
@@ -84,7 +93,7 @@ class Policy:
     @classmethod
     def load(
         cls,
-        bundle: Bundle,
+        bundle: Bundle | Path | str = DEFAULT_BUNDLE,
         mode: Mode = "rsd",
         backend: str = "torch",
         device: str = "cpu",
@@ -94,11 +103,19 @@ class Policy:
         precision: Precision = "fp32",
         engines: Path = DEFAULT_ENGINES,
     ) -> Policy:
-        """Loads every part of the bundle onto `device` and warms up. rows: queries that may share a forward.
+        """Loads every part of the bundle, or of the one in that folder, onto `device` and warms up.
+
+        backend: what runs draft, head and decoder: torch, graph, ort or trt. n_action_steps: actions that a query
+        commits at most, 1..T (default: the bundle's). slots: environments driven at once. rows: queries that may share
+        a forward. precision: of draft and head. engines: the folder of exports.
 
         Raises:
-            UserError: a part that is missing or does not fit, an unknown backend, or no such device.
+            UserError: a part that is missing or does not fit, an unknown mode or backend, or no such device.
         """
+        if mode not in MODES:
+            raise UserError(f"mode {mode!r} is unknown{did_you_mean(mode, MODES)}")
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(Path(bundle))
         target = check_device(device)
         launcher = Launcher(bundle, check_backend(backend), target, precision, engines)
         batch: Batch = "1" if rows == 1 else "dynamic"
