@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from rsd_trt.config import FORMAT_VERSION, BundleConfig, Component, Precision
 from rsd_trt.errors import UserError
-from rsd_trt.jsonio import from_json, to_json
+from rsd_trt.files import own
+from rsd_trt.jsonio import from_json, named, parse, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +61,12 @@ class Bundle:
         """
         file = path / CONFIG
         try:
-            data = json.loads(file.read_text("utf-8"))
+            text = own(file).read_text("utf-8")
         except FileNotFoundError:
             raise UserError(f"{path} is not a bundle ({CONFIG} is missing). Make one: rsd-trt init {path}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
+        data = parse(text, str(file))
         version = data.get("format_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise UserError(f"{file} has format_version {version}, this version reads {FORMAT_VERSION}: update rsd-trt")
@@ -76,7 +78,7 @@ class Bundle:
 
     def digest(self, file: str) -> str | None:
         """sha256 of one of the bundle's files, computed once; None when it is absent."""
-        if file not in self._digests and (self.path / file).is_file():
+        if file not in self._digests and own(self.path / file).is_file():
             self._digests[file] = sha256(self.path / file)
         return self._digests.get(file)
 
@@ -189,20 +191,25 @@ class Bundle:
         """The prompt's tokenizer."""
         from tokenizers import Tokenizer
 
-        file = self.path / TOKENIZER
+        file = own(self.path / TOKENIZER)
         if not file.is_file():
             raise UserError(f"{file} is missing: the bundle is incomplete")
         try:
-            return Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{file} cannot be read: {error}") from None
+            tokenizer = Tokenizer.from_file(str(file))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exception, and its panics are not even that
+            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:400]}") from None
+        tokenizer.no_padding()  # rows are padded, and prompts kept whole, by whoever makes a batch of them
+        tokenizer.no_truncation()
+        return tokenizer
 
     def _load(self, part: str, build: Callable[[], ModuleT], dtype: torch.dtype, device: torch.device | str) -> ModuleT:
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        file = self.file(part)
+        file = own(self.file(part))
         if not file.is_file():
             raise UserError(f"{file} is missing: the bundle has no {part}")
         with torch.device("meta"):
@@ -229,20 +236,27 @@ def check_keys(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     Raises:
         UserError: missing, unexpected and mis-shaped keys, at most ten of each, with the file.
     """
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    wanted = module.state_dict()
+    expected = {key: tuple(value.shape) for key, value in wanted.items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     shapes = [
         f"{key} is {list(found[key])}, not {list(shape)}"
         for key, shape in expected.items()
         if key in found and found[key] != shape
     ]
+    kinds = [
+        f"{key} is {state[key].dtype}"
+        for key in expected
+        if key in found and state[key].is_floating_point() != wanted[key].is_floating_point()
+    ]
     problems = [
-        f"{kind}: {', '.join(keys[:LISTED_KEYS])}"
+        f"{kind}: {', '.join(map(named, keys[:LISTED_KEYS]))}"
         + (f" and {more} more" if (more := len(keys) - LISTED_KEYS) > 0 else "")
         for kind, keys in (
             ("missing", sorted(expected.keys() - found.keys())),
             ("unexpected", sorted(found.keys() - expected.keys())),
             ("of another shape", shapes),
+            ("of another kind of number", kinds),
         )
         if keys
     ]
@@ -288,7 +302,7 @@ def copy_with(bundle: Bundle, config: BundleConfig, path: Path) -> Bundle:
     """
     with new_folder(path) as folder:
         for file in bundle.path.iterdir():
-            if file.is_file():
+            if own(file).is_file():
                 shutil.copyfile(file, folder / file.name)
         (folder / CONFIG).write_text(json.dumps(to_json(config), indent=2) + "\n", "utf-8")
     return Bundle.open(path)
