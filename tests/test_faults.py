@@ -1,4 +1,4 @@
-"""Faults that no other test injects: what is kept, and what the message says. docs/architecture.md lists all of them."""
+"""Faults that no other test injects: what is kept, and what the message says. All: docs/architecture.md."""
 
 from __future__ import annotations
 
