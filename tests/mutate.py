@@ -36,6 +36,10 @@ EQUIVALENT: dict[str, str] = {
     "number: LEAST_RESAMPLED = 10  # with fewer episodes a bootstrap interval is far too narrow to be shown": (
         "a number that was chosen; the tests go by it"
     ),
+    "number: baseline: Sequence[tuple[float, int]], other: Sequence[tuple[float, int]], seed: int = 0": "any seed does",
+    "number: def bootstrap_share(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Interval | None:": (
+        "any seed does"
+    ),
 }
 
 COMPARE = {

@@ -178,3 +178,9 @@ def test_percentiles() -> None:
 
 def test_mcnemar_of_many_pairs_is_a_number() -> None:
     assert math.isfinite(mcnemar_exact(5000, 5200).p)
+
+
+def test_a_share_has_an_interval_from_the_least_number_of_episodes_on() -> None:
+    parts, wholes = [1.0, 2.0] * LEAST_RESAMPLED, [4.0] * 2 * LEAST_RESAMPLED
+    assert bootstrap_share(parts[:LEAST_RESAMPLED], wholes[:LEAST_RESAMPLED]) is not None
+    assert bootstrap_share(parts[: LEAST_RESAMPLED - 1], wholes[: LEAST_RESAMPLED - 1]) is None
