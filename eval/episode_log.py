@@ -10,7 +10,7 @@ from pathlib import Path
 from rsd_trt.errors import UserError
 from rsd_trt.eval.results import Episode, Settings
 from rsd_trt.files import write_atomically
-from rsd_trt.jsonio import from_json, to_json
+from rsd_trt.jsonio import from_json, named, shown, to_json
 
 
 class EpisodeLog:
@@ -97,6 +97,9 @@ def _differences(stored: object, wanted: object, path: str = "") -> str:
     """Every setting that differs, by its path and with both values; empty when none does."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
         keys = {**wanted, **stored}
-        found = (_differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key) for key in keys)
+        found = (
+            _differences(stored.get(key), wanted.get(key), f"{path}.{named(key)}" if path else named(key))
+            for key in keys
+        )
         return ", ".join(text for text in found if text)
-    return "" if stored == wanted else f"{path or 'its first line'} is {stored!r} there and {wanted!r} here"
+    return "" if stored == wanted else f"{path or 'its first line'} is {shown(stored)} there and {shown(wanted)} here"

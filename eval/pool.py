@@ -27,7 +27,7 @@ from typing import Protocol
 import numpy as np
 
 from rsd_trt.config import Dims
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, out_of_memory
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
 from rsd_trt.eval.rollout import Asking, Assignment, Broken, Finished
 from rsd_trt.runtime.observation import Observation
@@ -294,6 +294,8 @@ def _decide(policy: Answering, observations: Sequence[Observation], slots: Seque
     except Exception as error:
         log.exception("the policy broke")
         if len(slots) == 1:
+            if (full := out_of_memory(error)) is not None:  # no other query would fit either
+                raise full from None
             return [Query(np.zeros((0, 0), np.float32), "fault", fault=f"{type(error).__name__}: {error}")]
         for slot in slots:
             policy.reset(slot)  # how far the broken forward got with the plans is not known: all make new ones

@@ -24,13 +24,15 @@ from numpy.typing import NDArray
 from rsd_trt.config import ARM_DIMS, ControlConfig, Dims, Mode, PolicyKind, Quantiles, RsdConfig
 from rsd_trt.errors import UserError
 from rsd_trt.eval.disturb import Offset
-from rsd_trt.jsonio import from_json, json_schema, to_json
+from rsd_trt.jsonio import from_json, json_schema, parse, shown, to_json
 from rsd_trt.runtime.plan import Query, Verdict
 from rsd_trt.runtime.speculate import Route
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
-MAX_BYTES = 1 << 29  # of a results file: a compressed one may not fill the memory
+MAX_BYTES = 1 << 29  # of a results file
+MAX_RATIO = 100  # by which it may have been compressed (ours are by 10 to 40): a small file may not fill the memory
+ALWAYS = 1 << 22  # bytes that a compressed file may have, however small it is
 HISTOGRAM_BINS = 20  # of executed actions, over [-1, 1]
 
 LATER_CONTROL = ("resize", "statistics")  # settings below `control` that did not exist when runs were first named
@@ -200,6 +202,9 @@ class Settings:
         rate = self.accept_rate
         _require((rate is not None) == (self.mode == "random"), f"settings.accept_rate {rate} in mode {self.mode}")
         _require(rate is None or 0 <= rate <= 1, f"settings.accept_rate {rate} must be in 0..1")
+        _require(
+            Path(self.suite).name == self.suite, f"settings.suite {shown(self.suite)} is no name: it names a folder"
+        )
         for name, least in (("trials", 0), ("n_action_steps", 1), ("backbone_blocks", 0), ("levels", 2)):
             found = getattr(self, name)
             _require(found >= least, f"settings.{name} {found} must be >= {least}")
@@ -318,19 +323,21 @@ def read_results(path: Path) -> Results:
         UserError: it is absent, not a results file, of another version, or damaged.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            text = stream.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise UserError(f"{path} holds more than {MAX_BYTES:,} bytes: no results file does")
-        data = json.loads(text)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        compressed = path.suffix == ".gz"
+        most = min(MAX_BYTES, max(ALWAYS, MAX_RATIO * path.stat().st_size)) if compressed else MAX_BYTES
+        with gzip.open(path) if compressed else path.open("rb") as stream:
+            text = stream.read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if len(text) > most:
+        raise UserError(f"{path} holds more than {most:,} bytes: no results file does")
+    data = parse(text, str(path))
     if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
         raise UserError(f"{path} is not a results file of rsd-trt eval")
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path} has schema_version {version!r}, this version reads {SCHEMA_VERSION}: "
+            f"{path} has schema_version {shown(version)}, this version reads {SCHEMA_VERSION}: "
             + ("update rsd-trt" if isinstance(version, int) and version > SCHEMA_VERSION else "evaluate again")
         )
     return from_json(Results, data, str(path))

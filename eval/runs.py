@@ -15,7 +15,7 @@ from rsd_trt.eval.compare import Comparison, compare, differences
 from rsd_trt.eval.results import Results, read_results
 from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.summary import summarise
-from rsd_trt.jsonio import to_json
+from rsd_trt.jsonio import named, shown, to_json
 
 RECORDED = ("episodes", "settings", "throughput", "command")  # not figures: they do not follow from the episodes
 RELATIVE = 1e-6  # difference of two figures that are still the same: sums depend on the order
@@ -79,15 +79,15 @@ def _check_figure(path: Path, name: str, value: object, found: object) -> None:
     """Raises UserError unless a JSON value is the one found, floats being equal but for `RELATIVE`."""
     if isinstance(value, dict) and isinstance(found, dict):
         for key in {**found, **value}:
-            _check_figure(path, f"{name}.{key}", value.get(key), found.get(key))
+            _check_figure(path, f"{name}.{named(key)}", value.get(key), found.get(key))
     elif isinstance(value, list) and isinstance(found, list) and len(value) == len(found):
         for i, pair in enumerate(zip(value, found, strict=True)):
             _check_figure(path, f"{name}[{i}]", *pair)
     elif isinstance(value, float) and isinstance(found, (int, float)):
         if not math.isclose(value, found, rel_tol=RELATIVE):
-            raise UserError(f"{path} is damaged: {name} is {value!r}, its episodes give {found!r}")
+            raise UserError(f"{path} is damaged: {name} is {shown(value)}, its episodes give {shown(found)}")
     elif value != found:
-        raise UserError(f"{path} is damaged: {name} is {value!r}, its episodes give {found!r}")
+        raise UserError(f"{path} is damaged: {name} is {shown(value)}, its episodes give {shown(found)}")
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:

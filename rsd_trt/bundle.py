@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from rsd_trt.config import FORMAT_VERSION, BundleConfig, Component, Precision
 from rsd_trt.errors import UserError
-from rsd_trt.files import new_folder
-from rsd_trt.jsonio import from_json, to_json
+from rsd_trt.files import new_folder, own
+from rsd_trt.jsonio import from_json, parse, to_json
 from rsd_trt.openvla import without_unused
 from rsd_trt.weights import Entry, check_folder, check_keys, contents, fill, sha256
 
@@ -62,11 +62,12 @@ class Bundle:
         """
         file = path / CONFIG
         try:
-            data = json.loads(file.read_text("utf-8"))
+            text = own(file).read_text("utf-8")
         except FileNotFoundError:
             raise UserError(f"{path} is not a bundle ({CONFIG} is missing). Make one: rsd-trt init {path}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
+        data = parse(text, str(file))
         version = data.get("format_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise UserError(f"{file} has format_version {version}, this version reads {FORMAT_VERSION}: update rsd-trt")
@@ -96,15 +97,15 @@ class Bundle:
         file = self.file(part)
         if not self.has(part):
             raise UserError(f"{file} is missing: the bundle has no {part}")
-        own = [file] if file.is_file() else []
+        mine = [own(file)] if file.is_file() else []
         if part != "backbone" or self.config.backbone_weights is None:
-            return contents(own)
+            return contents(mine)
         shards = check_folder(self.config.backbone_weights, self.path / self.config.backbone_weights.folder, whole)
-        return without_unused(contents([*own, *shards]), self.config.backbone)
+        return without_unused(contents([*mine, *shards]), self.config.backbone)
 
     def digest(self, file: str) -> str | None:
         """sha256 of one of the bundle's files, computed once; None when it is absent."""
-        if file not in self._digests and (self.path / file).is_file():
+        if file not in self._digests and own(self.path / file).is_file():
             self._digests[file] = sha256(self.path / file)
         return self._digests.get(file)
 
@@ -210,6 +211,7 @@ class Bundle:
 
     def tokenizer(self) -> Tokenizer:
         """The prompt's tokenizer."""
+        own(self.path / TOKENIZER)
         return read_tokenizer(self.path)
 
     def outline(self, part: str, whole: bool = False) -> nn.Module:
@@ -265,9 +267,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not file.is_file():
         raise UserError(f"{file} is missing: {folder} is incomplete")
     try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{file} cannot be read: {error}") from None
+        tokenizer = Tokenizer.from_file(str(file))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:400]}") from None
+    tokenizer.no_padding()  # rows are padded, and prompts kept whole, by whoever makes a batch of them
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def save(path: Path, config: BundleConfig, parts: dict[str, nn.Module], tokenizer: Tokenizer) -> Bundle:
@@ -313,7 +320,7 @@ def copy_with(bundle: Bundle, config: BundleConfig, path: Path) -> Bundle:
     """
     with new_folder(path) as folder:
         for file in bundle.path.iterdir():
-            if file.is_file():
+            if own(file).is_file():
                 shutil.copyfile(file, folder / file.name)
         write_config(folder, config)
     return Bundle.open(path)

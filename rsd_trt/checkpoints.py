@@ -40,7 +40,10 @@ class Checkpoint:
     @property
     def entries(self) -> dict[str, Entry]:
         """The shapes, as those of a safetensors file."""
-        return {key: Entry(self.file, tuple(value.shape)) for key, value in self.state.items()}
+        return {
+            key: Entry(self.file, tuple(value.shape), "F32" if value.is_floating_point() else "I64")
+            for key, value in self.state.items()
+        }
 
     def size(self, key: str, axis: int) -> int:
         """The length of a tensor's axis.

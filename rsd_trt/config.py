@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 from rsd_trt.errors import UserError
+from rsd_trt.jsonio import shown
 
 FORMAT_VERSION = 1
 PROPRIO_DIM = 8  # end-effector position 3, axis-angle 3, gripper joints 2
 TOWERS = 2  # vision towers side by side
+MAX_SIZE = 1 << 18  # of any width, vocabulary or picture: a hostile configuration may not fill the memory,
+MAX_COUNT = 1 << 10  # nor keep anyone busy with building blocks, layers, steps or levels one by one
+MAX_PIXELS = 1 << 12  # a side
+COUNTS = ("blocks", "heads", "prefix_tokens", "T", "A", "D", "L", "C", "K")
 MAX_BATCH = 64  # rows that engines with a dynamic batch take
 ARM_DIMS = 6  # dx dy dz droll dpitch dyaw; the gripper is the action dimension behind them
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
@@ -254,17 +259,25 @@ class BundleConfig:
         control = self.control
         _require(
             self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() and self.name[0] not in ".-",
-            f"name {self.name!r} must be letters, digits, '-', '_' and '.': it names the folder of the exports",
+            f"name {shown(self.name)} must be letters, digits, '-', '_' and '.': it names the folder of the exports",
         )
-        _require(control.camera_size > 0, f"control.camera_size {control.camera_size} must be positive")
-        _require(control.settle_steps >= 0, f"control.settle_steps {control.settle_steps} must be at least 0")
+        for name, low, value, high in (
+            ("control.camera_size", 1, control.camera_size, MAX_PIXELS),
+            ("control.settle_steps", 0, control.settle_steps, MAX_SIZE),
+            ("backbone.image_size", 1, self.backbone.image_size, MAX_PIXELS),
+        ):
+            _require(low <= value <= high, f"{name} {value} is not in {low}..{high}")
         _require(
-            all(steps > 0 for steps in control.max_steps.values()),
-            f"control.max_steps {control.max_steps} must be positive",
+            all(0 < steps <= MAX_SIZE for steps in control.max_steps.values()),
+            f"control.max_steps {list(control.max_steps.values())[:8]} must be in 1..{MAX_SIZE}",
         )
         _require(0 < control.center_crop <= 1, f"control.center_crop {control.center_crop} is not in (0, 1]")
+        _require(
+            control.camera_size**2 * control.center_crop >= 1,
+            f"control.center_crop {control.center_crop} leaves no pixel of {control.camera_size} a side",
+        )
         _require(bool(control.cameras), "control.cameras is empty; name at least one camera")
-        _require("{instruction}" in control.prompt, f"control.prompt {control.prompt!r} lacks {{instruction}}")
+        _require("{instruction}" in control.prompt, f"control.prompt {shown(control.prompt)} lacks {{instruction}}")
         for name, quantiles, size in (
             ("control.action_quantiles", control.action_quantiles, dims.A),
             ("control.proprio_quantiles", control.proprio_quantiles, PROPRIO_DIM),
@@ -289,8 +302,8 @@ class BundleConfig:
         for section, config in sections.items():
             for name, value in vars(config).items():
                 key = f"{section}.{name}"
-                bound = least.get(key, 1)
-                _require(type(value) is not int or value >= bound, f"{key} {value} must be at least {bound}")
+                low, high = least.get(key, 1), MAX_COUNT if name in COUNTS else MAX_SIZE
+                _require(type(value) is not int or low <= value <= high, f"{key} {value} is not in {low}..{high}")
 
     @property
     def hidden(self) -> int:

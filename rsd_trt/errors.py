@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import sys
 from collections.abc import Iterable
 
 
@@ -28,3 +30,19 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def missing_extra(package: str, extra: str) -> Unavailable:
     """The error for an optional dependency that is not installed."""
     return Unavailable(f"{package} is not installed. Install it: pip install 'rsd-trt[{extra}]'")
+
+
+def out_of_memory(error: BaseException) -> UserError | None:
+    """What PyTorch says when a GPU's memory is full, as one line: what was asked for and what is free, if it says so.
+    None for any other error."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return None
+    wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    free = re.search(r"([\d.]+ \w+) (?:is )?free", str(error))
+    facts = [f"{wanted[1]} more were needed" if wanted else "", f"{free[1]} are free" if free else ""]
+    told = ", ".join(filter(None, facts))
+    return UserError(
+        f"the GPU's memory is full{': ' * bool(told)}{told}. End what else uses it (nvidia-smi), or take fewer "
+        "--workers, a smaller --batch, or --device cpu"
+    )

@@ -13,6 +13,19 @@ from pathlib import Path
 from rsd_trt.errors import UserError
 
 
+def own(path: Path) -> Path:
+    """`path`, unless it is a symbolic link (it may lead anywhere) or something that reading may hang on.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which may lead anywhere. Put the file itself in its place")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file. Put the file itself in its place")
+    return path
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to. It becomes `path` when the block ends well, and is removed when it does not."""

@@ -57,7 +57,7 @@ def gpu(device: str = "cuda") -> Gpu | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.name, f"{properties.major}.{properties.minor}", _driver())
+    return Gpu(properties.name, f"{properties.major}.{properties.minor}", driver() or "unknown")
 
 
 def hardware(device: str) -> dict[str, str | int]:
@@ -104,8 +104,8 @@ class GpuMeter:
             self.mean = sum(samples) / len(samples) / 100
 
 
-def _driver() -> str:
-    """The NVIDIA driver's version, from the kernel module or from nvidia-smi."""
+def driver() -> str | None:
+    """The NVIDIA driver's version, from the kernel module or from nvidia-smi; None where neither knows it."""
     try:
         return Path("/sys/module/nvidia/version").read_text("utf-8").strip()
     except OSError:
@@ -113,8 +113,8 @@ def _driver() -> str:
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return lines[0] if lines else "unknown"
+        return None
+    return lines[0] if lines else None
 
 
 def _cpu_name() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import reprlib
 import sys
 import types
 import typing
@@ -19,6 +20,31 @@ from rsd_trt.errors import UserError, did_you_mean
 ConfigT = TypeVar("ConfigT")
 MAX_INT = 2**63 - 1
 MAX_DEPTH = 32  # of a value without a type
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlist, _SHOWN.maxdict = 3, 200, 200, 12, 12
+
+
+def parse(text: str | bytes, where: str) -> object:
+    """JSON text as plain values.
+
+    Raises:
+        UserError: `where` cannot be read: it is no JSON, no Unicode, too deep, or has a number of too many digits.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise UserError(f"{where} cannot be read: {error}") from None
+
+
+def shown(value: object) -> str:
+    """A value that came from a file, for a message: short, on one line, whatever it is."""
+    return _SHOWN.repr(value)
+
+
+def named(key: object) -> str:
+    """A key that came from a file, for a message: as it is, if that is short and can be printed."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= 80 else shown(text)
 
 
 def to_json(config: object) -> dict[str, object]:
@@ -66,20 +92,20 @@ def _build(kind: object, value: object, where: str, path: str) -> object:
     if origin is Literal:
         if value in arguments and isinstance(value, str):
             return value
-        raise UserError(f"{where}: {path} is {value!r}{did_you_mean(str(value), map(str, arguments))}")
+        raise UserError(f"{where}: {path} is {shown(value)}{did_you_mean(str(value)[:80], map(str, arguments))}")
     if origin is tuple and isinstance(value, (list, tuple)):
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise UserError(f"{where}: {path} has {len(value)} entries, not {len(arguments)}")
         return tuple(_build(arguments[0], entry, where, f"{path}[{i}]") for i, entry in enumerate(value))
     if origin is dict and isinstance(value, dict):
         keys = [_text(str(key), where, path) for key in value]
-        return {key: _build(arguments[1], value[key], where, f"{path}.{key}") for key in keys}
+        return {key: _build(arguments[1], value[key], where, f"{path}.{named(key)}") for key in keys}
     if kind is object:
         _check_value(value, where, path, MAX_DEPTH)
         return value
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not abs(value) <= sys.float_info.max:  # infinity, NaN, or a whole number that is too large
-            raise UserError(f"{where}: {path} is {value!r}, not a finite number")
+            raise UserError(f"{where}: {path} is {shown(value)}, not a finite number")
         return float(value)
     if kind is int and type(value) is int and abs(value) > MAX_INT:
         raise UserError(f"{where}: {path} is too large a whole number")
@@ -87,7 +113,7 @@ def _build(kind: object, value: object, where: str, path: str) -> object:
         return _text(value, where, path)
     if kind in (int, bool) and type(value) is kind:
         return value
-    raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not {_describe(kind)}")
+    raise UserError(f"{where}: {path or 'the top level'} is {shown(value)}, not {_describe(kind)}")
 
 
 def _text(value: str, where: str, path: str) -> str:
@@ -95,7 +121,7 @@ def _text(value: str, where: str, path: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {path} is {value!a}, not Unicode text") from None
+        raise UserError(f"{where}: {path} is {value[:80]!a}, not Unicode text") from None
     return value
 
 
@@ -105,7 +131,7 @@ def _check_value(value: object, where: str, path: str, depth: int) -> None:
         raise UserError(f"{where}: {path.split('.')[0]} is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
         for key, entry in value.items():
-            _check_value(entry, where, f"{path}.{_text(str(key), where, path)}", depth - 1)
+            _check_value(entry, where, f"{path}.{named(_text(str(key), where, path))}", depth - 1)
     elif isinstance(value, (list, tuple)):
         for i, entry in enumerate(value):
             _check_value(entry, where, f"{path}[{i}]", depth - 1)
@@ -117,13 +143,13 @@ def _check_value(value: object, where: str, path: str, depth: int) -> None:
 
 def _build_dataclass(cls: type, value: object, where: str, path: str) -> object:
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}: {path or 'the top level'} is {value!r}, not an object")
+        raise UserError(f"{where}: {path or 'the top level'} is {shown(value)}, not an object")
     hints = _type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in fields:
-            raise UserError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), fields)}")
+            raise UserError(f"{where}: unknown key {prefix}{named(key)}{did_you_mean(str(key)[:80], fields)}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in value:

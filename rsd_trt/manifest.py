@@ -15,8 +15,9 @@ from typing import Literal
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import Component, Precision
 from rsd_trt.errors import UserError
+from rsd_trt.files import own
 from rsd_trt.host import Gpu
-from rsd_trt.jsonio import from_json
+from rsd_trt.jsonio import from_json, parse, shown
 from rsd_trt.weights import sha256
 
 SCHEMA_VERSION = 1
@@ -98,7 +99,7 @@ class Manifest:
                 raise UserError(f"the engine manifest is incomplete: {artefact.name} lacks its files or its build")
             for file in artefact.files:
                 if Path(file.name).name != file.name or file.name in ("", ".", ".."):
-                    raise UserError(f"the engine manifest names a file outside its folder: {file.name!r}")
+                    raise UserError(f"the engine manifest names a file outside its folder: {shown(file.name)}")
 
     def find(self, component: Component, precision: Precision, batch: Batch, kind: Kind) -> Artefact | None:
         key = (component, precision, batch, kind)
@@ -123,12 +124,12 @@ def read_manifest(folder: Path, bundle: Bundle) -> Manifest:
     """
     file = folder / MANIFEST
     try:
-        return from_json(Manifest, json.loads(file.read_text("utf-8")), str(file))
+        return from_json(Manifest, parse(own(file).read_text("utf-8"), str(file)), str(file))
     except FileNotFoundError:
         return Manifest(bundle.config.name)
     except UserError as error:
         raise UserError(f"{error}. Rebuild: {REMEDY}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}. Rebuild: {REMEDY}") from None
 
 

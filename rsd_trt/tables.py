@@ -9,6 +9,7 @@ from typing import cast
 from rich.markup import escape
 from rich.table import Table
 
+from rsd_trt.doctor import Line
 from rsd_trt.eval.calibrate import Calibration
 from rsd_trt.eval.compare import FIGURES
 from rsd_trt.eval.conclusion import targets
@@ -297,6 +298,19 @@ def calibration_table(calibration: Calibration) -> Table:
         )
         if name == "chosen":
             table.add_section()
+    return table
+
+
+def doctor_table(lines: Sequence[Line], backend: str) -> Table:
+    """`rsd-trt doctor`: a row for each check."""
+    styles = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "broken": "[bold red]BROKEN[/]"}
+    table = Table(title=f"for --backend {backend}")
+    table.add_column("state")
+    table.add_column("what")
+    table.add_column("found", overflow="fold", ratio=3)
+    table.add_column("remedy", overflow="fold", ratio=2)
+    for line in lines:
+        table.add_row(styles[line.state], line.what, escape(line.found), escape(line.remedy or ""))
     return table
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rsd_trt.config import WeightFile, WeightsFolder
 from rsd_trt.errors import UserError
+from rsd_trt.jsonio import named as printable
 
 if TYPE_CHECKING:
     from typing import TypeVar
@@ -40,6 +41,7 @@ class Entry:
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it: F32, BF16, I64
 
 
 def contents(files: Collection[Path]) -> dict[str, Entry]:
@@ -54,7 +56,8 @@ def contents(files: Collection[Path]) -> dict[str, Entry]:
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
                 if key in found:
                     raise UserError(f"{key} is in both {found[key].file} and {file}: one of them is of another model")
-                found[key] = Entry(file, tuple(tensors.get_slice(key).get_shape()))
+                part = tensors.get_slice(key)
+                found[key] = Entry(file, tuple(part.get_shape()), part.get_dtype())
     return found
 
 
@@ -76,15 +79,22 @@ def check_keys(module: nn.Module, found: Mapping[str, Entry], where: Path) -> No
     Raises:
         UserError: missing, unexpected and mis-shaped keys, at most ten of each, with their files.
     """
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    wanted = module.state_dict()
+    expected = {key: tuple(value.shape) for key, value in wanted.items()}
 
     def named(key: str) -> str:
-        return key if found[key].file == where else f"{key} ({found[key].file.name})"
+        text = printable(key)
+        return text if found[key].file == where else f"{text} ({found[key].file.name})"
 
     shapes = [
         f"{named(key)} is {list(found[key].shape)}, not {list(shape)}"
         for key, shape in expected.items()
         if key in found and found[key].shape != shape
+    ]
+    kinds = [
+        f"{named(key)} is {found[key].dtype}"
+        for key in expected
+        if key in found and ("F" in found[key].dtype) != wanted[key].is_floating_point()
     ]
     problems = [
         f"{kind}: {listed(keys)}"
@@ -92,6 +102,7 @@ def check_keys(module: nn.Module, found: Mapping[str, Entry], where: Path) -> No
             ("missing", sorted(expected.keys() - found.keys())),
             ("unexpected", [named(key) for key in sorted(found.keys() - expected.keys())]),
             ("of another shape", shapes),
+            ("of another kind of number", kinds),
         )
         if keys
     ]

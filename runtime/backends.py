@@ -76,7 +76,7 @@ class Launcher:
         key = (component, precision, batch, flavour.target)
         artefact, file = usable(self.bundle, self.engines, key, flavour.version, gpu)
         self.opened[component] = artefact.files[0].sha256
-        return TrtSession(file, signature, device, flavour)
+        return TrtSession(file, signature, device, flavour, artefact.files[0].sha256)
 
 
 def check_backend(name: str) -> Backend:

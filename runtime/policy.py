@@ -16,7 +16,9 @@ from torch import Tensor
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import (
     ARM_DIMS,
+    DEFAULT_BUNDLE,
     DEFAULT_ENGINES,
+    MODES,
     PROPRIO_DIM,
     BackboneKind,
     BackbonePrecision,
@@ -24,7 +26,7 @@ from rsd_trt.config import (
     Mode,
     Precision,
 )
-from rsd_trt.errors import PolicyFault, UserError
+from rsd_trt.errors import PolicyFault, UserError, did_you_mean
 from rsd_trt.manifest import Batch
 from rsd_trt.models.fused import agreeing_steps
 from rsd_trt.runtime.backends import Launcher, check_backend, open_forward
@@ -92,7 +94,7 @@ class Policy:
     @classmethod
     def load(
         cls,
-        bundle: Bundle,
+        bundle: Bundle | Path | str = DEFAULT_BUNDLE,
         mode: Mode = "rsd",
         backend: str = "torch",
         device: str = "cpu",
@@ -105,14 +107,22 @@ class Policy:
         backbone_precision: BackbonePrecision = "bundle",
         coin: Coin | None = None,
     ) -> Policy:
-        """Loads every part of the bundle onto `device` and warms up. rows: queries that may share a forward.
+        """Loads every part of the bundle, or of the one in that folder, onto `device` and warms up.
+
+        backend: what runs draft, head and decoder: torch, graph, ort or trt. n_action_steps: actions that a query
+        commits at most, 1..T (default: the bundle's). slots: environments driven at once. rows: queries that may share
+        a forward. precision: of draft and head. engines: the folder of exports.
 
         backbone: by default `eager` with the backend `torch` and on the CPU, else `graph`.
 
         Raises:
-            UserError: a part that is missing or does not fit, an unknown backend, no such device, or one without
-                enough memory.
+            UserError: a part that is missing or does not fit, an unknown mode or backend, no such device, or one
+                without enough memory.
         """
+        if mode not in MODES:
+            raise UserError(f"mode {mode!r} is unknown{did_you_mean(mode, MODES)}")
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(Path(bundle))
         target = check_device(device)
         launcher = Launcher(bundle, check_backend(backend), target, precision, engines)
         batch: Batch = "1" if rows == 1 else "dynamic"

@@ -89,9 +89,11 @@ class Preprocessor:
             text = instruction.lower() if self.control.lowercase else instruction
             ids = list(self.tokenizer.encode(self.control.prompt.replace("{instruction}", text)).ids)
             suffix = self.control.suffix_token
+            if not ids:
+                raise UserError("tokenizer.json turns the prompt into no tokens: the bundle does not fit together")
             if suffix is not None and ids[-1] != suffix:
                 ids.append(suffix)
-            if max(ids) >= self.backbone.language.vocab:
+            if not 0 <= min(ids) <= max(ids) < self.backbone.language.vocab:
                 raise UserError(
                     f"tokenizer.json or control.suffix_token gives the id {max(ids)}, "
                     f"backbone.language.vocab is {self.backbone.language.vocab}: the bundle does not fit together"

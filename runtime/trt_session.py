@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -16,19 +17,28 @@ from rsd_trt.runtime.session import BufferedSession, Buffers, Launch, capture
 class TrtSession(BufferedSession):
     """Runs an engine on torch tensors by address, from a CUDA graph for each batch size.
 
-    The caller has checked the engine's hash and the GPU: an engine is code.
+    An engine is code: with a `sha256`, the very bytes that are loaded are checked, whatever lay there before. The
+    caller has checked the GPU.
 
     Raises:
-        UserError: the engine cannot be loaded, or its ports are not the signature's.
+        UserError: the engine cannot be loaded, is not the one asked for, or its ports are not the signature's.
     """
 
-    def __init__(self, engine: Path, signature: Signature, device: torch.device, flavour: Flavour) -> None:
+    def __init__(
+        self, engine: Path, signature: Signature, device: torch.device, flavour: Flavour, sha256: str | None = None
+    ) -> None:
         super().__init__(signature, device)
+        content = engine.read_bytes()
+        if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
+            raise UserError(
+                f"{engine} was exchanged while it was loaded: its sha256 is {found[:8]}, checked was {sha256[:8]}. "
+                "Rebuild: rsd-trt export --force"
+            )
         trt = flavour.module
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
         self.runtime.engine_host_code_allowed = True  # version-compatible engines bring their own runtime
-        self.engine = self.runtime.deserialize_cuda_engine(engine.read_bytes())
+        self.engine = self.runtime.deserialize_cuda_engine(content)
         if self.engine is None:
             raise UserError(f"{flavour.target} {flavour.version} cannot load {engine}. Rebuild: rsd-trt export --force")
         ports = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]

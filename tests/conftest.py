@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,19 @@ from rsd_trt.runtime.observation import Observation
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many hostile inputs test_hostile.py tried, on whichever processes."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    tried: Counter[str] = Counter()
+    for report in reports:
+        if getattr(report, "when", "") == "teardown":
+            for name, counts in report.user_properties:
+                tried.update(counts if name == "hostile inputs" else {})
+    if tried:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in tried.items())
+        terminalreporter.write_line(f"hostile inputs tried: {tried.total()} ({kinds})")
 
 
 @pytest.fixture(scope="session")

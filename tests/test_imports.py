@@ -15,7 +15,7 @@ import rsd_trt
 PACKAGE = Path(rsd_trt.__file__).parent
 # A module imports from its own line and the lines above it. Stages of one line do not import each other.
 LAYERS = (
-    {"__init__", "errors", "config", "files", "jsonio", "presets", "host"},
+    {"__init__", "errors", "config", "files", "isolated", "jsonio", "presets", "host"},
     {"models"},
     {
         "bundle",
@@ -30,7 +30,7 @@ LAYERS = (
         "weights",
     },
     {"export", "runtime"},
-    {"eval", "tables"},
+    {"eval", "checks", "doctor", "tables"},
     {"reference"},
     {"cli"},
 )
@@ -38,6 +38,7 @@ APART = {"export", "runtime"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
 WITHOUT_TORCH |= {"jsonio", "manifest", "openvla", "openvla_config", "presets", "tables", "weights"}
+WITHOUT_TORCH |= {"checks", "doctor", "isolated"}
 
 
 def python_files() -> Iterator[Path]:
@@ -89,6 +90,9 @@ def run_at_import(body: list[ast.stmt]) -> Iterator[ast.AST]:
 def test_the_import_rule(path: Path) -> None:
     level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
     part = part_of(path)
+    if path.name == "__init__.py" and path.parent == PACKAGE:  # names its exports for type checkers
+        assert not {n for n in imported(run_at_import(ast.parse(path.read_text("utf-8")).body)) if "rsd_trt" in n}
+        return
     assert part in level, f"put {part} into LAYERS"
     for name in imported(ast.walk(ast.parse(path.read_text("utf-8")))):
         package, _, rest = name.partition(".")
@@ -123,6 +127,18 @@ def test_importing_everything_has_no_side_effect() -> None:
     )
     done = python(code)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_package_itself_imports_nothing_before_it_is_used() -> None:
+    code = (
+        "import sys, rsd_trt\n"
+        "assert not {'torch', 'numpy', 'rsd_trt.config'} & set(sys.modules)\n"
+        "assert set(rsd_trt.__all__) <= set(dir(rsd_trt))\n"
+        "for name in rsd_trt.__all__: getattr(rsd_trt, name)\n"
+        "try: rsd_trt.Polcy\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    assert python(code).stdout == "module 'rsd_trt' has no attribute 'Polcy'\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["init", "--help"], ["eval", "--help"]])

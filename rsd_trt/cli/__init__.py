@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from typing import NoReturn
 
 import click
 
 from rsd_trt import __version__
-from rsd_trt.cli import bundles, deploy, evaluate, measure, reports
-from rsd_trt.errors import UserError, did_you_mean
+from rsd_trt.cli import bundles, deploy, doctor, evaluate, measure, reports
+from rsd_trt.cli.console import stoppable
+from rsd_trt.errors import UserError, did_you_mean, out_of_memory
+
+STOPPED = "stopped. What was finished is kept, and no file is half-written: run the same command again"
 
 
 class Cli(click.Group):
@@ -16,10 +20,23 @@ class Cli(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with stoppable():
+                return super().invoke(ctx)
         except UserError as error:
-            click.secho(f"error: {error}", fg="red", err=True)
-            ctx.exit(1)
+            self._fail(ctx, str(error))
+        except KeyboardInterrupt:
+            self._fail(ctx, STOPPED)
+        except Exception as error:
+            if (explained := out_of_memory(error)) is None:
+                raise
+            self._fail(ctx, str(explained))
+
+    @staticmethod
+    def _fail(ctx: click.Context, message: str) -> NoReturn:
+        """What cannot be printed, such as a terminal's control characters out of a file, is written out."""
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        click.secho(f"error: {text}", fg="red", err=True)
+        ctx.exit(1)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -43,5 +60,6 @@ def main(verbose: bool) -> None:
     )
 
 
-for command in (*bundles.COMMANDS, *deploy.COMMANDS, *measure.COMMANDS, *evaluate.COMMANDS, *reports.COMMANDS):
-    main.add_command(command)
+for module in (bundles, doctor, deploy, measure, evaluate, reports):
+    for command in module.COMMANDS:
+        main.add_command(command)

@@ -13,6 +13,7 @@ from scipy import stats
 
 from rsd_trt.eval.statistics import (
     LEAST_RESAMPLED,
+    _percentile_interval,
     bootstrap_share,
     bootstrap_speedup,
     mcnemar_exact,
@@ -178,3 +179,34 @@ def test_percentiles() -> None:
 
 def test_mcnemar_of_many_pairs_is_a_number() -> None:
     assert math.isfinite(mcnemar_exact(5000, 5200).p)
+
+
+def test_a_share_has_an_interval_from_the_least_number_of_episodes_on() -> None:
+    parts, wholes = [1.0, 2.0] * LEAST_RESAMPLED, [4.0] * 2 * LEAST_RESAMPLED
+    assert bootstrap_share(parts[:LEAST_RESAMPLED], wholes[:LEAST_RESAMPLED]) is not None
+    assert bootstrap_share(parts[: LEAST_RESAMPLED - 1], wholes[: LEAST_RESAMPLED - 1]) is None
+
+
+def test_an_interval_is_the_middle_95_percent() -> None:
+    assert _percentile_interval(np.arange(1001.0)) == pytest.approx((25, 975))
+
+
+def test_without_any_time_there_is_no_speedup() -> None:
+    idle, busy = [(0.0, 5)] * LEAST_RESAMPLED, [(10.0, 5)] * LEAST_RESAMPLED
+    assert bootstrap_speedup(idle, busy) is None
+    assert bootstrap_speedup(busy, idle) is None
+
+
+def test_a_loss_is_proved_below_alpha_and_not_at_it() -> None:
+    assert mcnemar_exact(0, 3).p == 0.25
+    assert smallest_provable_loss(9, alpha=0.25) == 4
+
+
+def test_an_episode_without_a_step_does_not_hide_the_others() -> None:
+    episodes = [(0.0, 0), *[(10.0, 5)] * 5 * LEAST_RESAMPLED]
+    assert bootstrap_speedup(episodes, episodes) == (1.0, 1.0)
+
+
+def test_a_part_without_its_whole_is_a_bug() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        bootstrap_share([1.0] * 2 * LEAST_RESAMPLED, [4.0] * LEAST_RESAMPLED)

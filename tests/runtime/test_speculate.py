@@ -174,3 +174,10 @@ def test_acceptance_shares_add_up_to_one(routes: list[Route]) -> None:
         return
     assert sum(shares) == pytest.approx(1)
     assert shares == [routes.count(route) / tested for route in ("accepted", "partial", "rejected")]
+
+
+def test_each_tested_query_is_counted_once() -> None:
+    acceptance = Acceptance()
+    for route in ("accepted", "accepted", "partial", "rejected", "start", "fault"):
+        acceptance.add(route)  # type: ignore[arg-type]
+    assert (acceptance.accepted, acceptance.partial, acceptance.rejected) == (2, 1, 1)

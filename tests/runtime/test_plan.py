@@ -1,0 +1,63 @@
+"""What shadow mode records between queries: how far a new chunk is from the plan, by table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from rsd_trt.config import ARM_DIMS, Dims
+from rsd_trt.runtime.plan import Draft, Plan, Query, plan_gap
+
+OPEN, CLOSED = -1.0, 1.0
+
+
+def chunk(arm: list[float], gripper: list[float]) -> torch.Tensor:
+    """[T, A]: step t has `arm[t]` in every arm dimension."""
+    return torch.tensor([[a] * ARM_DIMS + [g] for a, g in zip(arm, gripper, strict=True)])
+
+
+def plan(arm: list[float], gripper: list[float], cursor: int) -> Plan:
+    return Plan(chunk(arm, gripper), torch.zeros(1), tuple(g > 0 for g in gripper), cursor)
+
+
+@pytest.mark.parametrize(
+    ("old", "cursor", "new", "most", "gap"),
+    [
+        # arm differences from the cursor on, whichever is larger
+        (([0, 0.1, 0.2, 0.3], [OPEN] * 4), 1, ([0.3, 0.1, 0.3, 9], [OPEN] * 4), 3, [(0.2, 0), (0.1, 0), (0, 0)]),
+        # at most `most` steps
+        (([0, 0.1, 0.2, 0.3], [OPEN] * 4), 1, ([0.3, 0.1, 0.3, 9], [OPEN] * 4), 1, [(0.2, 0)]),
+        # nothing behind the plan's own switch of the gripper, and nothing at all if that is next
+        (([0] * 4, [OPEN, OPEN, CLOSED, CLOSED]), 1, ([0] * 4, [OPEN] * 4), 4, [(0, 0)]),
+        (([0] * 4, [OPEN, CLOSED, CLOSED, CLOSED]), 1, ([0] * 4, [OPEN] * 4), 4, []),
+        # the gripper's sign counts, not its size; zero is open
+        (([0] * 3, [CLOSED] * 3), 1, ([0] * 3, [0.5, -0.5, 0]), 2, [(0, 0), (0, 1)]),
+        (([0] * 3, [OPEN] * 3), 1, ([0] * 3, [0.0, 0.2, 0]), 2, [(0, 0), (0, 1)]),
+        (([0] * 3, [OPEN, 0.0, 0.0]), 1, ([0] * 3, [0.0, 0.2, 0]), 2, [(0, 0), (0, 1)]),
+        # four decimals
+        (([0] * 2, [OPEN] * 2), 1, ([0.123456, 0], [OPEN] * 2), 1, [(0.1235, 0)]),
+    ],
+)
+def test_gap_table(
+    old: tuple[list[float], list[float]],
+    cursor: int,
+    new: tuple[list[float], list[float]],
+    most: int,
+    gap: list[tuple[float, float]],
+) -> None:
+    found = plan_gap(plan(*old, cursor), chunk(*new), most)
+    assert found == tuple((*[pytest.approx(arm)] * ARM_DIMS, gripper) for arm, gripper in gap)
+    assert all(round(x, 4) == x and len(step) == Dims.A for step in found for x in step)
+
+
+def test_a_new_slot_has_no_plan_and_a_query_no_time() -> None:
+    assert (Plan().cursor, Plan().accepted_in_a_row, Plan().forced(8, 8)) == (0, 0, "start")
+    query = Query(np.zeros((1, Dims.A), np.float32), "full")
+    assert query.ms == 0
+    draft = Draft(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    for record, name in ((query, "ms"), (draft, "finite")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, name, 1)

@@ -1,0 +1,130 @@
+"""The Python API as its documentation shows it, and as a program uses it without a network."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rsd_trt
+from rsd_trt.bundle import Bundle
+from rsd_trt.errors import UserError
+
+# Runs in every Python process that is started with it, before anything else.
+NO_NETWORK = """
+import os, sys
+def refuse(event, arguments):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.sendto") or (
+        event in ("socket.connect", "socket.bind") and not isinstance(arguments[1], (str, bytes))
+    ):
+        with open(os.environ["NETWORK_LOG"], "a") as log:
+            log.write(f"{event} {arguments}\\n")
+        raise PermissionError(f"network: {event} {arguments}")
+sys.addaudithook(refuse)
+"""
+SESSION = """
+import importlib, pkgutil, sys
+from pathlib import Path
+import rsd_trt
+package = Path(rsd_trt.__file__).parent
+for path in sorted(package.glob("**/*.py")) + [p for l in package.iterdir() if l.is_symlink() for p in l.glob("*.py")]:
+    parts = path.relative_to(package).with_suffix("").parts
+    importlib.import_module(".".join(("rsd_trt", *(part for part in parts if part != "__init__"))))
+from rsd_trt.cli import main
+bundle, out = sys.argv[1:]
+for backend, mode in (("torch", "rsd"), ("torch", "baseline")):
+    policy = rsd_trt.Policy.load(bundle, mode, backend)
+    policy.warm_up(1)
+main(["info", bundle], standalone_mode=False)
+main(["export", bundle, "-o", out, "--target", "onnx", "--component", "decoder"], standalone_mode=False)
+"""
+
+
+def test_the_documentation_is_right() -> None:
+    outcome = doctest.testmod(rsd_trt)
+    assert outcome.attempted >= 10
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("kind", [str, Path, Bundle.open])
+def test_a_bundle_may_be_given_by_its_path(kind: Callable[[Path], Bundle | str | Path], tiny_bundle: Path) -> None:
+    assert rsd_trt.Policy.load(kind(tiny_bundle)).config.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "rds"}, "mode 'rds' is unknown; did you mean 'rsd'?"),
+        ({"backend": "onnx"}, "backend 'onnx' is unknown"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"n_action_steps": 99}, "n_action_steps is 99; a chunk has 1..8 steps"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(settings: dict[str, str], message: str, tiny_bundle: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        rsd_trt.Policy.load(tiny_bundle, **settings)  # type: ignore[arg-type]
+    assert message in str(raised.value)
+
+
+def without_network(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with arguments; asserts that neither it nor its children asked for the network."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(NO_NETWORK)
+    log = tmp_path / "network.log"
+    path = os.pathsep.join([str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "NETWORK_LOG": str(log)}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert not log.exists(), log.read_text()
+    return done
+
+
+def test_the_network_is_watched(tmp_path: Path) -> None:
+    code = "import socket; socket.create_connection(('127.0.0.1', 9))"
+    with pytest.raises(AssertionError, match="socket"):
+        without_network(tmp_path, "-c", code)
+
+
+def test_importing_loading_and_exporting_ask_for_no_network(tmp_path: Path, tiny_bundle: Path) -> None:
+    done = without_network(tmp_path, "-c", SESSION, str(tiny_bundle), str(tmp_path / "engines"))
+    assert done.returncode == 0, done.stderr
+    assert "UNTRAINED" in done.stdout
+
+
+def test_an_evaluation_asks_for_no_network(tmp_path: Path, tiny_bundle: Path) -> None:
+    drive = str(Path(__file__).parent / "eval" / "drive.py")
+    options = ["--tasks", "0", "--trials", "1", "--max-steps", "4", "--workers", "2", "--out", str(tmp_path)]
+    done = without_network(tmp_path, drive, str(tiny_bundle), *options)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.libero
+def test_the_simulator_asks_for_no_network(tmp_path: Path) -> None:
+    code = (
+        "from rsd_trt.config import ControlConfig\n"
+        "from rsd_trt.eval.simulator import Simulator\n"
+        "simulator = Simulator('libero_spatial', 0, ControlConfig(camera_size=64))\n"
+        "simulator.reset(0)\n"
+        "print(simulator.observation().images.shape)\n"
+    )
+    done = without_network(tmp_path, "-c", code)
+    assert done.stdout == "(2, 64, 64, 3)\n", done.stderr
+
+
+def test_actions_belong_to_the_caller(tiny_bundle: Path) -> None:
+    policy = rsd_trt.Policy.load(str(tiny_bundle))
+    control = policy.config.control
+    images = np.zeros((len(control.cameras), control.camera_size, control.camera_size, 3), np.uint8)
+    observation = rsd_trt.Observation(images, np.zeros(8, np.float32), "x")
+    first = policy.act(observation)
+    kept = first.copy()
+    policy.reset()
+    second = policy.act(observation)
+    assert np.array_equal(first, second)
+    second[:] = 0
+    assert np.array_equal(first, kept)

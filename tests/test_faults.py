@@ -1,0 +1,216 @@
+"""Faults that no other test injects: what is kept, and what the message says. All: docs/architecture.md."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import synthetic
+import torch
+from click.testing import CliRunner
+from doubles import Reader, World
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.cli import main
+from rsd_trt.config import Precision
+from rsd_trt.errors import UserError
+from rsd_trt.eval.episode_log import EpisodeLog
+from rsd_trt.eval.pool import Meter, run_episodes
+from rsd_trt.eval.report import write_report
+from rsd_trt.eval.rollout import Assignment, serve
+from rsd_trt.manifest import read_manifest
+from rsd_trt.runtime.backends import Launcher
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.plan import Query
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.25 GiB is free."
+    "\nProcess 7 has 77 GiB memory in use."
+)
+TOLD = "the GPU's memory is full: 2.50 GiB more were needed, 1.25 GiB are free. End what else uses it (nvidia-smi)"
+STOPPED = "error: stopped. What was finished is kept, and no file is half-written: run the same command again"
+PATIENCE = 180.0  # s
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(FULL, TOLD), ("CUDA error: out of memory", "the GPU's memory is full. End what else uses it")],
+)
+def test_a_full_gpu_is_one_line(
+    error: str, message: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(error)
+
+    monkeypatch.setattr("rsd_trt.eval.parity.verify", full)
+    done = CliRunner().invoke(main, ["verify", str(tiny_bundle), "--device", "cpu"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+class Cramped(Reader):
+    """A policy that has memory for `most` queries at once, and from the third forward on for `later`."""
+
+    def __init__(self, most: int, later: int) -> None:
+        super().__init__()
+        self.most, self.later = most, later
+
+    def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
+        if len(slots) > (self.most if len(self.batches) < 3 else self.later):
+            raise torch.OutOfMemoryError(FULL)
+        return super().act_batch(observations, slots)
+
+
+def test_a_batch_that_does_not_fit_is_answered_one_by_one() -> None:
+    policy = Cramped(most=1, later=1)
+    assignments = [Assignment(0, trial, 6) for trial in range(4)]
+    episodes = list(run_episodes(policy, partial(serve, build=World), assignments, 4, 4, 60.0, Meter()))
+    assert [episode.error for episode in episodes] == [None] * 4
+    assert set(policy.batches) == {1}
+
+
+def test_a_query_that_does_not_fit_ends_the_run_and_keeps_its_episodes(tmp_path: Path) -> None:
+    policy = Cramped(most=1, later=0)
+    assignments = [Assignment(0, trial, 4) for trial in range(4)]
+    found = []
+    with pytest.raises(UserError) as error:
+        for episode in run_episodes(policy, partial(serve, build=World), assignments, 1, 1, 60.0, Meter()):
+            found.append(episode)
+    assert str(error.value).startswith(TOLD)
+    assert found and all(episode.error is None for episode in found)
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "a\x1b[2J").mkdir()
+    done = CliRunner().invoke(main, ["info", str(tmp_path / "a\x1b[2J")])
+    assert done.exit_code == 1
+    assert "\\x1b[2J is not a bundle" in done.stderr
+    assert "\x1b[2J" not in done.stderr
+
+
+def test_an_export_exchanged_while_a_session_runs(
+    bundle: Bundle, exported: Callable[[Precision], Path], tmp_path: Path
+) -> None:
+    engines = Path(shutil.copytree(exported("fp32"), tmp_path / "engines"))
+    launcher = Launcher(bundle, "ort", torch.device("cpu"), engines=engines)
+    session = launcher.open("accept", "1")
+    hidden = {"hidden": torch.randn(1, bundle.config.hidden, generator=torch.Generator().manual_seed(0))}
+    before = {name: value.clone() for name, value in session.run(hidden).items()}
+    for file in (engines / "tiny").glob("accept.*.onnx"):
+        file.write_bytes(b"x" * file.stat().st_size)
+    assert all(torch.equal(value, before[name]) for name, value in session.run(hidden).items())
+    with pytest.raises(UserError, match=r"has sha256 .*, the manifest says .*\. Rebuild: rsd-trt export"):
+        launcher.open("accept", "1")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory, of 256 kB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no permission to mount: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], capture_output=True)
+
+
+def fill(disk: Path) -> None:
+    with pytest.raises(OSError), (disk / "rest").open("wb") as stream:
+        while True:
+            stream.write(b"x" * 512)
+            stream.flush()
+
+
+def test_a_full_disk_keeps_the_episodes_that_are_on_it(small_disk: Path) -> None:
+    run = synthetic.run("rsd", tasks=(0,), trials=4)
+    log = EpisodeLog(small_disk, "x", run.settings, fresh=True)
+    log.append(run.episodes[0])
+    before = log.path.read_bytes()
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        for episode in run.episodes[1:]:
+            log.append(episode)
+    after = log.path.read_bytes()
+    assert after.startswith(before)
+    assert after.endswith(b"\n")
+    (small_disk / "rest").unlink()
+    assert len(EpisodeLog(small_disk, "x", run.settings, fresh=False).episodes) == after.count(b"\n")
+
+
+def test_a_full_disk_keeps_the_old_report(small_disk: Path, tmp_path: Path) -> None:
+    results = synthetic.write(tmp_path / "r.json", synthetic.run("rsd", tasks=(0,), trials=2))
+    out = small_disk / "report"
+    write_report([results], out, "rsd-trt report")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    fill(small_disk)
+    with pytest.raises(UserError, match="report cannot be written: No space left on device"):
+        write_report([results], out, "rsd-trt report")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def stop(arguments: list[str], ready: Callable[[], bool], code: str) -> str:
+    """Runs `code`, then a command; ends it with SIGTERM once it is ready. What it said on stderr."""
+    program = f"{code}\nfrom rsd_trt.cli import main\nmain({arguments!r}, prog_name='rsd-trt')"
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + PATIENCE
+        while not ready():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        process.terminate()
+        _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "Traceback" not in stderr
+    return stderr
+
+
+def test_sigterm_in_an_export_keeps_what_is_built(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "tiny" / "manifest.json"
+    arguments = ["export", str(tiny_bundle), "-o", str(tmp_path), "--target", "onnx", "--component", "decoder"]
+    slow = (
+        "import time, rsd_trt.export.run as r\nb = r.export_onnx\nr.export_onnx = lambda *a: (b(*a), time.sleep(1))[0]"
+    )
+    stderr = stop(arguments, manifest.exists, slow)
+    assert stderr.strip().endswith(STOPPED)
+    assert len(read_manifest(tmp_path / "tiny", Bundle.open(tiny_bundle)).artefacts) == 1
+    done = CliRunner().invoke(main, [*arguments, "--json"])
+    assert done.exit_code == 0
+    assert [row in done.stdout for row in ('"built": true', '"built": false')] == [True, True]
+    assert not list((tmp_path / "tiny").glob(".building.*"))
+
+
+def test_sigterm_in_a_report_keeps_the_old_one(tmp_path: Path) -> None:
+    results = synthetic.write(tmp_path / "r.json", synthetic.run("rsd", tasks=(0,), trials=2))
+    out, mark = tmp_path / "report", tmp_path / "rendering"
+    write_report([results], out, "rsd-trt report")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    slow = (
+        "import os, time, pathlib, rsd_trt.eval.report as r\n"
+        f"def fsync(_): pathlib.Path({str(mark)!r}).touch(); time.sleep(600)\n"
+        "os.fsync = fsync"
+    )
+    stderr = stop(["report", str(results), "-o", str(out)], mark.exists, slow)
+    assert stderr.strip().endswith(STOPPED)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_clock_that_jumps_back_names_no_file_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resuming goes by what is in the file, not by its time."""
+    run = synthetic.run("rsd", tasks=(0,), trials=3)
+    log = EpisodeLog(tmp_path, "x", run.settings, fresh=True)
+    log.append(run.episodes[0])
+    os.utime(log.path, (0, 0))
+    monkeypatch.setattr(time, "time", lambda: -1e9)
+    again = EpisodeLog(tmp_path, "x", run.settings, fresh=False)
+    assert again.lacks(0, 1) and not again.lacks(0, 0)
+    again.append(run.episodes[1])
+    assert len(EpisodeLog(tmp_path, "x", run.settings, fresh=False).episodes) == 2
