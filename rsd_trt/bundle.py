@@ -79,7 +79,7 @@ class Bundle:
 
     def has(self, part: str) -> bool:
         """Whether the bundle has weights of that part, its own or elsewhere."""
-        return self.file(part).is_file() or (part == "backbone" and self.config.backbone_weights is not None)
+        return self.file(part).exists() or (part == "backbone" and self.config.backbone_weights is not None)
 
     @property
     def weights_folder(self) -> Path | None:
@@ -97,7 +97,7 @@ class Bundle:
         file = self.file(part)
         if not self.has(part):
             raise UserError(f"{file} is missing: the bundle has no {part}")
-        mine = [own(file)] if file.is_file() else []
+        mine = [own(file)] if file.exists() else []
         if part != "backbone" or self.config.backbone_weights is None:
             return contents(mine)
         shards = check_folder(self.config.backbone_weights, self.path / self.config.backbone_weights.folder, whole)

@@ -21,6 +21,8 @@ SHIPPED = (
     "rsd_trt/eval/templates/report.html.jinja",
     "rsd_trt/eval/templates/report.md.jinja",
     "rsd_trt/eval/templates/report.css",
+    "rsd_trt/eval/templates/profile.html.jinja",
+    "rsd_trt/eval/templates/macros.html.jinja",
     "rsd_trt/export/to_onnx.py",
     "rsd_trt/runtime/policy.py",
     "rsd_trt/reference/expert.py",

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rsd_trt.config import ARM_DIMS, Dims
-from rsd_trt.runtime.plan import Draft, Plan, Query, plan_gap
+from rsd_trt.runtime.forward import Draft
+from rsd_trt.runtime.plan import Plan, Query, plan_gap
 
 OPEN, CLOSED = -1.0, 1.0
 
@@ -57,7 +58,7 @@ def test_a_new_slot_has_no_plan_and_a_query_no_time() -> None:
     assert (Plan().cursor, Plan().accepted_in_a_row, Plan().forced(8, 8)) == (0, 0, "start")
     query = Query(np.zeros((1, Dims.A), np.float32), "full")
     assert query.ms == 0
-    draft = Draft(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    draft = Draft(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.ones(1))
     for record, name in ((query, "ms"), (draft, "finite")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, name, 1)
