@@ -80,4 +80,11 @@ def test_data_files_are_shipped() -> None:
     assert '"rsd_trt.eval" = ["results.schema.json", "templates/*"]' in project.read_text("utf-8")
     folder = SCHEMA_FILE.parent
     shipped = {path.name for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert shipped == {"results.schema.json", "report.css", "report.html.jinja", "report.md.jinja"}
+    assert shipped == {
+        "results.schema.json",
+        "report.css",
+        "macros.html.jinja",
+        "profile.html.jinja",
+        "report.html.jinja",
+        "report.md.jinja",
+    }
