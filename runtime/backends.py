@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -31,7 +29,6 @@ log = logging.getLogger(__name__)
 
 Backend = Literal["torch", "graph", "ort", "trt"]
 FP8_CAPABILITY = (8, 9)  # of the first GPUs with E4M3 matrix products
-FP8_MULTIPLE = 16  # of the widths of these
 BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
 
 
@@ -105,8 +102,7 @@ def open_forward(
         if not bundle.has(part):
             raise UserError(f"{bundle.path} has no {part}: nothing can act by it")
     started = time.perf_counter()
-    with _told_if_too_large(bundle, device):
-        forward = assemble(launcher, batch, open_backbone(bundle, device, kind, precision))
+    forward = assemble(launcher, batch, open_backbone(bundle, device, kind, precision))
     log.info("backbone %s, %s, on %s: loaded in %.1f s", kind, precision, device, time.perf_counter() - started)
     return forward
 
@@ -126,30 +122,16 @@ def open_backbone(
     if precision == "fp8":
         check_fp8(bundle, kind, device)
     dtype = bundle.config.backbone.dtype if precision == "bundle" else "bfloat16"
-    with _told_if_too_large(bundle, device):
-        backbone = bundle.backbone(device).to(getattr(torch, dtype))
-        if kind == "eager":
-            return backbone
-        from rsd_trt.models.fused_backbone import FusedBackbone, fp8_products
+    backbone = bundle.backbone(device).to(getattr(torch, dtype))
+    if kind == "eager":
+        return backbone
+    from rsd_trt.models.fused_backbone import FusedBackbone, fp8_products
 
-        blocks = bundle.config.backbone.language.blocks
-        fused = FusedBackbone(backbone, fp8=fp8_products(blocks) if precision == "fp8" else ())
+    blocks = bundle.config.backbone.language.blocks
+    fused = FusedBackbone(backbone, fp8=fp8_products(blocks) if precision == "fp8" else ())
     if kind == "compiled":
         fused.compile()
     return fused
-
-
-@contextlib.contextmanager
-def _told_if_too_large(bundle: Bundle, device: torch.device) -> Iterator[None]:
-    """Turns the device's lack of memory into a UserError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info(device)
-        raise UserError(
-            f"{bundle.path} does not fit on {device}: {_gigabytes(bundle)} of weights, {free / 1e9:.1f} GB of "
-            f"{total / 1e9:.1f} GB are free. Free some memory, or use a larger GPU ({str(error).splitlines()[0]})"
-        ) from None
 
 
 def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbone) -> Forward:
@@ -172,17 +154,11 @@ def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
         raise UserError("backbone precision fp8 needs --backbone graph or compiled: eager is the reference")
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise Unavailable(f"backbone precision fp8 needs compute capability 8.9 or later, {device} has {capability}")
+    from rsd_trt.models.fused_backbone import ALIGNMENT
+
     language = bundle.config.backbone.language
-    if language.hidden % FP8_MULTIPLE or language.intermediate % FP8_MULTIPLE:
+    if language.hidden % ALIGNMENT or language.intermediate % ALIGNMENT:
         raise UserError(
-            f"backbone precision fp8 needs widths that are multiples of {FP8_MULTIPLE}: hidden is {language.hidden}, "
+            f"backbone precision fp8 needs widths that are multiples of {ALIGNMENT}: hidden is {language.hidden}, "
             f"intermediate {language.intermediate}. Use: --backbone-precision bf16"
         )
-
-
-def _gigabytes(bundle: Bundle) -> str:
-    """The size of all weights, those in other folders too."""
-    elsewhere = bundle.config.backbone_weights
-    sizes = [bundle.file(part).stat().st_size for part in PARTS if bundle.file(part).is_file()]
-    sizes += [file.bytes for file in elsewhere.files] if elsewhere else []
-    return f"{sum(sizes) / 1e9:.1f} GB"

@@ -164,8 +164,9 @@ class GraphForward:
         else:
             size = padded(len(rows))
             part = self._part("some", (size, length), lambda: self._capture_late(self._bridge(size, length)))
-            index = torch.tensor([*rows, *[rows[0]] * (size - len(rows))], device=self.device)
-            part.bridge.gather(early.bridge, index)
+            index = pinned((size,), torch.int64)  # from other memory, the copy would wait for the device
+            index.copy_(torch.tensor([*rows, *[rows[0]] * (size - len(rows))]))
+            part.bridge.gather(early.bridge, index.to(self.device, non_blocking=True))
         if not drafted and self._config.head.kind == "conditioned":
             part.bridge.tokens.zero_()
         self._main = part, len(rows)

@@ -277,8 +277,7 @@ class Policy:
 
     def _shadow(self, plans: list[Plan]) -> list[Query]:
         """Acts as the baseline, and judges by the main head's new plan what `rsd` would have decided."""
-        rsd, dims = self.config.rsd, self.config.dims
-        forced = [plan.forced(rsd.refresh, dims.T) for plan in plans]
+        dims, forced = self.config.dims, self._forced(plans)
         before = [Plan(plan.actions, plan.tokens, plan.grippers, plan.cursor) for plan in plans]
         self._forward.late(range(len(plans)), drafted=False)
         draft = self._forward.draft()

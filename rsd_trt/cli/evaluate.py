@@ -23,7 +23,6 @@ from rsd_trt.cli.console import (
     note_untrained,
     precision_option,
     show,
-    stoppable,
 )
 from rsd_trt.config import (
     MODES,
@@ -230,7 +229,7 @@ def evaluate(
         backbone=backbone,
         backbone_precision=backbone_precision,
     )
-    with stoppable(), EpisodeProgress(timed=workers == 1 and policy == "bundle") as progress:
+    with EpisodeProgress(timed=workers == 1 and policy == "bundle") as progress:
         results = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))
     if as_json:
         click.echo(json.dumps(to_json(results)))

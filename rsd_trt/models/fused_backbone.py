@@ -24,7 +24,7 @@ FP8 = torch.float8_e4m3fn
 ProductName = Literal["wqkv", "wo", "w13", "w2"]  # a block's four products
 PRODUCTS: tuple[ProductName, ...] = get_args(ProductName)
 MOST_SHAPES = 256  # rows, prompt lengths and places that a block is compiled for
-ALIGNMENT = 16  # of a product's inner width, for the fast kernels
+ALIGNMENT = 16  # of a product's inner width for the fast kernels; products in E4M3 need it of both widths
 
 
 class Product(nn.Module):
@@ -45,7 +45,7 @@ class Fp8Product(Product):
 
     Sums are float32 and results bfloat16 (Micikevicius et al. 2022, "FP8 formats for deep learning"). The scales are
     multiplied after the product, where they fuse with what follows: cuBLAS's product with one scale is faster than
-    with a scale for each row. Needs compute capability 8.9 or later; `in` and `out` must be multiples of 16.
+    with a scale for each row. Needs compute capability 8.9 or later; `in` and `out` must be multiples of `ALIGNMENT`.
     """
 
     scale: Tensor
