@@ -34,6 +34,7 @@ from rsd_trt.info import describe
 from rsd_trt.jsonio import to_json
 from rsd_trt.manifest import MANIFEST, freshness, read_manifest
 from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.preprocess import Preprocessor
 
 EXAMPLES = 150  # of each kind of file
 SECONDS = 20  # of an input
@@ -187,8 +188,10 @@ def test_tokenizers(bundle_copy: Path) -> None:
 
     def read(data: bytes) -> None:
         file.write_bytes(data)
-        policy = Policy.load(bundle_copy, mode="baseline")
-        policy._preprocess.prompt_tokens("pick up the black bowl")
+        bundle = Bundle.open(bundle_copy)
+        Policy.load(bundle, mode="baseline")
+        process = Preprocessor(bundle.config.control, bundle.config.backbone, bundle.tokenizer(), torch.device("cpu"))
+        process.prompt_tokens("pick up the black bowl")
 
     read(valid)
     try_all("tokenizer.json", damaged_file(valid), read, EXAMPLES)
