@@ -253,11 +253,11 @@ def ask(forward: Forward, observations: Sequence[Observation], rows: int) -> Ans
         for start in range(0, len(observations), rows):
             batch = observations[start : start + rows]
             forward.early(batch)
-            draft = forward.draft().tokens.clone()
+            draft = torch.tensor(forward.draft().tokens)
             forward.late(range(len(batch)))
             main = forward.main()
             early, final = (state.float().clone() for state in forward.hidden())
-            parts.append(Answers(early, final, draft, main.tokens.clone(), main.actions.clone()))
+            parts.append(Answers(early, final, draft, torch.tensor(main.tokens), torch.tensor(main.actions)))
     return joined(parts)
 
 

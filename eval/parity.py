@@ -18,11 +18,11 @@ from rsd_trt.bundle import HIDDEN_STATES, Bundle
 from rsd_trt.config import COMPONENTS, Component, Precision
 from rsd_trt.errors import Unavailable, UserError
 from rsd_trt.manifest import Batch
-from rsd_trt.models.fused import agreeing_steps
 from rsd_trt.models.signature import BATCH
 from rsd_trt.runtime.backends import Backend, Launcher
+from rsd_trt.runtime.forward import on_host
 from rsd_trt.runtime.session import Session, Tensors
-from rsd_trt.runtime.speculate import agreeing_prefix, agreeing_token_steps
+from rsd_trt.runtime.speculate import agreeing_prefix, agreeing_steps, agreeing_token_steps
 
 if TYPE_CHECKING:
     from rsd_trt.eval.backbone_parity import BackboneParity
@@ -293,13 +293,14 @@ def _decision_flips(component: Component, case: Case, expected: Tensors, found: 
     for outputs in (expected, found):
         if case.token_share is not None:
             other = case.plan_tokens if component == "accept" else case.draft_tokens
-            steps = agreeing_token_steps(other, outputs["tokens"][..., : other.shape[-1]], case.token_share)
+            coarse = outputs["tokens"][..., : other.shape[-1]]
+            steps = agreeing_token_steps(on_host(other), on_host(coarse), case.token_share)
         elif component == "accept":
-            steps = agreeing_steps(outputs["actions"], case.plans, case.tolerance)
+            steps = agreeing_steps(*(on_host(x) for x in (outputs["actions"], case.plans, case.tolerance)))
         else:
-            steps = outputs["agreement"]
+            steps = on_host(outputs["agreement"])
         prefixes.append(agreeing_prefix(steps))
-    return float((prefixes[0] != prefixes[1]).float().mean())
+    return float((prefixes[0] != prefixes[1]).mean())
 
 
 def _clone(outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd_trt.config import BundleConfig
@@ -18,22 +20,23 @@ from rsd_trt.models.backbone import Backbone, BackboneState
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.session import Session, Tensors
+from rsd_trt.runtime.speculate import Actions, Flags, Tokens
 
 
 @dataclass(frozen=True)
 class Draft:
     """The draft's guess for a batch, on the host."""
 
-    tokens: Tensor  # [B, T, D, C] int64
-    actions: Tensor  # [B, T, A]
-    finite: Tensor  # [B] bool: logits and actions
-    hidden_finite: Tensor  # [B] bool: the hidden state after block k
+    tokens: Tokens  # [B, T, D, C]
+    actions: Actions  # [B, T, A]
+    finite: Flags  # [B]: logits and actions
+    hidden_finite: Flags  # [B]: the hidden state after block k
 
     def rows(self, rows: Sequence[int]) -> Draft:
         """Some rows of the batch, in their order."""
         if len(rows) == len(self.finite):
             return self
-        index = torch.tensor(rows)
+        index = np.array(rows)
         return Draft(self.tokens[index], self.actions[index], self.finite[index], self.hidden_finite[index])
 
 
@@ -41,17 +44,17 @@ class Draft:
 class Main:
     """The main head's plan for a batch, on the host."""
 
-    tokens: Tensor  # [B, T, D, L] int64
-    actions: Tensor  # [B, T, A]
-    agreement: Tensor  # [B, T] bool: the steps on which the draft's actions agree, if there was a draft
-    finite: Tensor  # [B] bool: logits and actions
-    hidden_finite: Tensor  # [B] bool: the hidden state after block N
+    tokens: Tokens  # [B, T, D, L]
+    actions: Actions  # [B, T, A]
+    agreement: Flags  # [B, T]: the steps on which the draft's actions agree, if there was a draft
+    finite: Flags  # [B]: logits and actions
+    hidden_finite: Flags  # [B]: the hidden state after block N
 
     def rows(self, rows: Sequence[int]) -> Main:
         """Some rows of the batch, in their order."""
         if len(rows) == len(self.finite):
             return self
-        index = torch.tensor(rows)
+        index = np.array(rows)
         values = (self.tokens, self.actions, self.agreement, self.finite, self.hidden_finite)
         return Main(*(value[index] for value in values))
 
@@ -118,7 +121,7 @@ class EagerForward:
 
     def draft(self) -> Draft:
         _, hidden, out = self._early
-        return Draft(out["tokens"].cpu(), out["actions"].cpu(), out["finite"].cpu(), finite_rows(hidden).cpu())
+        return Draft(*(on_host(x) for x in (out["tokens"], out["actions"], out["finite"], finite_rows(hidden))))
 
     def late(self, rows: Sequence[int], drafted: bool = True) -> None:
         state, _, out = self._early
@@ -136,7 +139,7 @@ class EagerForward:
     def main(self) -> Main:
         hidden, out = self._main
         tokens, actions, agreement, finite = (out[name] for name in ("tokens", "actions", "agreement", "finite"))
-        return Main(tokens.cpu(), actions.cpu(), agreement.cpu(), finite.cpu(), finite_rows(hidden).cpu())
+        return Main(*(on_host(x) for x in (tokens, actions, agreement, finite, finite_rows(hidden))))
 
     def hidden(self) -> tuple[Tensor, Tensor]:
         return self._early[1], self._main[0]
@@ -150,6 +153,12 @@ class EagerForward:
             zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
             inputs["condition"] = zeros if condition is None else condition
         self._main = hidden, self._chain.run(inputs)
+
+
+def on_host(x: Tensor) -> NDArray[Any]:
+    """The tensor as an array, copied if it is on a device."""
+    array: NDArray[Any] = x.cpu().numpy()
+    return array
 
 
 def finite_rows(hidden: Tensor) -> Tensor:

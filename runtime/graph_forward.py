@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd_trt.config import PROPRIO_DIM, BundleConfig
@@ -94,15 +96,16 @@ class Outputs:
         self._host = {"hidden_finite": pinned((rows,), torch.bool)} | {
             port.name: pinned(signature.shape(port, rows), getattr(torch, port.dtype)) for port in signature.outputs
         }
+        self._seen = {name: value.numpy() for name, value in self._host.items()}  # the same memory
 
     def download(self, values: Tensors) -> None:
         """Enqueues the copies to the host."""
         for name, value in {**values, "hidden_finite": finite_rows(self.hidden)}.items():
             self._host[name].copy_(value.contiguous(), non_blocking=True)
 
-    def host(self, rows: int) -> dict[str, Tensor]:
+    def host(self, rows: int) -> dict[str, NDArray[Any]]:
         """The first rows of everything, once the copies are through."""
-        return {name: value[:rows] for name, value in self._host.items()}
+        return {name: value[:rows] for name, value in self._seen.items()}
 
 
 @dataclass(frozen=True)

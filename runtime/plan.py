@@ -7,10 +7,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rsd_trt.config import ARM_DIMS
-from rsd_trt.runtime.speculate import Route, refresh_due
+from rsd_trt.runtime.speculate import Actions, Route, Tokens, refresh_due
 
 Verdict = Literal["true_accept", "false_accept", "true_reject", "false_reject"]
 Gap = tuple[tuple[float, ...], ...]  # [n, A]
@@ -45,9 +44,9 @@ class Query:
 class Plan:
     """What a slot remembers between queries. Without actions there is no live plan."""
 
-    actions: Tensor | None = None  # [T, A]
-    tokens: Tensor | None = None  # [T, D, L]
-    grippers: tuple[bool, ...] = ()  # closed or not, for each step: known without asking the device
+    actions: Actions | None = None  # [T, A]
+    tokens: Tokens | None = None  # [T, D, L]
+    grippers: tuple[bool, ...] = ()  # closed or not, for each step
     cursor: int = 0
     accepted_in_a_row: int = 0
     episode: tuple[int, ...] = ()  # which one the slot is at: (task, trial)
@@ -64,15 +63,15 @@ class Plan:
         return "refresh" if refresh_due(self.accepted_in_a_row, refresh) else None
 
 
-def plan_gap(plan: Plan, chunk: Tensor, most: int) -> Gap:
+def plan_gap(plan: Plan, chunk: Actions, most: int) -> Gap:
     """How far a new chunk [T, A] is from the plan's next steps, as |difference| for each arm dimension and, for the
     gripper, 1 where the signs differ. Of the steps that a query could commit: at most `most`, and before the plan
     switches its gripper."""
     assert plan.actions is not None
-    ahead = plan.actions[plan.cursor :].cpu().numpy()
+    ahead = plan.actions[plan.cursor :]
     held = [g == plan.grippers[plan.cursor - 1] for g in plan.grippers[plan.cursor :]] + [False]
     count = min(most, held.index(False))
-    new, old = chunk.cpu().numpy()[:count], ahead[:count]
+    new, old = chunk[:count], ahead[:count]
     gap = np.abs(new - old)
     gap[:, ARM_DIMS] = (new[:, ARM_DIMS] > 0) != (old[:, ARM_DIMS] > 0)
     return tuple(tuple(round(float(x), 4) for x in step) for step in gap)

@@ -28,15 +28,18 @@ from rsd_trt.config import (
 )
 from rsd_trt.errors import PolicyFault, UserError, did_you_mean
 from rsd_trt.manifest import Batch
-from rsd_trt.models.fused import agreeing_steps
 from rsd_trt.runtime.backends import Launcher, check_backend, open_forward
 from rsd_trt.runtime.forward import Draft, Forward, Main
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Plan, Query, judge, plan_gap
 from rsd_trt.runtime.speculate import (
+    Actions,
     Coin,
+    Flags,
     Route,
+    Tokens,
     agreeing_prefix,
+    agreeing_steps,
     agreeing_token_steps,
     commit_accepted,
     commit_full,
@@ -80,7 +83,7 @@ class Policy:
             )
         self._coin = coin
         self._forward = forward
-        self._tolerance = torch.tensor(config.rsd.tolerance)
+        self._tolerance = np.array(config.rsd.tolerance, np.float32)
         self._plans = [Plan() for _ in range(slots)]
         self.exports: dict[str, str] = {}  # sha256 of the exports that run components, by component
         self.hidden_states: list[tuple[Tensor, Tensor]] | None = None  # set to a list: `shadow` records into it
@@ -220,7 +223,7 @@ class Policy:
         """For each plan, why its query has to be a full pass, or None if the draft may decide."""
         return [plan.forced(self.config.rsd.refresh, self.config.dims.T) for plan in plans]
 
-    def _confirmed(self, plan: Plan, tokens: Tensor, actions: Tensor) -> int:
+    def _confirmed(self, plan: Plan, tokens: Tokens, actions: Actions) -> int:
         """The steps of a live plan that the draft, or the coin, confirms."""
         agreed = self._agreement(plan, tokens, actions)
         return agreed if self._coin is None or self._coin.accepts(plan.episode, plan.queries) else 0
@@ -232,12 +235,12 @@ class Policy:
         actions = plan.actions[plan.cursor : plan.cursor + count]
         plan.cursor += count
         plan.accepted_in_a_row += 1
-        return Query(actions.numpy().copy(), route, prefix, full_pass=self._textbook)
+        return Query(actions.copy(), route, prefix, full_pass=self._textbook)
 
     def _full(self, main: Main, plans: list[Plan], routes: Sequence[Route], draft: Draft | None) -> list[Query]:
         """The main head's plan for each row; with a draft, only what both agree on is committed."""
         dims, rows = self.config.dims, len(plans)
-        tokens, actions = main.tokens.clone(), main.actions.clone()
+        tokens, actions = main.tokens.copy(), main.actions.copy()
         blocks = self.config.backbone.language.blocks
         prefixes: list[int] | None = None
         shares: list[list[float]] | None = None
@@ -245,9 +248,9 @@ class Policy:
             passes = self._passes(main.agreement, draft.tokens, tokens)
             passes = passes & gripper_holds(actions, before=actions[:, 0, ARM_DIMS])
             prefixes = agreeing_prefix(passes).tolist()
-            shares = (draft.tokens == tokens[..., : dims.C]).float().mean((1, 2)).tolist()
+            shares = (draft.tokens == tokens[..., : dims.C]).mean((1, 2)).tolist()
         counts = self._counts(rows, prefixes)
-        finite, numbers = main.finite.tolist(), actions.numpy()
+        finite = main.finite.tolist()
         queries = []
         for row, plan in enumerate(plans):
             if not finite[row]:
@@ -255,11 +258,11 @@ class Policy:
                 queries.append(self._fault(routes[row], MAIN_FAULT if known else self._bad_hidden(blocks), True))
                 continue
             plan.actions, plan.tokens = actions[row], tokens[row]
-            plan.grippers = tuple(bool(closed) for closed in numbers[row, :, ARM_DIMS] > 0)
+            plan.grippers = tuple((actions[row, :, ARM_DIMS] > 0).tolist())
             plan.cursor, plan.accepted_in_a_row = counts[row], 0
             queries.append(
                 Query(
-                    numbers[row, : counts[row]].copy(),
+                    actions[row, : counts[row]].copy(),
                     routes[row],
                     prefix=prefixes[row] if prefixes else None,
                     token_agreement=tuple(shares[row]) if shares else None,
@@ -299,7 +302,7 @@ class Policy:
             if tokens is None or actions is None:
                 judged.append(query)
                 continue
-            shares = (draft.tokens[row] == tokens[..., : dims.C]).float().mean((0, 1)).tolist()
+            shares = (draft.tokens[row] == tokens[..., : dims.C]).mean((0, 1)).tolist()
             query = replace(query, token_agreement=tuple(shares))
             if forced[row] is None:
                 n = self._agreement(before[row], draft.tokens[row], draft.actions[row])
@@ -316,7 +319,7 @@ class Policy:
             judged.append(query)
         return judged
 
-    def _agreement(self, plan: Plan, tokens: Tensor, actions: Tensor) -> int:
+    def _agreement(self, plan: Plan, tokens: Tokens, actions: Actions) -> int:
         """The prefix of a live plan's remaining steps that a new chunk, tokens [T, D, C] and actions [T, A], agrees
         with."""
         assert plan.actions is not None and plan.tokens is not None
@@ -324,12 +327,12 @@ class Policy:
         left = ahead.shape[1]
         by_actions = agreeing_steps(actions[None, :left], ahead, self._tolerance)
         passes = self._passes(by_actions, tokens[None, :left], plan.tokens[None, plan.cursor :])
-        return int(agreeing_prefix(passes & gripper_holds(ahead, before=last)))
+        return int(agreeing_prefix(passes & gripper_holds(ahead, before=last))[0])
 
-    def _passes(self, by_actions: Tensor, draft_tokens: Tensor, plan_tokens: Tensor) -> Tensor:
+    def _passes(self, by_actions: Flags, draft_tokens: Tokens, plan_tokens: Tokens) -> Flags:
         """The steps [B, T] that pass under the bundle's rule; with a coin all do, and the coin decides on the query."""
         if self._coin is not None:
-            return torch.ones_like(by_actions)
+            return np.ones_like(by_actions)
         if self.config.rsd.rule == "actions":
             return by_actions
         coarse = plan_tokens[..., : self.config.dims.C]

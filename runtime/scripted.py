@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from rsd_trt.config import BundleConfig
 from rsd_trt.errors import PolicyFault
 from rsd_trt.runtime.forward import Forward
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Plan, Query
 from rsd_trt.runtime.policy import Policy
-from rsd_trt.runtime.speculate import Route
+from rsd_trt.runtime.speculate import Actions, Route, Tokens
 
 TESTED: tuple[Route, ...] = ("accepted", "partial", "rejected")
 
@@ -63,7 +61,7 @@ class ScriptedPolicy(Policy):
         route = self._decision.route
         return [None if route in TESTED else route]
 
-    def _confirmed(self, plan: Plan, tokens: Tensor, actions: Tensor) -> int:
+    def _confirmed(self, plan: Plan, tokens: Tokens, actions: Actions) -> int:
         super()._confirmed(plan, tokens, actions)
         return 0 if self._decision.route == "rejected" else self._decision.committed
 

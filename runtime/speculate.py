@@ -1,4 +1,5 @@
-"""The decisions of residual speculative decoding, as pure functions on tensors.
+"""The decisions of residual speculative decoding, as pure functions on arrays: they are made on the host, between two
+launches, where NumPy takes a tenth of the time that small tensors would.
 
 The rule. A *plan* is the action chunk that the main head gave at the last full pass. At each query the draft,
 which reads an early hidden state of a fresh image, guesses a coarse chunk from now on. It is laid beside what
@@ -28,10 +29,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS
+
+Tokens = NDArray[np.int64]
+Actions = NDArray[np.float32]
+Flags = NDArray[np.bool_]
 
 # How a query went. The first three tested a live plan; the next five had to be full passes, and say why; a fault of
 # the draft ended the query before either.
@@ -40,24 +44,38 @@ Route = Literal["accepted", "partial", "rejected", "start", "exhausted", "grippe
 COIN_STREAM = 1  # keeps the coins apart from what else is drawn from (seed, task, trial)
 
 
-def agreeing_token_steps(draft: Tensor, plan: Tensor, share: float) -> Tensor:
+def agreeing_steps(a: Actions, b: Actions, tolerance: Actions) -> Flags:
+    """Which steps of two chunks [B, T, A] agree -> [B, T] bool: what `rsd_trt.models.fused.agreeing_steps` says on the
+    device, by the same rule."""
+    delta = a - b
+    arm = (np.abs(delta[..., :ARM_DIMS]) <= tolerance).all(-1)
+    gripper = (a[..., ARM_DIMS] > 0) == (b[..., ARM_DIMS] > 0)
+    agreeing: Flags = arm & gripper & ~np.isnan(delta[..., ARM_DIMS])
+    return agreeing
+
+
+def agreeing_token_steps(draft: Tokens, plan: Tokens, share: float) -> Flags:
     """Steps where at least `share` of the coarse tokens [B, T, D, C] are equal -> [B, T] bool."""
-    return (draft == plan).float().mean((2, 3)) >= share
+    agreeing: Flags = (draft == plan).mean((2, 3)) >= share
+    return agreeing
 
 
-def gripper_holds(plan: Tensor, before: Tensor) -> Tensor:
+def gripper_holds(plan: Actions, before: Actions) -> Flags:
     """Steps of a plan [B, T, A] whose gripper sign is that of the step before -> [B, T] bool.
 
     `before` [B]: the gripper command before the plan's first step.
     """
     closed = plan[..., ARM_DIMS] > 0  # [B, T]
-    previous = torch.cat([(before > 0)[:, None], closed[:, :-1]], dim=1)
-    return closed == previous
+    holds = np.empty_like(closed)
+    holds[:, :1] = closed[:, :1] == (before > 0)[:, None]
+    holds[:, 1:] = closed[:, 1:] == closed[:, :-1]
+    return holds
 
 
-def agreeing_prefix(passes: Tensor) -> Tensor:
+def agreeing_prefix(passes: Flags) -> NDArray[np.int64]:
     """The number of leading steps [B, T] that pass -> [B] int64."""
-    return passes.long().cumprod(1).sum(1)
+    prefix: NDArray[np.int64] = np.logical_and.accumulate(passes, axis=1).sum(1)
+    return prefix
 
 
 def commit_accepted(prefix: int, n_action_steps: int) -> int:

@@ -6,22 +6,22 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from rsd_trt.config import ARM_DIMS, Dims
 from rsd_trt.runtime.forward import Draft
 from rsd_trt.runtime.plan import Plan, Query, plan_gap
+from rsd_trt.runtime.speculate import Actions
 
 OPEN, CLOSED = -1.0, 1.0
 
 
-def chunk(arm: list[float], gripper: list[float]) -> torch.Tensor:
+def chunk(arm: list[float], gripper: list[float]) -> Actions:
     """[T, A]: step t has `arm[t]` in every arm dimension."""
-    return torch.tensor([[a] * ARM_DIMS + [g] for a, g in zip(arm, gripper, strict=True)])
+    return np.array([[a] * ARM_DIMS + [g] for a, g in zip(arm, gripper, strict=True)], np.float32)
 
 
 def plan(arm: list[float], gripper: list[float], cursor: int) -> Plan:
-    return Plan(chunk(arm, gripper), torch.zeros(1), tuple(g > 0 for g in gripper), cursor)
+    return Plan(chunk(arm, gripper), np.zeros(1, np.int64), tuple(g > 0 for g in gripper), cursor)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_new_slot_has_no_plan_and_a_query_no_time() -> None:
     assert (Plan().cursor, Plan().accepted_in_a_row, Plan().forced(8, 8)) == (0, 0, "start")
     query = Query(np.zeros((1, Dims.A), np.float32), "full")
     assert query.ms == 0
-    draft = Draft(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.ones(1))
+    draft = Draft(np.zeros(1, np.int64), np.zeros(1, np.float32), np.zeros(1, bool), np.ones(1, bool))
     for record, name in ((query, "ms"), (draft, "finite")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, name, 1)

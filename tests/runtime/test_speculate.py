@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from hypothesis.extra.numpy import arrays
 
 from rsd_trt.config import ARM_DIMS
+from rsd_trt.models import fused
 from rsd_trt.runtime.speculate import (
     Acceptance,
+    Actions,
     Coin,
     Route,
     acceptance_rate,
     agreeing_prefix,
+    agreeing_steps,
     agreeing_token_steps,
     commit_accepted,
     commit_full,
@@ -29,11 +33,41 @@ prefixes = st.integers(0, STEPS)
 committed = st.integers(1, STEPS)
 
 
-def grippers(*signs: float) -> Tensor:
+def grippers(*signs: float) -> Actions:
     """A plan [1, T, A] with these gripper commands."""
-    plan = torch.zeros(1, len(signs), ARM_DIMS + 1)
-    plan[0, :, ARM_DIMS] = torch.tensor(signs)
+    plan = np.zeros((1, len(signs), ARM_DIMS + 1), np.float32)
+    plan[0, :, ARM_DIMS] = signs
     return plan
+
+
+# Few values, so that many steps agree and many differences are just the tolerance.
+chunks = arrays(
+    np.float32,
+    (2, STEPS, ARM_DIMS + 1),
+    elements=st.sampled_from([0.0, -0.0, 0.25, 0.5, -0.5, 1.0, np.inf, np.nan]),
+)
+
+
+@given(a=chunks, b=chunks, tolerance=st.sampled_from([0.0, 0.25, 0.5]))
+def test_the_host_decides_as_the_device_does(a: Actions, b: Actions, tolerance: float) -> None:
+    limits = np.full(ARM_DIMS, tolerance, np.float32)
+    there = fused.agreeing_steps(torch.from_numpy(a), torch.from_numpy(b), torch.from_numpy(limits))
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        assert agreeing_steps(a, b, limits).tolist() == there.tolist()
+
+
+@pytest.mark.parametrize(
+    ("dimension", "delta", "agrees"),
+    [(0, 0.1, True), (5, 0.1, True), (0, 0.11, False), (5, -0.11, False), (6, 0.5, True), (6, -1.5, False)],
+)
+def test_agreement_table(dimension: int, delta: float, agrees: bool) -> None:
+    first = np.full((1, 2, ARM_DIMS + 1), 0.5, np.float32)
+    second = first.copy()
+    second[0, 1, dimension] += np.float32(delta)
+    limits = np.full(ARM_DIMS, 0.1000001, np.float32)
+    assert agreeing_steps(first, second, limits).tolist() == [[True, agrees]]
+    second[0, 1, dimension] = np.nan
+    assert agreeing_steps(first, second, limits).tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize(
@@ -41,12 +75,12 @@ def grippers(*signs: float) -> Tensor:
     [([1, 1, 1, 1], 4), ([1, 1, 0, 1], 2), ([0, 1, 1, 1], 0), ([1, 0, 0, 0], 1), ([], 0)],
 )
 def test_prefix_table(passes: list[int], prefix: int) -> None:
-    assert agreeing_prefix(torch.tensor([passes]).bool()).tolist() == [prefix]
+    assert agreeing_prefix(np.array([passes], bool)).tolist() == [prefix]
 
 
 @given(rows=st.lists(booleans, min_size=1, max_size=4))
 def test_a_prefix_ends_before_the_first_disagreement(rows: list[list[bool]]) -> None:
-    for n, row in zip(agreeing_prefix(torch.tensor(rows)).tolist(), rows, strict=True):
+    for n, row in zip(agreeing_prefix(np.array(rows)).tolist(), rows, strict=True):
         assert all(row[:n])
         assert n == len(row) or not row[n]
 
@@ -63,14 +97,14 @@ def test_a_prefix_ends_before_the_first_disagreement(rows: list[list[bool]]) -> 
     ],
 )
 def test_a_gripper_switch_does_not_hold(before: float, signs: list[float], holds: list[bool]) -> None:
-    assert gripper_holds(grippers(*signs), torch.tensor([before])).tolist() == [holds]
+    assert gripper_holds(grippers(*signs), np.array([before])).tolist() == [holds]
 
 
 @given(passes=booleans, closed=booleans, before=st.booleans())
 def test_a_gripper_switch_ends_the_prefix(passes: list[bool], closed: list[bool], before: bool) -> None:
     signs = [1.0 if c else -1.0 for c in closed]
-    holds = gripper_holds(grippers(*signs), torch.tensor([1.0 if before else -1.0]))
-    n = int(agreeing_prefix(torch.tensor([passes]) & holds))
+    holds = gripper_holds(grippers(*signs), np.array([1.0 if before else -1.0]))
+    n = int(agreeing_prefix(np.array([passes]) & holds)[0])
     assert len({before, *closed[:n]}) == 1
 
 
@@ -78,9 +112,9 @@ def test_a_gripper_switch_ends_the_prefix(passes: list[bool], closed: list[bool]
     ("equal", "share", "agrees"), [(4, 1.0, True), (3, 1.0, False), (3, 0.75, True), (2, 0.75, False), (0, 0.01, False)]
 )
 def test_token_rule_table(equal: int, share: float, agrees: bool) -> None:
-    plan = torch.zeros(1, 2, 2, 2, dtype=torch.int64)
-    draft = plan.clone()
-    draft[0, 1].view(-1)[equal:] = 1
+    plan = np.zeros((1, 2, 2, 2), np.int64)
+    draft = plan.copy()
+    draft[0, 1].reshape(-1)[equal:] = 1
     assert agreeing_token_steps(draft, plan, share).tolist() == [[True, agrees]]
 
 
