@@ -145,6 +145,8 @@ def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbon
         return EagerForward(config, backbone, accept, chain, preprocess)
     from rsd_trt.runtime.graph_forward import GraphForward
 
+    if backbone.compiled:
+        preprocess.compile()
     return GraphForward(config, backbone, accept, chain, preprocess)
 
 

@@ -79,6 +79,10 @@ class Preprocessor:
         x = x.view(*images.shape[:2], 1, 3, size, size) / 255
         return ((x - self._mean) / self._std).to(self.dtype)
 
+    def compile(self) -> None:
+        """Has torch.compile fuse what lies around the resize."""
+        self.pixels = torch.compile(self.pixels, dynamic=False)  # type: ignore[method-assign]
+
     def prompt_tokens(self, instruction: str) -> list[int]:
         """The prompt's token ids, BOS first.
 

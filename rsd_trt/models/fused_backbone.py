@@ -1,9 +1,9 @@
 """The backbone as it is run fast: the same maths as `rsd_trt.models.backbone`, in fewer and larger kernels.
 
-Query, key and value are one matrix product, gate and up another; patches are embedded by a product and not by a
-convolution; a residual is added where the next norm reads it, so that both are one kernel when compiled; the two towers
-run on two CUDA streams; the last block computes the position that is read, and no other. A test holds it to its slow
-twin.
+Query, key and value are one matrix product, gate and up another; attention reads their product as it is, and rotates
+on the way (`rsd_trt.models.attention_kernel`); patches are embedded by a product and not by a convolution; a residual
+is added where the next norm reads it, so that both are one kernel when compiled; the two towers run on two CUDA
+streams; the last block computes the position that is read, and no other. A test holds it to its slow twin.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ FP8 = torch.float8_e4m3fn
 ProductName = Literal["wqkv", "wo", "w13", "w2"]  # a block's four products
 PRODUCTS: tuple[ProductName, ...] = get_args(ProductName)
 MOST_SHAPES = 256  # rows, prompt lengths and places that a block is compiled for
+KERNEL_WIDTHS = (range(32, 129, 8), (32, 64, 128))  # of heads that the attention kernel takes: as they are, rotated
 ALIGNMENT = 16  # of a product's inner width for the fast kernels; products in E4M3 need it of both widths
 
 
@@ -94,10 +95,7 @@ class FusedBlock(nn.Module):
         batch, length, hidden = x.shape
         x = add(x, branch).view(-1, hidden)  # [B * S, H]
         qkv = self.wqkv(self.norm1(x)).view(batch, length, 3, self.heads, hidden // self.heads)
-        q, k, v = qkv.unbind(2)  # [B, S, heads, H / heads]
-        q, k, v = (y.transpose(1, 2) for y in (rotate(q, rope), rotate(k, rope), v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, heads, S, H / heads]
-        x = add(x, self.wo(y.transpose(1, 2).reshape(-1, hidden)))
+        x = add(x, self.wo(attend(qkv, rope, causal=True).view(-1, hidden)))
         return x.view(batch, length, hidden), self.mlp(x).view(batch, length, hidden)
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -129,18 +127,25 @@ class LastBlock(FusedBlock):
 
 
 class FusedVisionBlock(nn.Module):
-    """A tower's `Block` on a residual stream of two terms."""
+    """A tower's `Block` on a residual stream of two terms.
 
-    def __init__(self, block: Block) -> None:
+    before: the last layer scale of the block before, which is applied where the branch is added.
+    """
+
+    def __init__(self, block: Block, before: nn.Module) -> None:
         super().__init__()
         self.block = block
+        self.before = before
 
     def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """x, branch [n, P, width] -> [n, P, width] both."""
         block = self.block
-        x = add(x, branch)
-        x = add(x, block.ls1(block.attn(block.norm1(x))))
-        return x, block.ls2(block.mlp(block.norm2(x)))
+        n, length, width = x.shape
+        attention = block.attn
+        x = add(x, self.before(branch))
+        qkv = attention.qkv(block.norm1(x)).view(n, length, 3, attention.heads, width // attention.heads)
+        x = add(x, block.ls1(attention.proj(attend(qkv))))
+        return x, block.mlp(block.norm2(x))
 
 
 class FusedTower(nn.Module):
@@ -162,7 +167,12 @@ class FusedTower(nn.Module):
             getattr(tower, name) for name in ("cls_token", "reg_token") if hasattr(tower, name)
         )
         self.prefix_tokens = tower.prefix_tokens
-        self.blocks = nn.ModuleList(FusedVisionBlock(block) for block in tower.blocks)  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList()
+        self.scale: nn.Module = nn.Identity()  # of the branch that comes next
+        for block in tower.blocks:
+            assert isinstance(block, Block)
+            self.blocks.append(FusedVisionBlock(block, before=self.scale))
+            self.scale = block.ls2
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [n, 3, S, S], normalised -> features [n, P, width]."""
@@ -170,7 +180,7 @@ class FusedTower(nn.Module):
         branch = torch.zeros_like(x)
         for block in self.blocks:
             x, branch = block(x, branch)
-        return (x + branch)[:, self.prefix_tokens :]
+        return (x + self.scale(branch))[:, self.prefix_tokens :]
 
     def embed(self, pixels: Tensor) -> Tensor:
         """pixels [n, 3, S, S] -> the sequence before block 1, [n, prefix + P, width]."""
@@ -207,8 +217,12 @@ class FusedBackbone(nn.Module):
 
         self.layers = nn.ModuleList(fuse(i, layer) for i, layer in enumerate(layers))  # type: ignore[arg-type]
         self.last = LastBlock(last)  # type: ignore[arg-type]
+        if self.embed_tokens.weight.is_cuda:
+            from rsd_trt.models import attention_kernel  # noqa: F401, makes torch.ops.rsd_trt.attention
+
         self._ropes: dict[int, Rope] = {}
         self._side: torch.cuda.Stream | None = None
+        self.compiled = False
 
     def embed(self, pixels: Tensor, tokens: Tensor, proprio: Tensor | None) -> Tensor:
         """pixels [B, images, towers, 3, S, S], tokens [B, P], proprio [B, 8] -> the embedded sequence [B, S, H]."""
@@ -265,6 +279,7 @@ class FusedBackbone(nn.Module):
 
         One compilation serves all blocks of a kind.
         """
+        self.compiled = True
         blocks = [block for tower in self.towers for block in tower.blocks]  # type: ignore[union-attr]
         # A shape that is not compiled would run eagerly, and slowly: so there is room for all, and none is passed over.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
@@ -287,6 +302,24 @@ def every_product(blocks: int) -> set[tuple[int, ProductName]]:
 def fp8_products(blocks: int) -> set[tuple[int, ProductName]]:
     """Those that are computed in E4M3 unless somebody chooses: all but block 0's, the most sensitive by measurement."""
     return {(i, name) for i, name in every_product(blocks) if i > 0}
+
+
+def attend(qkv: Tensor, rope: Rope | None = None, causal: bool = False) -> Tensor:
+    """Self-attention of qkv [B, S, 3, heads, width] -> [B, S, heads * width]; rope: rotates queries and keys.
+
+    On CUDA in half precision by our kernel, else by PyTorch's attention.
+    """
+    batch, length, _, heads, width = qkv.shape
+    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and width in KERNEL_WIDTHS[rope is not None]:
+        cos, sin = (None, None) if rope is None else (table[:, 0] for table in rope)
+        y: Tensor = torch.ops.rsd_trt.attention(qkv, cos, sin, causal)
+        return y
+    q, k, v = qkv.unbind(2)  # [B, S, heads, width]
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # [B, heads, S, width]
+    return y.transpose(1, 2).reshape(batch, length, heads * width)
 
 
 def add(x: Tensor, branch: Tensor) -> Tensor:
