@@ -36,7 +36,6 @@ LAYERS = (
 )
 APART = {"export", "runtime"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
-ON_CUDA_ONLY = {"rsd_trt.models.attention_kernel"}  # needs triton, which comes with PyTorch's CUDA builds
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
 WITHOUT_TORCH |= {"jsonio", "manifest", "openvla", "openvla_config", "presets", "tables", "weights"}
 WITHOUT_TORCH |= {"checks", "doctor", "isolated"}
@@ -118,7 +117,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_importing_everything_has_no_side_effect() -> None:
     names = [".".join(("rsd_trt", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in python_files()]
-    names = [name.removesuffix(".__init__") for name in names if name not in ON_CUDA_ONLY]
+    names = [name.removesuffix(".__init__") for name in names]
     code = (
         "import importlib, logging, os\n"
         "environment = dict(os.environ)\n"

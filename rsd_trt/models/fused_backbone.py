@@ -1,9 +1,9 @@
 """The backbone as it is run fast: the same maths as `rsd_trt.models.backbone`, in fewer and larger kernels.
 
-Query, key and value are one matrix product, gate and up another; attention reads their product as it is, and rotates
-on the way (`rsd_trt.models.attention_kernel`); patches are embedded by a product and not by a convolution; a residual
-is added where the next norm reads it, so that both are one kernel when compiled; the two towers run on two CUDA
-streams; the last block computes the position that is read, and no other. A test holds it to its slow twin.
+Query, key and value are one matrix product, gate and up another; patches are embedded by a product and not by a
+convolution; a residual is added where the next norm reads it, so that both are one kernel when compiled; the two towers
+run on two CUDA streams; the last block computes the position that is read, and no other. A test holds it to its slow
+twin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ FP8 = torch.float8_e4m3fn
 ProductName = Literal["wqkv", "wo", "w13", "w2"]  # a block's four products
 PRODUCTS: tuple[ProductName, ...] = get_args(ProductName)
 MOST_SHAPES = 256  # rows, prompt lengths and places that a block is compiled for
-KERNEL_WIDTHS = (range(32, 129, 8), (32, 64, 128))  # of heads that the attention kernel takes: as they are, rotated
 ALIGNMENT = 16  # of a product's inner width for the fast kernels; products in E4M3 need it of both widths
 
 
@@ -217,9 +216,6 @@ class FusedBackbone(nn.Module):
 
         self.layers = nn.ModuleList(fuse(i, layer) for i, layer in enumerate(layers))  # type: ignore[arg-type]
         self.last = LastBlock(last)  # type: ignore[arg-type]
-        if self.embed_tokens.weight.is_cuda:
-            from rsd_trt.models import attention_kernel  # noqa: F401, makes torch.ops.rsd_trt.attention
-
         self._ropes: dict[int, Rope] = {}
         self._side: torch.cuda.Stream | None = None
         self.compiled = False
@@ -305,15 +301,8 @@ def fp8_products(blocks: int) -> set[tuple[int, ProductName]]:
 
 
 def attend(qkv: Tensor, rope: Rope | None = None, causal: bool = False) -> Tensor:
-    """Self-attention of qkv [B, S, 3, heads, width] -> [B, S, heads * width]; rope: rotates queries and keys.
-
-    On CUDA in half precision by our kernel, else by PyTorch's attention.
-    """
+    """Self-attention of qkv [B, S, 3, heads, width] -> [B, S, heads * width]; rope: rotates queries and keys."""
     batch, length, _, heads, width = qkv.shape
-    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and width in KERNEL_WIDTHS[rope is not None]:
-        cos, sin = (None, None) if rope is None else (table[:, 0] for table in rope)
-        y: Tensor = torch.ops.rsd_trt.attention(qkv, cos, sin, causal)
-        return y
     q, k, v = qkv.unbind(2)  # [B, S, heads, width]
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
