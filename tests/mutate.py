@@ -27,7 +27,7 @@ SECONDS = 120  # a mutant that loops is killed, and counts so
 TESTS = {
     "rsd_trt.runtime.speculate": ("tests/runtime/test_speculate.py", "tests/runtime/test_policy.py"),
     "rsd_trt.runtime.plan": ("tests/runtime/test_plan.py", "tests/runtime/test_policy.py"),
-    "rsd_trt.eval.statistics": ("tests/eval/test_statistics.py", "tests/eval/test_compare.py"),
+    "rsd_trt.eval.statistics": ("tests/eval/test_statistics.py", "tests/eval/report/test_compare.py"),
 }
 # By how the mutated line begins: why no test can tell.
 EQUIVALENT = {

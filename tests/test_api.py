@@ -107,7 +107,7 @@ def test_an_evaluation_asks_for_no_network(tmp_path: Path, tiny_bundle: Path) ->
 def test_the_simulator_asks_for_no_network(tmp_path: Path) -> None:
     code = (
         "from rsd_trt.config import ControlConfig\n"
-        "from rsd_trt.eval.simulator import Simulator\n"
+        "from rsd_trt.eval.rollout.simulator import Simulator\n"
         "simulator = Simulator('libero_spatial', 0, ControlConfig(camera_size=64))\n"
         "simulator.reset(0)\n"
         "print(simulator.observation().images.shape)\n"

@@ -21,10 +21,10 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.cli import main
 from rsd_trt.config import Precision
 from rsd_trt.errors import UserError
-from rsd_trt.eval.episode_log import EpisodeLog
-from rsd_trt.eval.pool import Meter, run_episodes
-from rsd_trt.eval.report import write_report
-from rsd_trt.eval.rollout import Assignment, serve
+from rsd_trt.eval.report.write import write_report
+from rsd_trt.eval.rollout.episode import Assignment, serve
+from rsd_trt.eval.rollout.episode_log import EpisodeLog
+from rsd_trt.eval.rollout.pool import Meter, run_episodes
 from rsd_trt.manifest import read_manifest
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.observation import Observation
@@ -49,7 +49,7 @@ def test_a_full_gpu_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(error)
 
-    monkeypatch.setattr("rsd_trt.eval.parity.verify", full)
+    monkeypatch.setattr("rsd_trt.eval.parity.components.verify", full)
     done = CliRunner().invoke(main, ["verify", str(tiny_bundle), "--device", "cpu"])
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {message}")
@@ -194,7 +194,7 @@ def test_sigterm_in_a_report_keeps_the_old_one(tmp_path: Path) -> None:
     write_report([results], out, "rsd-trt report")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     slow = (
-        "import os, time, pathlib, rsd_trt.eval.report as r\n"
+        "import os, time, pathlib, rsd_trt.eval.report.write as r\n"
         f"def fsync(_): pathlib.Path({str(mark)!r}).touch(); time.sleep(600)\n"
         "os.fsync = fsync"
     )
