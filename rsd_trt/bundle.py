@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsd_trt.config import FORMAT_VERSION, BundleConfig, Component, Precision
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, reason
 from rsd_trt.files import new_folder, own
 from rsd_trt.jsonio import from_json, parse, to_json
 from rsd_trt.openvla import without_unused
@@ -271,7 +271,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, and its panics are not even that
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:400]}") from None
+        raise UserError(f"{file} cannot be read: {reason(error)}") from None
     tokenizer.no_padding()  # rows are padded, and prompts kept whole, by whoever makes a batch of them
     tokenizer.no_truncation()
     return tokenizer

@@ -33,6 +33,7 @@ from rsd_trt.checkpoints import (
     read_checkpoint,
 )
 from rsd_trt.config import (
+    OWN_FOLDER,
     BundleConfig,
     CodecConfig,
     ControlConfig,
@@ -110,7 +111,7 @@ def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None)
             weights.append(_check_shard(shard, source))
             if request.copy:
                 shutil.copyfile(shard, folder / shard.name)
-        where = "." if request.copy else str(source.path)
+        where = OWN_FOLDER if request.copy else str(source.path)
         write_config(folder, dataclasses.replace(config, backbone_weights=WeightsFolder(where, tuple(weights))))
         shutil.copyfile(source.path / TOKENIZER, folder / TOKENIZER)
         for part, checkpoint in parts.items():

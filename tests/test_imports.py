@@ -18,6 +18,7 @@ LAYERS = (
     {"__init__", "errors", "config", "files", "isolated", "jsonio", "presets", "host"},
     {"models"},
     {
+        "archive",
         "bundle",
         "checkpoints",
         "initialise",
@@ -38,7 +39,7 @@ APART = {"export", "runtime"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
 WITHOUT_TORCH |= {"jsonio", "manifest", "openvla", "openvla_config", "presets", "tables", "weights"}
-WITHOUT_TORCH |= {"checks", "doctor", "isolated"}
+WITHOUT_TORCH |= {"archive", "checks", "doctor", "isolated"}
 
 
 def python_files() -> Iterator[Path]:

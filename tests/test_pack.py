@@ -231,6 +231,14 @@ def test_weights_are_referenced_unless_copied(folder: Path, tmp_path: Path) -> N
         assert torch.equal(loaded[key], value)
 
 
+def test_a_link_in_place_of_a_copied_shard_is_refused(folder: Path, tmp_path: Path) -> None:
+    bundle = packed(folder, tmp_path / "a", copy=True)
+    file = bundle.path / SHARDS[0]
+    file.symlink_to(file.rename(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match=f"{SHARDS[0]} is a symbolic link, which may lead anywhere"):
+        bundle.backbone()
+
+
 def test_a_changed_shard_is_refused_and_the_fingerprint_covers_it(copied: Path, tmp_path: Path) -> None:
     bundle = packed(copied, tmp_path / "a")
     state = safetensors.torch.load_file(copied / SHARDS[1])
