@@ -28,6 +28,7 @@ LAYERS = (
         "openvla",
         "openvla_config",
         "pack",
+        "prompts",
         "weights",
     },
     {"export", "runtime"},
@@ -39,7 +40,7 @@ APART = {"export", "runtime"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
 WITHOUT_TORCH |= {"jsonio", "manifest", "openvla", "openvla_config", "presets", "tables", "weights"}
-WITHOUT_TORCH |= {"archive", "checks", "doctor", "isolated"}
+WITHOUT_TORCH |= {"archive", "checks", "doctor", "isolated", "prompts"}
 
 
 def python_files() -> Iterator[Path]:
