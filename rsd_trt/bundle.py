@@ -120,13 +120,13 @@ class Bundle:
         lines = (f"{name} {digest}\n" for name, digest in sorted(self.fingerprints.items()))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def backbone(self, device: torch.device | str = "cpu") -> Backbone:
-        """The backbone in the dtype of its configuration."""
+    def backbone(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Backbone:
+        """The backbone; without a `dtype`, in that of its configuration."""
         import torch
 
         from rsd_trt.models.backbone import Backbone
 
-        return self._load("backbone", Backbone, getattr(torch, self.config.backbone.dtype), device)
+        return self._load("backbone", Backbone, dtype or getattr(torch, self.config.backbone.dtype), device)
 
     def draft(self, device: torch.device | str = "cpu") -> DraftModel:
         """The draft model, in float32."""
