@@ -335,11 +335,15 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "stretched positions": (
         edit("config.json", text_config__rope_scaling={"type": "linear", "factor": 2}),
-        "rope_scaling is {'type': 'linear', 'factor': 2}, not None",
+        "rope_scaling is {'factor': 2, 'type': 'linear'}, not None",
     ),
     "another tower": (
         edit("config.json", timm_model_ids=["vit_large_patch14_clip_336.openai"], image_sizes=[336]),
         "the vision towers are vit_large_patch14_clip_336, not vit_large_patch14_reg4_dinov2, vit_so400m_",
+    ),
+    "a tower without a printable name": (
+        edit("config.json", timm_model_ids=["a\0b", "\x1b[2J"]),
+        r"the vision towers are 'a\x00b', '\x1b[2J', not vit_large",
     ),
     "another activation": (
         edit("config.json", timm_override_act_layers=["quick_gelu", None]),
