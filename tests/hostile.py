@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from rsd_trt.errors import UserError
 
 SECONDS = 20  # of an input
-# Bytes of memory, over all inputs of a kind. The files are small; what grows without them is pages of libraries that the
-# kernel had dropped, and hypothesis.
+# Bytes of memory, over all inputs of a kind. The files are small; what grows without them is hypothesis, and pages of
+# libraries that the kernel had dropped.
 GROWTH = 512 << 20
 
 TRIED: Counter[str] = Counter()
