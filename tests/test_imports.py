@@ -18,6 +18,7 @@ LAYERS = (
     {"__init__", "errors", "config", "files", "isolated", "jsonio", "presets", "host"},
     {"models"},
     {
+        "archive",
         "bundle",
         "checkpoints",
         "initialise",
@@ -27,6 +28,7 @@ LAYERS = (
         "openvla",
         "openvla_config",
         "pack",
+        "prompts",
         "weights",
     },
     {"export", "runtime"},
@@ -42,7 +44,7 @@ NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero",
 ON_CUDA_ONLY = {"rsd_trt.models.attention_kernel"}  # needs triton, which comes with PyTorch's CUDA builds
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
 WITHOUT_TORCH |= {"jsonio", "manifest", "openvla", "openvla_config", "presets", "tables", "weights"}
-WITHOUT_TORCH |= {"checks", "doctor", "isolated"}
+WITHOUT_TORCH |= {"archive", "checks", "doctor", "isolated", "prompts"}
 
 
 def python_files() -> Iterator[Path]:

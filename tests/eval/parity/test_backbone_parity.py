@@ -86,8 +86,8 @@ def test_an_error_of_a_weight_fails(
 ) -> None:
     original = bundle.backbone
 
-    def wrong(self: Bundle, device: torch.device | str = "cpu") -> Backbone:
-        backbone = original(device)
+    def wrong(self: Bundle, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Backbone:
+        backbone = original(device, dtype)
         backbone.get_parameter(weight).mul_(1.1)
         return backbone
 

@@ -58,7 +58,7 @@ def test_it_computes_what_the_backbone_computes(
     patches = images * (config.image_size // config.towers[0].patch) ** 2
     vision = found.vision(inputs.pixels)
     assert vision.shape == (len(lengths), patches, sum(tower.width for tower in config.towers))
-    torch.testing.assert_close(found.embed(inputs), embedded.stream, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.embed(inputs), embedded.stream, rtol=1e-5, atol=5e-4)  # of numbers up to 300
     states = found.states(embedded.stream)
     for k in range(blocks):
         torch.testing.assert_close(states[k], backbone.resume(embedded, k).stream, rtol=1e-5, atol=1e-4)
