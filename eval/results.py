@@ -10,10 +10,8 @@ The expert's runs have `expert` in the place of the mode.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,16 +21,12 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS, ControlConfig, Dims, Mode, PolicyKind, Quantiles, RsdConfig
 from rsd_trt.errors import UserError
-from rsd_trt.eval.disturb import Offset
-from rsd_trt.jsonio import from_json, json_schema, parse, shown, to_json
+from rsd_trt.jsonio import json_schema, shown, to_json
 from rsd_trt.runtime.plan import Query, Verdict
 from rsd_trt.runtime.speculate import Route
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
-MAX_BYTES = 1 << 29  # of a results file
-MAX_RATIO = 100  # by which it may have been compressed (ours are by 10 to 40): a small file may not fill the memory
-ALWAYS = 1 << 22  # bytes that a compressed file may have, however small it is
 HISTOGRAM_BINS = 20  # of executed actions, over [-1, 1]
 
 LATER_CONTROL = ("resize", "statistics")  # settings below `control` that did not exist when runs were first named
@@ -146,7 +140,7 @@ class Episode:
     error: Annotated[str | None, "what broke"] = None
     run: Annotated[str, "which run the episode is of: the start of the sha256 of its settings"] = ""
     displaced_at: Annotated[int | None, "the step before which the target was displaced; null if it was not"] = None
-    displacement: Annotated[Offset | None, "of the target, along x and y of the world, in m"] = None
+    displacement: Annotated[tuple[float, float] | None, "of the target, along x and y of the world, in m"] = None
 
     def __post_init__(self) -> None:
         """Raises UserError: out of range."""
@@ -314,33 +308,6 @@ class Results:
         _require(mse is None or mse >= 0, f"codec_round_trip_mse {mse} must be >= 0")
         layers = {len(q.token_agreement) for e in self.episodes for q in e.queries if q.token_agreement is not None}
         _require(len(layers) <= 1, f"the queries' token_agreement has {sorted(layers)} entries: it must have as many")
-
-
-def read_results(path: Path) -> Results:
-    """A results file, plain or compressed (`.json.gz`), checked against its schema.
-
-    Raises:
-        UserError: it is absent, not a results file, of another version, or damaged.
-    """
-    try:
-        compressed = path.suffix == ".gz"
-        most = min(MAX_BYTES, max(ALWAYS, MAX_RATIO * path.stat().st_size)) if compressed else MAX_BYTES
-        with gzip.open(path) if compressed else path.open("rb") as stream:
-            text = stream.read(most + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if len(text) > most:
-        raise UserError(f"{path} holds more than {most:,} bytes: no results file does")
-    data = parse(text, str(path))
-    if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
-        raise UserError(f"{path} is not a results file of rsd-trt eval")
-    version = data.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema_version {shown(version)}, this version reads {SCHEMA_VERSION}: "
-            + ("update rsd-trt" if isinstance(version, int) and version > SCHEMA_VERSION else "evaluate again")
-        )
-    return from_json(Results, data, str(path))
 
 
 def results_schema() -> dict[str, object]:

@@ -27,8 +27,8 @@ import numpy as np
 
 import rsd_trt
 from rsd_trt.errors import UserError
-from rsd_trt.eval.rollout import Act, Assignment, Finished, serve
-from rsd_trt.eval.simulator import Simulator
+from rsd_trt.eval.rollout.episode import Act, Assignment, Finished, serve
+from rsd_trt.eval.rollout.simulator import Simulator
 from rsd_trt.files import write_atomically
 from rsd_trt.presets import preset
 from rsd_trt.reference.demonstrate import Demonstration, demonstrate
@@ -81,7 +81,7 @@ def collect(settings: Settings, workers: int, minutes: float | None = None, devi
     Raises:
         UserError: the simulator cannot work on this machine or breaks again and again, or a file cannot be written.
     """
-    from rsd_trt.eval.pool import Meter, run_episodes  # needs torch, which the simulators' processes do without
+    from rsd_trt.eval.rollout.pool import Meter, run_episodes  # needs torch, which the simulators' processes do without
 
     settings.out.mkdir(parents=True, exist_ok=True)
     assignments, started = plan(settings), time.perf_counter()

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS, PROPRIO_DIM, ControlConfig, Dims
-from rsd_trt.eval.disturb import TARGET, offsets
-from rsd_trt.eval.rollout import Act
-from rsd_trt.eval.simulator import Simulator
+from rsd_trt.eval.rollout.disturb import TARGET, offsets
+from rsd_trt.eval.rollout.episode import Act
+from rsd_trt.eval.rollout.simulator import Simulator
 from rsd_trt.reference.expert import expert_action, scene_state
 
 PLATE, HAND = "plate_1", "robot0_eef_pos"  # robosuite's names of the plate and of the grip site's position

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.eval.disturb import TARGET
+from rsd_trt.eval.rollout.disturb import TARGET
 
 if TYPE_CHECKING:
     from robosuite.utils.binding_utils import MjSim

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.eval.disturb import SUITE
-from rsd_trt.eval.request import Scripted
+from rsd_trt.eval.rollout.disturb import SUITE
+from rsd_trt.eval.rollout.request import Scripted
 from rsd_trt.reference import expert
 
 if TYPE_CHECKING:
-    from rsd_trt.eval.simulator import Simulator
+    from rsd_trt.eval.rollout.simulator import Simulator
 
 
 def act(simulator: Simulator) -> NDArray[np.float32]:

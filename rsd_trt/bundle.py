@@ -21,6 +21,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.files import new_folder, own
 from rsd_trt.jsonio import from_json, parse, to_json
 from rsd_trt.openvla import without_unused
+from rsd_trt.prompts import TOKENIZER, read_tokenizer
 from rsd_trt.weights import Entry, check_folder, check_keys, contents, fill, sha256
 
 if TYPE_CHECKING:
@@ -38,11 +39,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
 HIDDEN_STATES = "hidden_states.safetensors"  # optional: recorded on LIBERO, for `rsd-trt verify`
 PARTS = ("backbone", "draft", "head", "codec")
 COMPONENT_VERSION = 1  # to be raised when a component computes something else from the same weights
-BOS = "<s>"
 
 
 @dataclass(frozen=True)
@@ -121,13 +120,13 @@ class Bundle:
         lines = (f"{name} {digest}\n" for name, digest in sorted(self.fingerprints.items()))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def backbone(self, device: torch.device | str = "cpu") -> Backbone:
-        """The backbone in the dtype of its configuration."""
+    def backbone(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Backbone:
+        """The backbone; without a `dtype`, in that of its configuration."""
         import torch
 
         from rsd_trt.models.backbone import Backbone
 
-        return self._load("backbone", Backbone, getattr(torch, self.config.backbone.dtype), device)
+        return self._load("backbone", Backbone, dtype or getattr(torch, self.config.backbone.dtype), device)
 
     def draft(self, device: torch.device | str = "cpu") -> DraftModel:
         """The draft model, in float32."""
@@ -253,28 +252,6 @@ def outline(config: BundleConfig, part: str) -> nn.Module:
     }
     with torch.device("meta"):
         return builders[part]()
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer.json of a bundle or of a Hugging Face folder.
-
-    Raises:
-        UserError: it is missing or cannot be read.
-    """
-    from tokenizers import Tokenizer
-
-    file = folder / TOKENIZER
-    if not file.is_file():
-        raise UserError(f"{file} is missing: {folder} is incomplete")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:400]}") from None
-    tokenizer.no_padding()  # rows are padded, and prompts kept whole, by whoever makes a batch of them
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def save(path: Path, config: BundleConfig, parts: dict[str, nn.Module], tokenizer: Tokenizer) -> Bundle:

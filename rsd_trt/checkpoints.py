@@ -12,8 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rsd_trt.archive import check_archive
 from rsd_trt.config import CodecConfig, Dims, DraftConfig, HeadConfig
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, reason
+from rsd_trt.jsonio import named
 from rsd_trt.weights import Entry
 
 WRAPPINGS = ("model_state_dict", "model")  # the keys under which a checkpoint may hold its state dict
@@ -69,20 +71,25 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     Raises:
         UserError: it cannot be read, holds no state dict, is another part, or has numbers that are not finite.
     """
+    if not file.exists():
+        raise UserError(f"{file} is missing")
+    if not file.is_file():
+        raise UserError(f"{file} is no regular file")
     try:
-        data = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing") from None
+        check_archive(file)
+        # Mapped: a storage is a piece of the file, so that none can be larger than that, or take memory of its own.
+        data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        found = f" ({named[1]})" if named else ""
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        found = f" ({named(culprit[1])})" if culprit else ""
         raise UserError(
-            f"{file} is damaged or holds more than tensors and plain values{found}, and loading that could run code. "
-            f"Save the weights alone: torch.save(model.state_dict(), FILE)"
+            f"{file} is damaged or holds more than ordinary tensors and plain values{found}, and loading that could "
+            f"run code. Save the weights alone: torch.save(model.state_dict(), FILE)"
         ) from None
     except Exception as error:  # a damaged file makes torch and its unpickler raise nearly anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{file} cannot be read as a checkpoint: {reason}") from None
+        raise UserError(f"{file} cannot be read as a checkpoint of PyTorch 1.6 or later: {reason(error)}") from None
     top = data if isinstance(data, Mapping) else {}
     wrapped = next((top[key] for key in WRAPPINGS if isinstance(top.get(key), Mapping)), top)
     state = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
@@ -93,8 +100,11 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     kind = next((kind for kind, mark in MARKS.items() if any(re.fullmatch(mark, key) for key in state)), None)
     if kind != part:
         raise UserError(f"{file} is {f'a {kind}' if kind else 'of an unknown kind'}, not a {part}")
+    shown, size = sum(value.nbytes for value in state.values()), file.stat().st_size
+    if shown > size:  # a view that repeats its storage shows any shape, and takes its memory when it is copied
+        raise UserError(f"{file} has {size} bytes, its tensors would take {shown}. Save them as clones: they overlap")
     for key, value in state.items():
-        check_finite(file, key, value)
+        check_finite(file, key, value.float() if value.dtype == torch.float64 else value)  # as it will be saved
     config = top.get("config")
     return Checkpoint(file, part, state, config if isinstance(config, Mapping) else {})
 
@@ -103,7 +113,7 @@ def check_finite(file: Path, key: str, value: Tensor) -> None:
     """Raises UserError if a tensor holds NaN or infinity."""
     if value.is_floating_point() and not (finite := torch.isfinite(value)).all():
         bad = value.numel() - int(finite.sum())
-        raise UserError(f"{file}: {key} has {bad} of {value.numel()} numbers that are NaN or infinite")
+        raise UserError(f"{file}: {named(key)} has {bad} of {value.numel()} numbers that are NaN or infinite")
 
 
 def draft_config(draft: Checkpoint) -> DraftConfig:
@@ -178,7 +188,7 @@ def fit(parts: Mapping[Part, Checkpoint], steps: int) -> Dims:
     )
     for classifier in (draft, head):
         if classifier and (logits := _logits(classifier)) != steps * latent * levels:
-            others, rest = divmod(logits, latent * levels)
+            others, rest = divmod(logits, max(1, latent * levels))
             hint = "" if rest else f". For chunks of {others} steps: --chunk {others}"
             raise UserError(
                 f"{classifier.file} gives {logits} logits a layer; {steps} steps of {latent} latent dimensions with "
@@ -202,7 +212,7 @@ def _logits(checkpoint: Checkpoint) -> int:
 def _condition(head: Checkpoint, tokens: int) -> int:
     """How many layers of `tokens` tokens a conditioned head reads."""
     inputs, width = head.size("token_proj.0.weight", 1), tokens * head.size("token_embedding.weight", 1)
-    if inputs % width:
+    if width == 0 or inputs % width:
         raise UserError(f"{head.file}: token_proj reads {inputs} numbers, which are no multiple of a layer's {width}")
     return inputs // width
 

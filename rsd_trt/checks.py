@@ -157,7 +157,7 @@ def engines_run() -> Found:
 
 def rendering() -> Found:
     """One frame, rendered without a screen."""
-    from rsd_trt.eval.simulator import choose_gl
+    from rsd_trt.eval.rollout.simulator import choose_gl
 
     try:
         name = choose_gl().upper()
@@ -188,7 +188,7 @@ def rendering() -> Found:
 
 def libero() -> Found:
     """Every task's description and initial states, and every file that the packages installed."""
-    from rsd_trt.eval.simulator import open_suite
+    from rsd_trt.eval.rollout.simulator import open_suite
 
     missing: list[str] = []
     tasks = 0

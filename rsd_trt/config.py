@@ -27,6 +27,7 @@ ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 DEFAULT_BUNDLE = Path(__file__).parent / "reference" / "bundle"  # the policy that is shipped with the toolkit
 DEFAULT_ENGINES = Path("engines")
+OWN_FOLDER = "."  # of weights that were copied into their bundle
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 Mode = Literal["baseline", "rsd", "shadow", "random"]
@@ -196,12 +197,12 @@ class WeightFile:
 class WeightsFolder:
     """Weights of the backbone that stay where they are: the shards of a Hugging Face folder."""
 
-    folder: str  # absolute, or `.`: they were copied into the bundle
+    folder: str  # absolute, or OWN_FOLDER: they were copied into the bundle
     files: tuple[WeightFile, ...]
 
     def __post_init__(self) -> None:
         _require(
-            self.folder == "." or Path(self.folder).is_absolute(),
+            self.folder == OWN_FOLDER or Path(self.folder).is_absolute(),
             f"backbone_weights.folder {self.folder!r} must be an absolute path, or '.'",
         )
 

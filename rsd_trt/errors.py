@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Iterable
 
+MOST_SHOWN = 400  # characters of a library's error
+
 
 class UserError(Exception):
     """One line that names the thing, both values and the remedy. The CLI prints it and exits with 1."""
@@ -18,6 +20,12 @@ class Unavailable(UserError):
 
 class PolicyFault(UserError):
     """The policy produced something that must not reach a robot (NaN, infinity). Ends that episode."""
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says: one short line that can be printed, though it may quote a hostile file."""
+    text = " ".join(str(error).split())[:MOST_SHOWN] or type(error).__name__
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

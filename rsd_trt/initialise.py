@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.bundle import BOS, Bundle, bundle_name, save
+from rsd_trt.bundle import Bundle, bundle_name, save
 from rsd_trt.config import Size
 from rsd_trt.errors import UserError
 from rsd_trt.files import check_disk
 from rsd_trt.presets import preset
+from rsd_trt.prompts import BOS
 
 if TYPE_CHECKING:
     import torch

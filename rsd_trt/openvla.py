@@ -6,7 +6,6 @@ statistics from dataset_statistics.json or config.json. Everything that rsd-trt 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,14 +13,15 @@ from pathlib import Path
 from typing import Literal
 
 from rsd_trt.config import BackboneConfig, Quantiles, Resize
-from rsd_trt.errors import UserError, did_you_mean, missing_extra
-from rsd_trt.jsonio import from_json
+from rsd_trt.errors import UserError, did_you_mean, missing_extra, reason
+from rsd_trt.jsonio import from_json, named, parse, shown
 from rsd_trt.openvla_config import FEATURIZERS, backbone_config
 from rsd_trt.weights import Entry, contents, listed
 
 MODEL_TYPE = "openvla"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STATISTICS = "dataset_statistics.json"
+MOST_NAMES = 100  # of data sets, in a message
 PROPRIO = "proprio_projector."
 FILES = ("*.json", "*.safetensors", "proprio_projector--*.pt")  # what a hub repository is asked for
 SHARD = re.compile(r"model[\w.-]*\.safetensors")
@@ -60,17 +60,23 @@ class OpenVLAFolder:
         names = sorted(self.statistics)
         if name is None:
             if len(names) != 1:
-                choice = f"statistics of {len(names)} data sets: {', '.join(names)}. Choose one" if names else "none"
+                choice = (
+                    f"statistics of {len(names)} data sets: {listed([named(x) for x in names])}. Choose one"
+                    if names
+                    else "none"
+                )
                 raise UserError(f"{self.path} has {choice}: --statistics NAME")
             name = names[0]
         if name not in self.statistics:
-            raise UserError(f"{self.path} has no statistics of {name!r}{did_you_mean(name, names)}")
+            raise UserError(
+                f"{self.path} has no statistics of {shown(name)}{did_you_mean(name, map(named, names[:MOST_NAMES]))}"
+            )
         values = _object(_object(self.statistics[name]).get(kind))
         if "q01" not in values or "q99" not in values:
-            raise UserError(f"{self.path} has no {kind} quantiles (q01 and q99) for {name!r}")
+            raise UserError(f"{self.path} has no {kind} quantiles (q01 and q99) for {shown(name)}")
         q01 = values["q01"]
         mask = values.get("mask", [True] * len(q01) if isinstance(q01, list) else [])
-        where = f"{self.path}, statistics of {name!r}, {kind}"
+        where = f"{self.path}, statistics of {shown(name)}, {kind}"
         return name, from_json(Quantiles, {"q01": q01, "q99": values["q99"], "mask": mask}, where)
 
 
@@ -91,9 +97,8 @@ def find_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # the library's errors have no common base, and differ between its versions
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"{name} is no folder, is not whole in the Hugging Face cache, and cannot be fetched: {reason} "
+            f"{name} is no folder, is not whole in the Hugging Face cache, and cannot be fetched: {reason(error)} "
             f"Fetch it where there is a network (hf download {name}), and give its folder"
         ) from None
 
@@ -109,9 +114,10 @@ def read_folder(path: Path) -> OpenVLAFolder:
     if not file.is_file():
         raise UserError(f"{file} is missing: {path} is no Hugging Face folder of OpenVLA")
     if data.get("model_type") != MODEL_TYPE:
+        kind, architectures = shown(data.get("model_type")), shown(data.get("architectures"))
         raise UserError(
-            f"{file} is of model_type {data.get('model_type')!r}, architectures {data.get('architectures')}: "
-            f"only {MODEL_TYPE!r} (OpenVLA, OpenVLA-OFT) can be packed"
+            f"{file} is of model_type {kind}, architectures {architectures}: only {MODEL_TYPE!r} (OpenVLA, "
+            "OpenVLA-OFT) can be packed"
         )
     processor = path / "preprocessor_config.json"
     shards, found = _shards(path)
@@ -143,7 +149,7 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if not SHARD.fullmatch(name):
-            raise UserError(f"{index} names {name!r}, which is no model*.safetensors of its folder")
+            raise UserError(f"{index} names {shown(name)}, which is no model*.safetensors of its folder")
         if not (path / name).is_file():
             raise UserError(f"{path / name} is missing: {path} is incomplete")
     shards = tuple(path / name for name in names)
@@ -154,17 +160,19 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
         if key not in found or weight_map.get(key) != found[key].file.name
     )
     if wrong:
-        raise UserError(f"{index} and the shards disagree about {listed(wrong)}")
+        raise UserError(f"{index} and the shards disagree about {listed([named(key) for key in wrong])}")
     return shards, found
 
 
 def _read_object(file: Path) -> dict[str, object]:
     """A JSON file's top level; empty when there is no file."""
     try:
-        return _object(json.loads(file.read_text("utf-8")), str(file))
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is no regular file. Put the file itself in its place")
+        return _object(parse(file.read_bytes(), str(file)), str(file))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
 
 

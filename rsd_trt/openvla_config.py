@@ -14,7 +14,7 @@ from typing import Literal
 
 from rsd_trt.config import BackboneConfig, LanguageConfig, Resize, TowerConfig
 from rsd_trt.errors import UserError
-from rsd_trt.jsonio import from_json, known
+from rsd_trt.jsonio import from_json, known, named, shown
 from rsd_trt.presets import TIMM_TOWERS
 from rsd_trt.weights import Entry, listed
 
@@ -112,9 +112,13 @@ def _towers(
     """Widths come from the tensors, the rest from the names of timm's models."""
     names = [name.partition(".")[0] for name in model.timm_model_ids]
     if names != list(TIMM_TOWERS) or not model.use_fused_vision_backbone:
-        raise UserError(f"{file}: the vision towers are {listed(names)}, not {listed(list(TIMM_TOWERS))}")
+        raise UserError(
+            f"{file}: the vision towers are {listed([named(name) for name in names])}, not {listed(list(TIMM_TOWERS))}"
+        )
     if any(model.timm_override_act_layers):
-        raise UserError(f"{file}: timm_override_act_layers {list(model.timm_override_act_layers)} are not supported")
+        raise UserError(
+            f"{file}: timm_override_act_layers {shown(list(model.timm_override_act_layers))} are not supported"
+        )
     pixels = processor.tvf_normalize_params or tuple(map(Normalisation, processor.means, processor.stds))
     if len(pixels) != len(names):
         raise UserError(
@@ -146,7 +150,7 @@ def _language(file: Path, text: TextConfig, found: Mapping[str, Entry]) -> Langu
         "attention_bias": (text.attention_bias, False),
         "mlp_bias": (text.mlp_bias, False),
     }
-    if wrong := [f"{key} is {there!r}, not {here!r}" for key, (there, here) in computed.items() if there != here]:
+    if wrong := [f"{key} is {shown(there)}, not {here!r}" for key, (there, here) in computed.items() if there != here]:
         raise UserError(f"{file}: the language model is not supported: {'; '.join(wrong)}")
     rows = _shape(file.parent, found, EMBEDDING, 2)[0]
     if rows != text.vocab_size:
@@ -168,17 +172,19 @@ def _language(file: Path, text: TextConfig, found: Mapping[str, Entry]) -> Langu
 def _image_size(file: Path, model: ModelConfig, processor: ProcessorConfig) -> int:
     sizes = set(model.image_sizes) | {size for shape in processor.input_sizes for size in shape[1:]}
     if len(sizes) != 1:
-        raise UserError(f"{file.parent}: the towers read images of {sorted(sizes)} pixels; one size is supported")
+        raise UserError(
+            f"{file.parent}: the towers read images of {shown(sorted(sizes))} pixels; one size is supported"
+        )
     return sizes.pop()
 
 
 def _resize(file: Path, processor: ProcessorConfig) -> Resize:
     if set(processor.interpolations) != {"bicubic"}:
-        raise UserError(f"{file}: interpolations {list(processor.interpolations)} are not supported, bicubic is")
+        raise UserError(f"{file}: interpolations {shown(list(processor.interpolations))} are not supported, bicubic is")
     for strategy in RESIZES:
         if processor.image_resize_strategy == strategy:
             return strategy
-    raise UserError(f"{file}: image_resize_strategy {processor.image_resize_strategy!r} is not supported")
+    raise UserError(f"{file}: image_resize_strategy {shown(processor.image_resize_strategy)} is not supported")
 
 
 def _dtype(file: Path, model: ModelConfig) -> Literal["float32", "bfloat16"]:
@@ -187,7 +193,7 @@ def _dtype(file: Path, model: ModelConfig) -> Literal["float32", "bfloat16"]:
         return "float32"
     if name == "bfloat16":
         return "bfloat16"
-    raise UserError(f"{file}: torch_dtype {name!r} is not supported; bfloat16 and float32 are")
+    raise UserError(f"{file}: torch_dtype {shown(name)} is not supported; bfloat16 and float32 are")
 
 
 def _shape(path: Path, found: Mapping[str, Entry], key: str, axes: int) -> tuple[int, ...]:

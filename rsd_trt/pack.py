@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from rsd_trt.bundle import (
-    BOS,
-    TOKENIZER,
     bundle_name,
     outline,
-    read_tokenizer,
     write_config,
     write_part,
 )
@@ -33,6 +30,7 @@ from rsd_trt.checkpoints import (
     read_checkpoint,
 )
 from rsd_trt.config import (
+    OWN_FOLDER,
     BundleConfig,
     CodecConfig,
     ControlConfig,
@@ -48,6 +46,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.files import check_disk, new_folder
 from rsd_trt.openvla import PROPRIO, OpenVLAFolder, find_folder, read_folder
 from rsd_trt.presets import conventions
+from rsd_trt.prompts import BOS, TOKENIZER, encode, read_tokenizer
 from rsd_trt.weights import check_keys, describe_file, open_tensors
 
 
@@ -110,7 +109,7 @@ def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None)
             weights.append(_check_shard(shard, source))
             if request.copy:
                 shutil.copyfile(shard, folder / shard.name)
-        where = "." if request.copy else str(source.path)
+        where = OWN_FOLDER if request.copy else str(source.path)
         write_config(folder, dataclasses.replace(config, backbone_weights=WeightsFolder(where, tuple(weights))))
         shutil.copyfile(source.path / TOKENIZER, folder / TOKENIZER)
         for part, checkpoint in parts.items():
@@ -182,7 +181,7 @@ def _check_tokenizer(source: OpenVLAFolder, config: BundleConfig) -> None:
         raise UserError(
             f"the preset's prompt ends with token {suffix}, the backbone has embeddings of 0 to {vocab - 1}"
         )
-    if tokenizer.encode("a").ids[0] != tokenizer.token_to_id(BOS):
+    if encode(tokenizer, "a")[0] != tokenizer.token_to_id(BOS):
         raise UserError(f"{file} does not put {BOS} in front of the prompt, as OpenVLA's does")
 
 

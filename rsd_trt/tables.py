@@ -10,13 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from rsd_trt.doctor import Line
-from rsd_trt.eval.calibrate import Calibration
-from rsd_trt.eval.compare import FIGURES
-from rsd_trt.eval.conclusion import targets
-from rsd_trt.eval.replay_record import Replay
+from rsd_trt.eval.latency.replay_record import Replay
+from rsd_trt.eval.report.calibrate import Calibration
+from rsd_trt.eval.report.compare import FIGURES
+from rsd_trt.eval.report.conclusion import targets
+from rsd_trt.eval.report.runs import Run
+from rsd_trt.eval.report.wording import interval, number
 from rsd_trt.eval.results import Results
-from rsd_trt.eval.runs import Run
-from rsd_trt.eval.wording import interval, number
 
 Json = Mapping[str, object]
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.config import WeightFile, WeightsFolder
-from rsd_trt.errors import UserError
+from rsd_trt.config import OWN_FOLDER, WeightFile, WeightsFolder
+from rsd_trt.errors import UserError, reason
+from rsd_trt.files import own
 from rsd_trt.jsonio import named as printable
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def open_tensors(file: Path, device: torch.device | str = "cpu") -> Iterator[saf
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read as safetensors: {error}") from None
+        raise UserError(f"{file} cannot be read as safetensors: {reason(error)}") from None
 
 
 def check_keys(module: nn.Module, found: Mapping[str, Entry], where: Path) -> None:
@@ -209,8 +210,8 @@ def describe_file(file: Path) -> WeightFile:
 def check_folder(weights: WeightsFolder, folder: Path, whole: bool = False) -> tuple[Path, ...]:
     """The files of a packed folder, if they are what they were.
 
-    Names, sizes, headers and samples are compared; with `whole`, every byte. Links are followed: the Hugging Face
-    cache consists of them.
+    Names, sizes, headers and samples are compared; with `whole`, every byte. Links are followed, since the Hugging Face
+    cache consists of them, but not in the bundle itself.
 
     Raises:
         UserError: a file is missing or has changed.
@@ -218,6 +219,8 @@ def check_folder(weights: WeightsFolder, folder: Path, whole: bool = False) -> t
     remedy = "Restore it, or pack the bundle again: rsd-trt pack"
     for record in weights.files:
         file = folder / record.name
+        if weights.folder == OWN_FOLDER:
+            own(file)
         if not file.is_file():
             raise UserError(f"{file} is missing: the bundle refers to it. {remedy}")
         if (size := file.stat().st_size) != record.bytes:

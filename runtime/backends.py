@@ -122,7 +122,7 @@ def open_backbone(
     if precision == "fp8":
         check_fp8(bundle, kind, device)
     dtype = bundle.config.backbone.dtype if precision == "bundle" else "bfloat16"
-    backbone = bundle.backbone(device).to(getattr(torch, dtype))
+    backbone = bundle.backbone(device, getattr(torch, dtype))
     if kind == "eager":
         return backbone
     from rsd_trt.models.fused_backbone import FusedBackbone, fp8_products

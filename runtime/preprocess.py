@@ -15,6 +15,7 @@ from torch import Tensor
 from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig
 from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import BackboneInputs
+from rsd_trt.prompts import encode
 from rsd_trt.runtime.observation import Observation
 
 
@@ -87,14 +88,12 @@ class Preprocessor:
         """The prompt's token ids, BOS first.
 
         Raises:
-            UserError: an id that the backbone does not know.
+            UserError: the tokenizer cannot encode it, or gives an id that the backbone does not know.
         """
         if instruction not in self._prompts:
             text = instruction.lower() if self.control.lowercase else instruction
-            ids = list(self.tokenizer.encode(self.control.prompt.replace("{instruction}", text)).ids)
+            ids = encode(self.tokenizer, self.control.prompt.replace("{instruction}", text))
             suffix = self.control.suffix_token
-            if not ids:
-                raise UserError("tokenizer.json turns the prompt into no tokens: the bundle does not fit together")
             if suffix is not None and ids[-1] != suffix:
                 ids.append(suffix)
             if not 0 <= min(ids) <= max(ids) < self.backbone.language.vocab:

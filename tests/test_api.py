@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import os
 import subprocess
 import sys
@@ -96,6 +97,20 @@ def test_importing_loading_and_exporting_ask_for_no_network(tmp_path: Path, tiny
     assert "UNTRAINED" in done.stdout
 
 
+def test_a_report_and_the_doctor_ask_for_no_network(tmp_path: Path, tiny_bundle: Path) -> None:
+    recorded = Path(__file__).parents[1] / "docs" / "results" / "reference"
+    files = [str(recorded / f"{name}_single.json.gz") for name in ("baseline_1_action", "rsd_1_action")]
+    code = (
+        "import sys\n"
+        "from rsd_trt.cli import main\n"
+        "main(['report', *sys.argv[3:], '-o', sys.argv[2]], standalone_mode=False)\n"
+        "main(['doctor', sys.argv[1], '--backend', 'torch', '--json'])\n"
+    )
+    done = without_network(tmp_path, "-c", code, str(tiny_bundle), str(tmp_path / "report"), *files)
+    assert (tmp_path / "report" / "report.html").exists(), done.stderr
+    assert json.loads(done.stdout[done.stdout.index("{") :])
+
+
 def test_an_evaluation_asks_for_no_network(tmp_path: Path, tiny_bundle: Path) -> None:
     drive = str(Path(__file__).parent / "eval" / "drive.py")
     options = ["--tasks", "0", "--trials", "1", "--max-steps", "4", "--workers", "2", "--out", str(tmp_path)]
@@ -107,7 +122,7 @@ def test_an_evaluation_asks_for_no_network(tmp_path: Path, tiny_bundle: Path) ->
 def test_the_simulator_asks_for_no_network(tmp_path: Path) -> None:
     code = (
         "from rsd_trt.config import ControlConfig\n"
-        "from rsd_trt.eval.simulator import Simulator\n"
+        "from rsd_trt.eval.rollout.simulator import Simulator\n"
         "simulator = Simulator('libero_spatial', 0, ControlConfig(camera_size=64))\n"
         "simulator.reset(0)\n"
         "print(simulator.observation().images.shape)\n"

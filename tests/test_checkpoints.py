@@ -171,7 +171,7 @@ class Evil:
         (original.RFSQHead().state_dict(), "draft", "is a head, not a draft"),
         (original.RFSQDraftModelWithProjection().state_dict(), "head", "is a draft, not a head"),
         (original.ActionRFSQAE(True).state_dict(), "head", "is a codec, not a head"),
-        ({"config": Evil()}, "head", "holds more than tensors and plain values"),
+        ({"config": Evil()}, "head", "holds more than ordinary tensors and plain values"),
     ],
     ids=["empty", "numbers", "list", "unknown", "head", "draft", "codec", "code"],
 )

@@ -15,8 +15,8 @@ from rsd_trt.cli import main
 from rsd_trt.cli.deploy import choose_flavour
 from rsd_trt.config import COMPONENTS, MAX_BATCH
 from rsd_trt.errors import UserError
-from rsd_trt.eval import parity, scenes
-from rsd_trt.eval.latency import PAIR
+from rsd_trt.eval.latency.components import PAIR
+from rsd_trt.eval.parity import components, scenes
 from rsd_trt.flavour import Flavour, Target
 from rsd_trt.manifest import usable
 
@@ -130,8 +130,8 @@ def test_verify_passes_what_is_equal(tiny_bundle: Path, exported: Callable[..., 
 def test_verify_fails_what_is_not(
     tiny_bundle: Path, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strict = {key: parity.Tolerance(-1, -1, -1, -1) for key in parity.TOLERANCES}
-    monkeypatch.setattr(parity, "TOLERANCES", strict)
+    strict = {key: components.Tolerance(-1, -1, -1, -1) for key in components.TOLERANCES}
+    monkeypatch.setattr(components, "TOLERANCES", strict)
     command = ("verify", tiny_bundle, "--engines", exported("fp32"), "--backend", "ort", "--device", "cpu")
     result = rsd_trt(*command)
     assert message(result) == "10 of 10 comparisons failed"

@@ -22,7 +22,7 @@ from rsd_trt.cli import main
 from rsd_trt.config import Precision
 from rsd_trt.doctor import Check, all_checks, examine
 from rsd_trt.errors import Unavailable
-from rsd_trt.eval.simulator import open_suite
+from rsd_trt.eval.rollout.simulator import open_suite
 from rsd_trt.flavour import Flavour, Target
 from rsd_trt.host import Gpu
 from rsd_trt.runtime.backends import BACKENDS
@@ -235,7 +235,7 @@ def test_engines_run(monkeypatch: Patch) -> None:
 
 
 def test_no_opengl_library(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("rsd_trt.eval.simulator.GL_LIBRARIES", {"egl": ("libNoEGL.so",)})
+    monkeypatch.setattr("rsd_trt.eval.rollout.simulator.GL_LIBRARIES", {"egl": ("libNoEGL.so",)})
     monkeypatch.setenv("MUJOCO_GL", "egl")
     broken(checks.rendering(), "no headless OpenGL for egl", "apt-get install libegl1")
 
@@ -284,7 +284,7 @@ def test_libero_without_a_tasks_description(monkeypatch: Patch, tmp_path: Path) 
 
 
 def test_libero_that_is_not_installed(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("rsd_trt.eval.simulator.choose_gl", lambda: "egl")
+    monkeypatch.setattr("rsd_trt.eval.rollout.simulator.choose_gl", lambda: "egl")
     monkeypatch.setitem(sys.modules, "libero.libero.envs", None)
     for name in [name for name in sys.modules if name.startswith("libero.libero")]:
         monkeypatch.setitem(sys.modules, name, None)

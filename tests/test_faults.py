@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,10 +23,10 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.cli import main
 from rsd_trt.config import Precision
 from rsd_trt.errors import UserError
-from rsd_trt.eval.episode_log import EpisodeLog
-from rsd_trt.eval.pool import Meter, run_episodes
-from rsd_trt.eval.report import write_report
-from rsd_trt.eval.rollout import Assignment, serve
+from rsd_trt.eval.report.write import write_report
+from rsd_trt.eval.rollout.episode import Assignment, serve
+from rsd_trt.eval.rollout.episode_log import EpisodeLog
+from rsd_trt.eval.rollout.pool import Meter, run_episodes
 from rsd_trt.manifest import read_manifest
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.observation import Observation
@@ -49,7 +51,7 @@ def test_a_full_gpu_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(error)
 
-    monkeypatch.setattr("rsd_trt.eval.parity.verify", full)
+    monkeypatch.setattr("rsd_trt.eval.parity.components.verify", full)
     done = CliRunner().invoke(main, ["verify", str(tiny_bundle), "--device", "cpu"])
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {message}")
@@ -60,21 +62,24 @@ class Cramped(Reader):
     """A policy that has memory for `most` queries at once, and from the third forward on for `later`."""
 
     def __init__(self, most: int, later: int) -> None:
-        super().__init__()
-        self.most, self.later = most, later
+        super().__init__(seconds=0.1)  # so that processes come to wait for each other, and are answered together
+        self.most, self.later, self.refused = most, later, 0
 
     def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
         if len(slots) > (self.most if len(self.batches) < 3 else self.later):
+            self.refused += 1
             raise torch.OutOfMemoryError(FULL)
         return super().act_batch(observations, slots)
 
 
-def test_a_batch_that_does_not_fit_is_answered_one_by_one() -> None:
+def test_a_batch_that_does_not_fit_is_answered_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
     policy = Cramped(most=1, later=1)
     assignments = [Assignment(0, trial, 6) for trial in range(4)]
     episodes = list(run_episodes(policy, partial(serve, build=World), assignments, 4, 4, 60.0, Meter()))
     assert [episode.error for episode in episodes] == [None] * 4
     assert set(policy.batches) == {1}
+    assert policy.refused
+    assert "the policy broke" in caplog.text
 
 
 def test_a_query_that_does_not_fit_ends_the_run_and_keeps_its_episodes(tmp_path: Path) -> None:
@@ -147,6 +152,29 @@ def test_a_full_disk_keeps_the_episodes_that_are_on_it(small_disk: Path) -> None
     assert len(EpisodeLog(small_disk, "x", run.settings, fresh=False).episodes) == after.count(b"\n")
 
 
+def test_an_evaluation_on_a_full_disk_goes_on_from_whole_lines(small_disk: Path, tiny_bundle: Path) -> None:
+    (drive,) = Path(__file__).parent.rglob("drive.py")
+    options = ["--tasks", "0,1", "--trials", "4", "--max-steps", "16", "--workers", "1", "--out", str(small_disk)]
+
+    def evaluate() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(drive), str(tiny_bundle), *options, "--json"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+
+    fill(small_disk)
+    os.truncate(small_disk / "rest", (small_disk / "rest").stat().st_size - (12 << 10))
+    done = evaluate()
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].endswith("No space left on device")
+    assert "Traceback" not in done.stderr
+    log = next(small_disk.glob("*_episodes.jsonl"))
+    kept = log.read_bytes()
+    assert 0 < kept.count(b"\n") < 8 and kept.endswith(b"\n")
+    (small_disk / "rest").unlink()
+    done = evaluate()
+    assert done.returncode == 0, done.stderr
+    assert log.read_bytes().startswith(kept) and log.read_bytes().count(b"\n") == 8
+
+
 def test_a_full_disk_keeps_the_old_report(small_disk: Path, tmp_path: Path) -> None:
     results = synthetic.write(tmp_path / "r.json", synthetic.run("rsd", tasks=(0,), trials=2))
     out = small_disk / "report"
@@ -158,28 +186,29 @@ def test_a_full_disk_keeps_the_old_report(small_disk: Path, tmp_path: Path) -> N
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def stop(arguments: list[str], ready: Callable[[], bool], code: str) -> str:
-    """Runs `code`, then a command; ends it with SIGTERM once it is ready. What it said on stderr."""
+def stop(arguments: list[str], ready: Callable[[], bool], code: str, how: signal.Signals = signal.SIGTERM) -> str:
+    """Runs `code`, then a command; ends it with a signal once it is ready. What it said on stderr."""
     program = f"{code}\nfrom rsd_trt.cli import main\nmain({arguments!r}, prog_name='rsd-trt')"
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + PATIENCE
         while not ready():
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.02)
-        process.terminate()
+        process.send_signal(how)
         _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "Traceback" not in stderr
     return stderr
 
 
-def test_sigterm_in_an_export_keeps_what_is_built(tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_export_keeps_what_is_built(how: signal.Signals, tiny_bundle: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "tiny" / "manifest.json"
     arguments = ["export", str(tiny_bundle), "-o", str(tmp_path), "--target", "onnx", "--component", "decoder"]
     slow = (
         "import time, rsd_trt.export.run as r\nb = r.export_onnx\nr.export_onnx = lambda *a: (b(*a), time.sleep(1))[0]"
     )
-    stderr = stop(arguments, manifest.exists, slow)
+    stderr = stop(arguments, manifest.exists, slow, how)
     assert stderr.strip().endswith(STOPPED)
     assert len(read_manifest(tmp_path / "tiny", Bundle.open(tiny_bundle)).artefacts) == 1
     done = CliRunner().invoke(main, [*arguments, "--json"])
@@ -194,7 +223,7 @@ def test_sigterm_in_a_report_keeps_the_old_one(tmp_path: Path) -> None:
     write_report([results], out, "rsd-trt report")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     slow = (
-        "import os, time, pathlib, rsd_trt.eval.report as r\n"
+        "import os, time, pathlib, rsd_trt.eval.report.write as r\n"
         f"def fsync(_): pathlib.Path({str(mark)!r}).touch(); time.sleep(600)\n"
         "os.fsync = fsync"
     )
@@ -214,3 +243,14 @@ def test_a_clock_that_jumps_back_names_no_file_twice(tmp_path: Path, monkeypatch
     assert again.lacks(0, 1) and not again.lacks(0, 0)
     again.append(run.episodes[1])
     assert len(EpisodeLog(tmp_path, "x", run.settings, fresh=False).episodes) == 2
+
+
+def test_every_row_of_the_table_of_faults_names_tests_that_are_there() -> None:
+    tests = Path(__file__).parent
+    text = (tests.parent / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| .* \|$", text.partition("## Faults")[2], re.MULTILINE)[1:]
+    assert len(rows) > 12
+    for row in rows:
+        files = re.findall(r"`([\w/]+\.py)`", row.split("|")[4])
+        assert files, row
+        assert [file for file in files if not (tests / file).is_file()] == [], row

@@ -1,122 +1,36 @@
-"""Every file that is read, made hostile: one line that says what is wrong, or success. No other exception, no hang,
-no memory out of proportion, and nothing executed."""
+"""Every file of our own that is read, made hostile. What others wrote: test_hostile_packing.py."""
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
-import resource
-import signal
 import struct
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import synthetic
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hostile import GROWTH, attempt, memory, told, try_all
 from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_file, damaged_json, nodes
 from safetensors.torch import save
 
 from rsd_trt.bundle import PARTS, Bundle
 from rsd_trt.config import COMPONENTS
-from rsd_trt.errors import UserError
-from rsd_trt.eval.episode_log import EpisodeLog
-from rsd_trt.eval.parity import hidden_states
-from rsd_trt.eval.report import write_report
+from rsd_trt.eval.parity.components import hidden_states
+from rsd_trt.eval.read import read_run
+from rsd_trt.eval.report.write import write_report
 from rsd_trt.eval.results import Episode
-from rsd_trt.eval.runs import read_run
+from rsd_trt.eval.rollout.episode_log import EpisodeLog
 from rsd_trt.info import describe
 from rsd_trt.jsonio import to_json
 from rsd_trt.manifest import MANIFEST, freshness, read_manifest
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import Preprocessor
 
+__all__ = ["told"]  # a fixture of every test here
 EXAMPLES = 150  # of each kind of file
-SECONDS = 20  # of an input
-GROWTH = 200 << 20  # bytes of memory, over all inputs of a kind: the files are small
-
-TRIED: Counter[str] = Counter()
-ARMED: list[str] = []  # the kind of file that is being read
-EXECUTED: list[str] = []
-FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
-
-
-def _watch(event: str, arguments: tuple[object, ...]) -> None:
-    if ARMED and event in FORBIDDEN:
-        EXECUTED.append(f"{ARMED[0]}: {event} {arguments}")
-
-
-sys.addaudithook(_watch)
-
-
-@pytest.fixture(autouse=True)
-def told(record_property: Callable[[str, object], None]) -> Iterator[None]:
-    """Counts the inputs, for the end of the run: see conftest. On one thread: with tiny parts, more of them only wait
-    for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    record_property("hostile inputs", dict(TRIED))
-    TRIED.clear()
-
-
-@contextlib.contextmanager
-def within(seconds: int) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise AssertionError(f"still at it after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def attempt(kind: str, read: Callable[[], object]) -> None:
-    """Reads: a UserError of one line, or success."""
-    TRIED[kind] += 1
-    ARMED.append(kind)
-    try:
-        with within(SECONDS):
-            read()
-    except UserError as error:
-        message = str(error)
-        assert "\n" not in message and message.isprintable(), f"{message!r} is not one line"
-        assert len(message) < 3000, f"{len(message)} characters: {message[:100]}"
-    finally:
-        ARMED.clear()
-    assert not EXECUTED
-
-
-def memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def try_all(kind: str, hostile: st.SearchStrategy[bytes], read: Callable[[bytes], object], examples: int) -> None:
-    """Tries so many inputs, always the same."""
-
-    @settings(
-        max_examples=examples,
-        phases=[Phase.generate],  # shrinking would run what hangs again and again
-        suppress_health_check=list(HealthCheck),
-        report_multiple_bugs=False,
-        database=None,
-    )
-    @given(hostile)
-    def each(data: bytes) -> None:
-        attempt(kind, lambda: read(data))
-
-    before = memory()
-    each()
-    assert memory() - before < GROWTH
 
 
 def use(folder: Path) -> None:
@@ -146,7 +60,7 @@ EXTREMES = (0, -1, 2**20, 2**62, 1e-320, 1e308, -0.5)
 def test_every_number_of_a_configuration_at_its_extremes(bundle_copy: Path) -> None:
     file = bundle_copy / "config.json"
     valid = json.loads(file.read_text())
-    before = memory()
+    before = memory(anew=True)
     for *parents, key in nodes(valid):
         holder = valid
         for parent in parents:

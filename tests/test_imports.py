@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ LAYERS = (
     {"__init__", "errors", "config", "files", "isolated", "jsonio", "presets", "host"},
     {"models"},
     {
+        "archive",
         "bundle",
         "checkpoints",
         "initialise",
@@ -27,6 +28,7 @@ LAYERS = (
         "openvla",
         "openvla_config",
         "pack",
+        "prompts",
         "weights",
     },
     {"export", "runtime"},
@@ -35,10 +37,13 @@ LAYERS = (
     {"cli"},
 )
 APART = {"export", "runtime"}
+# The same within eval: the modules that its folders share come first. A report is made of everything.
+EVAL_LAYERS = ("eval", "rollout", "parity", "latency", "report")
+EVAL_APART = {"rollout", "latency"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
 WITHOUT_TORCH |= {"jsonio", "manifest", "openvla", "openvla_config", "presets", "tables", "weights"}
-WITHOUT_TORCH |= {"checks", "doctor", "isolated"}
+WITHOUT_TORCH |= {"archive", "checks", "doctor", "isolated", "prompts"}
 
 
 def python_files() -> Iterator[Path]:
@@ -55,6 +60,11 @@ def python_files() -> Iterator[Path]:
 def part_of(path: Path) -> str:
     """The module or folder right below the package."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def folder_of_eval(names: Sequence[str]) -> str:
+    """The folder of eval that the parts of a name lead to; `eval` for what lies in none."""
+    return names[1] if names[0] == "eval" and len(names) > 1 and names[1] in EVAL_LAYERS else "eval"
 
 
 MODULES = [pytest.param(path, id=path.relative_to(PACKAGE).as_posix()) for path in python_files()]
@@ -102,6 +112,20 @@ def test_the_import_rule(path: Path) -> None:
         target = target if target in level else "__init__"  # a name of the package itself, such as its version
         assert level[target] <= level[part], f"{part} imports {target}"
         assert part == target or not {part, target} <= APART, f"{part} imports {target}"
+
+
+@pytest.mark.parametrize("path", [case for case in MODULES if str(case.id).startswith("eval/")])
+def test_the_import_rule_of_eval(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).parts
+    folder = folder_of_eval(parts)
+    assert len(parts) == 2 or folder != "eval", f"put {parts[1]} into EVAL_LAYERS"
+    for name in imported(ast.walk(ast.parse(path.read_text("utf-8")))):
+        package, *rest = name.split(".")
+        if package != "rsd_trt" or rest[0] != "eval":
+            continue
+        target = folder_of_eval(rest)
+        assert EVAL_LAYERS.index(target) <= EVAL_LAYERS.index(folder), f"{folder} imports {target}"
+        assert folder == target or not {folder, target} <= EVAL_APART, f"{folder} imports {target}"
 
 
 @pytest.mark.parametrize("path", MODULES)

@@ -231,6 +231,14 @@ def test_weights_are_referenced_unless_copied(folder: Path, tmp_path: Path) -> N
         assert torch.equal(loaded[key], value)
 
 
+def test_a_link_in_place_of_a_copied_shard_is_refused(folder: Path, tmp_path: Path) -> None:
+    bundle = packed(folder, tmp_path / "a", copy=True)
+    file = bundle.path / SHARDS[0]
+    file.symlink_to(file.rename(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match=f"{SHARDS[0]} is a symbolic link, which may lead anywhere"):
+        bundle.backbone()
+
+
 def test_a_changed_shard_is_refused_and_the_fingerprint_covers_it(copied: Path, tmp_path: Path) -> None:
     bundle = packed(copied, tmp_path / "a")
     state = safetensors.torch.load_file(copied / SHARDS[1])
@@ -327,11 +335,15 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "stretched positions": (
         edit("config.json", text_config__rope_scaling={"type": "linear", "factor": 2}),
-        "rope_scaling is {'type': 'linear', 'factor': 2}, not None",
+        "rope_scaling is {'factor': 2, 'type': 'linear'}, not None",
     ),
     "another tower": (
         edit("config.json", timm_model_ids=["vit_large_patch14_clip_336.openai"], image_sizes=[336]),
         "the vision towers are vit_large_patch14_clip_336, not vit_large_patch14_reg4_dinov2, vit_so400m_",
+    ),
+    "a tower without a printable name": (
+        edit("config.json", timm_model_ids=["a\0b", "\x1b[2J"]),
+        r"the vision towers are 'a\x00b', '\x1b[2J', not vit_large",
     ),
     "another activation": (
         edit("config.json", timm_override_act_layers=["quick_gelu", None]),

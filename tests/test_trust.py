@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from rsd_trt.bundle import Bundle, copy_with
 from rsd_trt.errors import UserError
-from rsd_trt.eval.results import read_results
+from rsd_trt.eval.read import read_results
 from rsd_trt.flavour import Flavour
 from rsd_trt.jsonio import from_json, to_json
 from rsd_trt.manifest import Manifest, read_manifest

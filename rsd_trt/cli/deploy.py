@@ -187,14 +187,14 @@ def verify(
     if libero:
         raise click.UsageError("--libero shows scenes to the backbone: it needs --backbone or --sensitivity")
     from rsd_trt.bundle import Bundle
-    from rsd_trt.eval import parity
+    from rsd_trt.eval.parity import components
     from rsd_trt.runtime.backends import check_backend
     from rsd_trt.runtime.policy import check_device
 
     backends = [check_backend(name) for name in backend]
     opened = Bundle.open(bundle)
-    found = parity.verify(opened, backends, check_device(device), precision, engines, rows, hidden)
-    results = [parity.to_json(result) for result in found]
+    found = components.verify(opened, backends, check_device(device), precision, engines, rows, hidden)
+    results = [components.to_json(result) for result in found]
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
@@ -216,10 +216,10 @@ def verify_backbone(
 ) -> None:
     """`rsd-trt verify --backbone` and `--sensitivity`."""
     from rsd_trt.bundle import Bundle
-    from rsd_trt.eval import backbone_parity
-    from rsd_trt.eval.fp8_sensitivity import sensitivity
-    from rsd_trt.eval.parity import to_json
-    from rsd_trt.eval.scenes import libero_observations, random_observations
+    from rsd_trt.eval.parity import backbone
+    from rsd_trt.eval.parity.components import to_json
+    from rsd_trt.eval.parity.fp8_sensitivity import sensitivity
+    from rsd_trt.eval.parity.scenes import libero_observations, random_observations
     from rsd_trt.runtime.policy import check_device
     from rsd_trt.tables import backbone_table, sensitivity_table
 
@@ -235,7 +235,7 @@ def verify_backbone(
         else:
             show(sensitivity_table(losses))
         return
-    results = [to_json(x) for x in backbone_parity.verify_backbone(opened, chosen, wanted, target, seen)]
+    results = [to_json(x) for x in backbone.verify_backbone(opened, chosen, wanted, target, seen)]
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:

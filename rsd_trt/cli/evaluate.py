@@ -200,8 +200,8 @@ def evaluate(
         _refuse_what_is_of_a_bundle()
     if workers > 1:  # before torch is loaded: waiting threads that spin would take the cores from the simulators
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from rsd_trt.eval.request import EvalRequest
-    from rsd_trt.eval.run import evaluate as run
+    from rsd_trt.eval.rollout.request import EvalRequest
+    from rsd_trt.eval.rollout.run import evaluate as run
     from rsd_trt.reference.scripted import scripted_expert
 
     request = EvalRequest(
@@ -234,7 +234,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(to_json(results)))
     else:
-        from rsd_trt.eval.compare import figures
+        from rsd_trt.eval.report.compare import figures
         from rsd_trt.tables import figures_table, summary_table
 
         show(summary_table(results), figures_table({results.settings.label: figures(results)}))

@@ -26,15 +26,15 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
     \b
     Example: rsd-trt compare results/libero_spatial_baseline_results.json results/libero_spatial_rsd_results.json
     """
-    from rsd_trt.eval.compare import compare as compare_runs
-    from rsd_trt.eval.runs import read_run
+    from rsd_trt.eval.read import read_run
+    from rsd_trt.eval.report.compare import compare as compare_runs
     from rsd_trt.jsonio import to_json
 
     comparison = compare_runs(read_run(a), read_run(b))
     if as_json:
         click.echo(json.dumps(to_json(comparison), indent=2))
         return
-    from rsd_trt.eval.conclusion import difference_sentence, speedup_sentence
+    from rsd_trt.eval.report.conclusion import difference_sentence, speedup_sentence
     from rsd_trt.tables import figures_table
 
     baseline, other = comparison.modes
@@ -63,7 +63,7 @@ def report(results: tuple[Path, ...], out: Path, replay: Path | None, as_json: b
     \b
     Example: rsd-trt report results/libero_spatial_baseline_results.json results/libero_spatial_rsd_results.json
     """
-    from rsd_trt.eval.report import write_report
+    from rsd_trt.eval.report.write import write_report
     from rsd_trt.jsonio import to_json
 
     written = write_report(results, out, shlex.join(["rsd-trt", *sys.argv[1:]]), replay)
@@ -111,8 +111,8 @@ def calibrate(
     Example: rsd-trt calibrate bundles/mine results/libero_spatial_shadow_results.json --alpha 0.05
     """
     from rsd_trt.bundle import Bundle, copy_with
-    from rsd_trt.eval.calibrate import calibrate as choose
-    from rsd_trt.eval.runs import read_run
+    from rsd_trt.eval.read import read_run
+    from rsd_trt.eval.report.calibrate import calibrate as choose
     from rsd_trt.jsonio import to_json
 
     opened = Bundle.open(bundle)

@@ -1,9 +1,8 @@
 """The backbone as it is run fast: the same maths as `rsd_trt.models.backbone`, in fewer and larger kernels.
 
-Query, key and value are one matrix product, gate and up another; patches are embedded by a product and not by a
-convolution; a residual is added where the next norm reads it, so that both are one kernel when compiled; the two towers
-run on two CUDA streams; the last block computes the position that is read, and no other. A test holds it to its slow
-twin.
+Query, key and value are one matrix product, gate and up another; a residual is added where the next norm reads it, so
+that both are one kernel when compiled; the two towers run on two CUDA streams; the last block computes the position
+that is read, and no other. A test holds it to its slow twin.
 """
 
 from __future__ import annotations

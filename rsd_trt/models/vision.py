@@ -73,14 +73,18 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Non-overlapping patches, projected."""
+    """Non-overlapping patches, projected. The weights are a convolution's, as in timm; they are multiplied as a matrix,
+    since PyTorch computes matrix products of float32 exactly by default, and convolutions on CUDA in TF32."""
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch, stride=config.patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).flatten(2).transpose(1, 2)  # [B, P, width]
+        patch = self.proj.kernel_size[0]
+        patches = pixels.unfold(2, patch, patch).unfold(3, patch, patch)  # [B, 3, rows, columns, patch, patch]
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # [B, P, 3 * patch * patch]
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [B, P, width]
 
 
 class VisionTower(nn.Module):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, Dims
 from rsd_trt.errors import UserError
-from rsd_trt.eval.disturb import Offset
+from rsd_trt.eval.rollout.disturb import Offset
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Query
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rsd_trt.config import ControlConfig, Mode, Quantiles, RsdConfig
-from rsd_trt.eval.replay_record import Replay, ReplayRow
+from rsd_trt.eval.latency.replay_record import Replay, ReplayRow
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
 from rsd_trt.jsonio import to_json

@@ -77,7 +77,9 @@ def test_data_files_are_shipped() -> None:
     """What setuptools is told to ship beside the code is what lies there."""
     assert importlib.metadata.version("rsd-trt")
     project = Path(__file__).parents[2] / "pyproject.toml"
-    assert '"rsd_trt.eval" = ["results.schema.json", "templates/*"]' in project.read_text("utf-8")
+    assert '"rsd_trt.eval" = ["results.schema.json"]\n"rsd_trt.eval.report" = ["templates/*"]' in project.read_text(
+        "utf-8"
+    )
     folder = SCHEMA_FILE.parent
     shipped = {path.name for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert shipped == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -13,11 +14,13 @@ from scipy import stats
 
 from rsd_trt.eval.statistics import (
     LEAST_RESAMPLED,
+    RESAMPLES,
     _percentile_interval,
     bootstrap_share,
     bootstrap_speedup,
     mcnemar_exact,
     percentiles,
+    sign_flip,
     smallest_provable_loss,
     verdict,
     what_can_be_shown,
@@ -210,3 +213,29 @@ def test_an_episode_without_a_step_does_not_hide_the_others() -> None:
 def test_a_part_without_its_whole_is_a_bug() -> None:
     with pytest.raises(ValueError, match="shorter"):
         bootstrap_share([1.0] * 2 * LEAST_RESAMPLED, [4.0] * LEAST_RESAMPLED)
+
+
+NONE_REACHED = 1 / (RESAMPLES + 1)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([], 1.0),
+        ([0.0] * 5, 1.0),
+        ([3.0], 1.0),
+        ([0.1, 0.2, -0.3], 1.0),
+        ([1.0] * 60, NONE_REACHED),
+        ([-2.5] * 60 + [0.0], NONE_REACHED),
+    ],
+)
+def test_the_sign_flip_test_where_no_coin_matters(differences: list[float], p: float) -> None:
+    assert sign_flip(differences) == p
+
+
+@pytest.mark.parametrize("differences", [[0.5, 1.0, 1.5, 2.0], [0.5, -1.0, 1.5, 2.0], [4.0, -1.0, -1.0, 0.5, 3.0, 0.0]])
+def test_the_sign_flip_test_against_all_signs(differences: list[float]) -> None:
+    signs = itertools.product((-1, 1), repeat=len(differences))
+    sums = [abs(sum(sign * value for sign, value in zip(row, differences, strict=True))) for row in signs]
+    exact = sum(value >= abs(sum(differences)) for value in sums) / len(sums)
+    assert sign_flip(differences) == pytest.approx(exact, abs=0.015)  # three standard errors

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsd_trt.config import TowerConfig
 from rsd_trt.models.vision import VisionTower
@@ -41,8 +43,8 @@ def reference(config: TowerConfig, weights: dict[str, Tensor], pixels: Tensor) -
     def scale(x: Tensor, name: str) -> Tensor:
         return x * weights[f"{name}.scale_factor"] if config.layer_scale else x
 
-    patches = F.unfold(pixels, config.patch, stride=config.patch).transpose(1, 2)  # [B, P, 3 * patch * patch]
-    x = F.linear(patches, weights["patch_embed.proj.weight"].flatten(1), weights["patch_embed.proj.bias"])
+    patches = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
+    x = F.conv2d(pixels, *patches, stride=config.patch).flatten(2).transpose(1, 2)  # [B, P, width]
     x = x + weights["pos_embed"]
     for name in ("reg_token", "cls_token"):
         if name in weights:
@@ -77,6 +79,28 @@ def test_equals_an_independent_assembly(config: TowerConfig, randomise: Callable
     features = tower(pixels)
     assert features.shape == (2, 16, config.width)
     torch.testing.assert_close(features, reference(config, tower.state_dict(), pixels), rtol=1e-5, atol=1e-5)
+
+
+class Launched(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_nothing_is_a_convolution_which_cuda_computes_in_tf32() -> None:
+    with Launched() as launched:
+        VisionTower(DINO, SIZE)(torch.zeros(1, 3, SIZE, SIZE))
+    assert any("addmm" in name for name in launched.names)
+    assert not [name for name in launched.names if "conv" in name]
 
 
 @pytest.mark.parametrize(

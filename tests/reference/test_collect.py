@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from rsd_trt.config import ControlConfig
-from rsd_trt.eval.disturb import DISPLACEMENT, TARGET, offsets
-from rsd_trt.eval.simulator import Simulator, initial_states, open_suite
+from rsd_trt.eval.rollout.disturb import DISPLACEMENT, TARGET, offsets
+from rsd_trt.eval.rollout.simulator import Simulator, initial_states, open_suite
 from rsd_trt.reference.collect import MANIFEST, SUITE, Settings, main, plan, write_episode, write_manifest
 from rsd_trt.reference.data import load_demonstrations
 from rsd_trt.reference.demonstrate import (

@@ -9,14 +9,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from rsd_trt import host
+from rsd_trt import host, weights
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, Component
 from rsd_trt.errors import UserError
 from rsd_trt.export.to_onnx import example_inputs
 from rsd_trt.flavour import Flavour
 from rsd_trt.runtime import backends
-from rsd_trt.runtime.backends import BACKENDS, Backend, Launcher, check_backend
+from rsd_trt.runtime.backends import BACKENDS, Backend, Launcher, check_backend, open_backbone
 from rsd_trt.runtime.session import TorchSession
 
 CPU = torch.device("cpu")
@@ -91,3 +91,14 @@ def test_half_precision_is_of_the_weights_not_of_the_ports(bundle: Bundle, expor
         (logits,) = session.run(example_inputs(session.signature, 2)).values()
         assert logits.dtype == torch.float32
         assert torch.equal(logits, logits.half().float()), "the logits were not computed in half precision"
+
+
+def test_a_backbone_is_converted_while_it_is_loaded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that cannot hold the float32 weights of the bundle holds them in bfloat16."""
+    state = bundle.backbone().state_dict()
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    monkeypatch.setattr(weights, "free_memory", lambda _: sum(value.nbytes for value in state.values()) * 2 // 3)
+    with pytest.raises(UserError, match="are free"):
+        open_backbone(bundle, CPU, "eager")
+    for key, value in open_backbone(bundle, CPU, "eager", "bf16").state_dict().items():
+        assert torch.equal(value, state[key].bfloat16())

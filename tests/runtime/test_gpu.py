@@ -13,11 +13,11 @@ import torch
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import ARM_DIMS, COMPONENTS, MODES, BackboneKind, Mode
 from rsd_trt.errors import UserError
-from rsd_trt.eval.backbone_parity import BackboneParity, exact_float32, verify_backbone
-from rsd_trt.eval.fp8_sensitivity import sensitivity
-from rsd_trt.eval.latency import ProfileRequest, profile
-from rsd_trt.eval.parity import Parity, verify
-from rsd_trt.eval.scenes import INSTRUCTIONS, random_observations
+from rsd_trt.eval.latency.components import ProfileRequest, profile
+from rsd_trt.eval.parity.backbone import BackboneParity, exact_float32, verify_backbone
+from rsd_trt.eval.parity.components import Parity, verify
+from rsd_trt.eval.parity.fp8_sensitivity import sensitivity
+from rsd_trt.eval.parity.scenes import INSTRUCTIONS, random_observations
 from rsd_trt.export.run import ExportRequest, export_bundle
 from rsd_trt.flavour import find_flavour
 from rsd_trt.initialise import initialise

@@ -15,7 +15,7 @@ from torch import Tensor
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, MAX_BATCH, Component
 from rsd_trt.errors import UserError
-from rsd_trt.eval.parity import Case, hidden_states, make_case
+from rsd_trt.eval.parity.components import Case, hidden_states, make_case
 from rsd_trt.manifest import Batch, usable
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.ort_session import OrtSession

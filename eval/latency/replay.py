@@ -1,0 +1,264 @@
+"""Replays the decisions recorded in evaluations on any bundle, and measures the time that they cost.
+
+A small policy's decisions and a large one's clock give the time that the large one would take if it decided so. Each
+recorded query is answered anew through `Policy`, alone and with a synchronised clock, on a random image that is
+uploaded for it: an accepted one runs the early blocks and waits for the draft, a rejected one goes on from there, a
+forced one runs everything at once, a baseline's has no draft. Several runs are replayed in one go, an episode of each
+in turn, so that clocks that drift do so for all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rsd_trt import host
+from rsd_trt.bundle import Bundle
+from rsd_trt.config import BackboneKind, BackbonePrecision
+from rsd_trt.errors import UserError
+from rsd_trt.eval.latency.replay_record import Replay, ReplayRow
+from rsd_trt.eval.latency.shapes import Scene, Shape, make_scene
+from rsd_trt.eval.read import read_run
+from rsd_trt.eval.results import Episode, Results
+from rsd_trt.eval.statistics import bootstrap_share, bootstrap_speedup
+from rsd_trt.files import write_atomically
+from rsd_trt.jsonio import to_json
+from rsd_trt.runtime.backends import Launcher, open_forward
+from rsd_trt.runtime.forward import Forward
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.scripted import Decision, ScriptedPolicy
+from rsd_trt.runtime.speculate import Route
+
+BOUNDARY = (
+    "each query alone, host's clock, synchronised, from a uint8 image in the host's memory to actions there, decisions "
+    "replayed from the results files; without simulation"
+)
+WARM_UP = 20  # queries of each kind and prompt
+WARM_UP_ROUTES: tuple[Route, ...] = ("start", "accepted", "rejected")
+Key = tuple[int, int]  # task, trial
+Advance = Callable[[int, int], None]  # episodes done, episodes in all
+
+
+@dataclass(frozen=True)
+class ReplayRequest:
+    """What to replay, and on what. shape: its prompt_tokens is None for the tasks' own prompts."""
+
+    paths: tuple[Path, ...]
+    episodes: int  # of each suite, at most
+    launcher: Launcher
+    backbone: BackboneKind
+    backbone_precision: BackbonePrecision
+    shape: Shape
+    seed: int = 0
+
+
+@dataclass
+class Track:
+    """A run, and what its replay has measured."""
+
+    path: Path
+    results: Results
+    episodes: dict[Key, Episode]  # those without an error
+    policy: ScriptedPolicy
+    episode_ms: list[float] = field(default_factory=list)
+    route_ms: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def suite(self) -> str:
+        return self.results.task_suite
+
+    def costs(self, keys: Sequence[Key]) -> list[tuple[float, int]]:
+        """(ms, executed actions) of each replayed episode."""
+        return [(ms, self.episodes[key].steps) for ms, key in zip(self.episode_ms, keys, strict=True)]
+
+
+def replay(request: ReplayRequest, command: str, advance: Advance = lambda done, total: None) -> Replay:
+    """Replays every results file.
+
+    Raises:
+        UserError: a results file cannot be replayed, or the bundle cannot run like that here.
+    """
+    runs = [(path, _read(path, request.launcher.bundle)) for path in request.paths]
+    names = [results.settings.run for _, results in runs]
+    for (path, _), name in zip(runs, names, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"{path} holds run {name}, which is given twice")
+    chosen = {
+        suite: choose([r for _, r in runs if r.task_suite == suite], suite, request.episodes, request.seed)
+        for suite in dict.fromkeys(results.task_suite for _, results in runs)
+    }
+    scene = make_scene(request.launcher.bundle, request.shape)
+    launcher = replace(request.launcher, bundle=scene.bundle)
+    forward = open_forward(launcher, "1", request.backbone, request.backbone_precision)
+    tracks = [_track(path, results, scene, forward) for path, results in runs]
+    prompts = {track.path: _prompts(track.results, scene, request.shape) for track in tracks}
+    _warm_up(forward, scene, sorted({text for texts in prompts.values() for text in texts.values()}))
+    seen = itertools.cycle(scene.observations)
+    total = sum(len(chosen[track.suite]) for track in tracks)
+    done = itertools.count(1)
+    for i in range(max(map(len, chosen.values()))):
+        for track in tracks:
+            if i < len(chosen[track.suite]):
+                key = chosen[track.suite][i]
+                _replay_episode(track, track.episodes[key], prompts[track.path][key[0]], seen)
+                advance(next(done), total)
+    rows = [_row(track, chosen[track.suite], request) for track in tracks]
+    bundle = request.launcher.bundle
+    return Replay(
+        command=command,
+        bundle=bundle.config.name,
+        bundle_sha256=bundle.fingerprint,
+        hardware=dict(host.hardware(str(request.launcher.device))),
+        versions=host.versions(),
+        boundary=BOUNDARY,
+        rows=tuple(_compared(row, track, rows, tracks, chosen) for row, track in zip(rows, tracks, strict=True)),
+        images=scene.images,
+        prompt_tokens=request.shape.prompt_tokens,
+        replayed=dict(chosen),
+    )
+
+
+def write_replay(
+    request: ReplayRequest, out: Path, command: str, advance: Advance = lambda done, total: None
+) -> Replay:
+    """Replays every results file, and writes `replay.json` into `out`.
+
+    Raises:
+        UserError: as `replay`, or `out` cannot be written.
+    """
+    record = replay(request, command, advance)
+    try:
+        write_atomically(out / "replay.json", json.dumps(to_json(record)) + "\n")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    return record
+
+
+def choose(runs: Sequence[Results], suite: str, count: int, seed: int) -> tuple[Key, ...]:
+    """At most `count` of the episodes that all runs of a suite hold and none ended with an error in.
+
+    Raises:
+        UserError: there is none.
+    """
+    keys = [{e.key for e in run.episodes if e.error is None and e.steps and e.queries} for run in runs]
+    common = sorted(set.intersection(*keys))
+    if not common:
+        raise UserError(f"no episode of {suite} is in every results file, and without an error: nothing to replay")
+    picked = np.random.default_rng(seed).permutation(len(common))[:count]
+    return tuple(common[i] for i in picked)
+
+
+def _read(path: Path, bundle: Bundle) -> Results:
+    """A results file whose decisions the bundle can follow."""
+    results = read_run(path)
+    settings, steps = results.settings, bundle.config.dims.T
+    if settings.policy != "bundle" or settings.mode == "shadow":
+        raise UserError(f"{path} is a run of {settings.label}: only baseline, rsd and random decide what is computed")
+    if settings.n_action_steps > steps:
+        raise UserError(
+            f"{path} has {settings.n_action_steps} actions a query, the chunk of {bundle.path} {steps} steps: "
+            "they cannot be replayed"
+        )
+    for episode in results.episodes:
+        left = 0
+        for query in episode.queries:
+            left = (left if query.route in ("accepted", "partial") else steps) - query.committed
+            if left < 0:
+                raise UserError(
+                    f"{path}, task {episode.task_id}, trial {episode.trial}, step {query.step}: a plan has more steps "
+                    f"than the chunk of {bundle.path}, {steps}: they cannot be replayed"
+                )
+    return results
+
+
+def _track(path: Path, results: Results, scene: Scene, forward: Forward) -> Track:
+    settings = results.settings
+    mode: Literal["baseline", "rsd"] = "baseline" if settings.mode == "baseline" else "rsd"
+    policy = ScriptedPolicy(scene.bundle.config, forward, mode, settings.n_action_steps)
+    return Track(path, results, {e.key: e for e in results.episodes if e.error is None}, policy)
+
+
+def _prompts(results: Results, scene: Scene, shape: Shape) -> dict[int, str]:
+    """Each task's instruction."""
+    fixed = scene.observations[0].instruction
+    return {
+        task.task_id: task.task_description if shape.prompt_tokens is None else fixed for task in results.task_results
+    }
+
+
+def _warm_up(forward: Forward, scene: Scene, prompts: Sequence[str]) -> None:
+    """Queries of every kind and prompt: graphs are captured, kernels chosen, and clocks have risen."""
+    baseline = ScriptedPolicy(scene.bundle.config, forward, "baseline", 1)
+    rsd = ScriptedPolicy(scene.bundle.config, forward, "rsd", 1)
+    for prompt, _ in itertools.product(prompts, range(WARM_UP)):
+        observation = replace(scene.observations[0], instruction=prompt)
+        baseline.follow(Decision("full", 1), observation)
+        for route in WARM_UP_ROUTES:
+            rsd.follow(Decision(route, 1), observation)
+
+
+def _replay_episode(track: Track, episode: Episode, prompt: str, seen: Iterator[Observation]) -> None:
+    track.policy.reset()
+    total = 0.0
+    for record in episode.queries:
+        observation = replace(next(seen), instruction=prompt)
+        query = track.policy.follow(Decision(record.route, record.committed), observation)
+        track.route_ms.setdefault(record.route, []).append(query.ms)
+        total += query.ms
+    track.episode_ms.append(total)
+
+
+def _row(track: Track, chosen: Sequence[Key], request: ReplayRequest) -> ReplayRow:
+    episodes = [track.episodes[key] for key in chosen]
+    steps = [episode.steps for episode in episodes]
+    settings = track.results.settings
+    return ReplayRow(
+        results=str(track.path),
+        run=settings.run,
+        mode=settings.mode,
+        n_action_steps=settings.n_action_steps,
+        disturb=settings.disturb,
+        backend=request.launcher.backend,
+        backbone=request.backbone,
+        precision=request.launcher.precision,
+        episodes=len(episodes),
+        queries=sum(len(episode.queries) for episode in episodes),
+        full_passes=sum(query.full_pass for episode in episodes for query in episode.queries),
+        actions=sum(steps),
+        ms_per_action=sum(track.episode_ms) / sum(steps),
+        ms_per_action_interval=bootstrap_share(track.episode_ms, steps),
+        suite=track.suite,
+        decisions_of=settings.bundle,
+        backbone_precision=request.backbone_precision,
+        route_ms={route: float(np.median(ms)) for route, ms in track.route_ms.items()},
+        episode_ms=tuple(round(ms, 4) for ms in track.episode_ms),
+    )
+
+
+def _compared(
+    row: ReplayRow,
+    track: Track,
+    rows: Sequence[ReplayRow],
+    tracks: Sequence[Track],
+    chosen: dict[str, tuple[Key, ...]],
+) -> ReplayRow:
+    """The row with its speed-up over the baseline of the same suite, actions a query and displacements."""
+    if row.mode == "baseline":
+        return row
+    for other, base in zip(rows, tracks, strict=True):
+        alike = (other.suite, other.n_action_steps, other.disturb) == (row.suite, row.n_action_steps, row.disturb)
+        if other.mode == "baseline" and alike:
+            keys = chosen[track.suite]
+            return replace(
+                row,
+                baseline=other.run,
+                speedup=other.ms_per_action / row.ms_per_action,
+                speedup_interval=bootstrap_speedup(base.costs(keys), track.costs(keys)),
+            )
+    return row

@@ -1,0 +1,1 @@
+"""Is it computed right? The backbone and every backend, checked against a reference."""

@@ -1,0 +1,85 @@
+"""Which matrix products may be computed in E4M3? The hidden states' cosines with some of them in it, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.eval.parity.components import DYNAMIC_ROWS
+from rsd_trt.eval.parity.oracle import last_positions
+from rsd_trt.models.fused_backbone import PRODUCTS, Fp8Product, FusedBackbone, Product, ProductName, every_product
+from rsd_trt.runtime.backends import check_fp8
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.preprocess import Preprocessor
+
+Choice = Collection[tuple[int, ProductName]]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a choice of products in E4M3 does to the hidden states, beside the same backbone in bfloat16."""
+
+    what: str
+    products: int
+    cosine: float  # after block N, the worst input
+    mean_cosine: float
+    early_cosine: float  # after block k, the worst input
+    rows: int
+
+
+@torch.inference_mode()
+def sensitivity(bundle: Bundle, device: torch.device, observations: Sequence[Observation]) -> Iterator[Sensitivity]:
+    """All products; each kind alone, and all but it; all but the first blocks; each block alone (counted from 0).
+
+    Raises:
+        UserError: the device or the backbone's widths allow no E4M3.
+    """
+    check_fp8(bundle, "graph", device)
+    config = bundle.config.backbone
+    process = Preprocessor(bundle.config.control, config, bundle.tokenizer(), device)
+    fused = FusedBackbone(bundle.backbone(device)).to(torch.bfloat16)
+    embedded = []
+    for start in range(0, len(observations), DYNAMIC_ROWS):
+        inputs = process(observations[start : start + DYNAMIC_ROWS])
+        stream = fused.embed(inputs.pixels.bfloat16(), inputs.tokens, inputs.proprio)
+        embedded.append((stream, last_positions(inputs, stream)))
+    k, blocks = bundle.config.rsd.draft_block, config.language.blocks
+    expected = states(fused, embedded, k)
+    for what, choice in choices(blocks).items():
+        plain = {pair: getattr(fused.layers[pair[0]], pair[1]) for pair in choice}
+        try:
+            for (block, name), module in plain.items():
+                assert isinstance(module, Product)
+                setattr(fused.layers[block], name, Fp8Product(module.weight))
+            found = states(fused, embedded, k)
+        finally:
+            for (block, name), module in plain.items():
+                setattr(fused.layers[block], name, module)
+        early, final = (cosine_similarity(x, y, dim=-1) for x, y in zip(found, expected, strict=True))
+        yield Sensitivity(what, len(choice), float(final.min()), float(final.mean()), float(early.min()), len(final))
+
+
+def choices(blocks: int) -> dict[str, Choice]:
+    """The choices of products that are measured, by name."""
+    every = every_product(blocks)
+    only = {f"only {name}": {pair for pair in every if pair[1] == name} for name in PRODUCTS}
+    but = {f"all but {name}": {pair for pair in every if pair[1] != name} for name in PRODUCTS}
+    single = {f"block {i}": {pair for pair in every if pair[0] == i} for i in range(blocks - 1)}
+    first = {f"all but blocks < {n}": {pair for pair in every if pair[0] >= n} for n in range(1, min(4, blocks - 1))}
+    return {"all": every, **only, **but, **first, **single}
+
+
+def states(fused: FusedBackbone, embedded: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """Hidden states [n, H] after block k and after block N, in float64."""
+    last_block = fused.config.language.blocks - 1
+    early, final = [], []
+    for stream, last in embedded:
+        middle = fused.blocks(stream, 0, min(k, last_block))
+        final.append(fused.finish(fused.blocks(middle, k, last_block), last))
+        early.append(fused.read(middle, last) if k <= last_block else final[-1])
+    return torch.cat(early).double(), torch.cat(final).double()

@@ -1,0 +1,98 @@
+"""Results files, read with suspicion: within bounds, checked against their schema and against their own episodes."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from rsd_trt.errors import UserError
+from rsd_trt.eval.results import SCHEMA_VERSION, Results
+from rsd_trt.eval.statistics import counted
+from rsd_trt.eval.summary import summarise
+from rsd_trt.jsonio import from_json, named, parse, shown, to_json
+
+MAX_BYTES = 1 << 29  # of a results file
+MAX_RATIO = 100  # by which it may have been compressed (ours are by 10 to 40): a small file may not fill the memory
+ALWAYS = 1 << 22  # bytes that a compressed file may have, however small it is
+RECORDED = ("episodes", "settings", "throughput", "command")  # not figures: they do not follow from the episodes
+RELATIVE = 1e-6  # difference of two figures that are still the same: sums depend on the order
+
+
+def read_run(path: Path) -> Results:
+    """A results file whose figures follow from its episodes.
+
+    Raises:
+        UserError: it cannot be read, holds an episode twice or one that was not asked for, mixes runs, or its
+            figures are not those of its episodes.
+    """
+    results = read_results(path)
+    settings = results.settings
+    repeated = [key for key, count in Counter(episode.key for episode in results.episodes).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path} holds task {repeated[0][0]}, trial {repeated[0][1]} twice. Evaluate again")
+    for episode in results.episodes:
+        if episode.task_id not in settings.tasks or not 0 <= episode.trial < settings.trials:
+            raise UserError(
+                f"{path} holds task {episode.task_id}, trial {episode.trial}, which its settings do not ask for "
+                f"(tasks {list(settings.tasks)}, {counted(settings.trials, 'trial')}). Evaluate again"
+            )
+        if episode.run != settings.run:
+            raise UserError(
+                f"{path} mixes runs: task {episode.task_id}, trial {episode.trial} is of run "
+                f"{episode.run or '(none)'}, its settings are of {settings.run}. Evaluate again"
+            )
+    tasks = {task.task_id: task.task_description for task in results.task_results}
+    if set(tasks) != set(settings.tasks):
+        raise UserError(f"{path} has results for tasks {sorted(tasks)}, its settings ask for {list(settings.tasks)}")
+    found = summarise(settings, results.episodes, tasks, results.codec_round_trip_mse, results.command)
+    figures = to_json(replace(found, episodes=()))
+    for name, value in to_json(replace(results, episodes=())).items():
+        if name not in RECORDED:
+            _check_figure(path, name, value, figures[name])
+    return results
+
+
+def read_results(path: Path) -> Results:
+    """A results file, plain or compressed (`.json.gz`), checked against its schema.
+
+    Raises:
+        UserError: it is absent, not a results file, of another version, or damaged.
+    """
+    try:
+        compressed = path.suffix == ".gz"
+        most = min(MAX_BYTES, max(ALWAYS, MAX_RATIO * path.stat().st_size)) if compressed else MAX_BYTES
+        with gzip.open(path) if compressed else path.open("rb") as stream:
+            text = stream.read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if len(text) > most:
+        raise UserError(f"{path} holds more than {most:,} bytes: no results file does")
+    data = parse(text, str(path))
+    if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
+        raise UserError(f"{path} is not a results file of rsd-trt eval")
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema_version {shown(version)}, this version reads {SCHEMA_VERSION}: "
+            + ("update rsd-trt" if isinstance(version, int) and version > SCHEMA_VERSION else "evaluate again")
+        )
+    return from_json(Results, data, str(path))
+
+
+def _check_figure(path: Path, name: str, value: object, found: object) -> None:
+    """Raises UserError unless a JSON value is the one found, floats being equal but for `RELATIVE`."""
+    if isinstance(value, dict) and isinstance(found, dict):
+        for key in {**found, **value}:
+            _check_figure(path, f"{name}.{named(key)}", value.get(key), found.get(key))
+    elif isinstance(value, list) and isinstance(found, list) and len(value) == len(found):
+        for i, pair in enumerate(zip(value, found, strict=True)):
+            _check_figure(path, f"{name}[{i}]", *pair)
+    elif isinstance(value, float) and isinstance(found, (int, float)):
+        if not math.isclose(value, found, rel_tol=RELATIVE):
+            raise UserError(f"{path} is damaged: {name} is {shown(value)}, its episodes give {shown(found)}")
+    elif value != found:
+        raise UserError(f"{path} is damaged: {name} is {shown(value)}, its episodes give {shown(found)}")

@@ -1,0 +1,1 @@
+"""What results say: runs compared, figures explained, and pages made."""

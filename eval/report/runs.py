@@ -1,0 +1,159 @@
+"""Runs as the report needs them: named, and paired with a baseline."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rsd_trt.config import MODES
+from rsd_trt.errors import UserError
+from rsd_trt.eval.read import read_run
+from rsd_trt.eval.report.compare import Comparison, compare, differences
+from rsd_trt.eval.results import Results
+from rsd_trt.eval.statistics import counted
+from rsd_trt.jsonio import to_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a report. `versus` is its comparison with the run named `baseline`; `alone` says why there is none.
+    A run of mode rsd has the run of mode random named `control`, and `versus_control` is its comparison with that.
+
+    throughput_only: another run of its kind asked for more episodes, or for the same on another number of workers, so
+    that this one adds nothing but its throughput.
+    """
+
+    name: str
+    path: Path
+    results: Results
+    baseline: str | None = None
+    versus: Comparison | None = None
+    alone: str | None = None
+    throughput_only: bool = False
+    control: str | None = None
+    versus_control: Comparison | None = None
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
+    """Every file as a run, baselines first, each compared with the baseline of the same settings.
+
+    Raises:
+        UserError: as `read_run`, a file is given twice, or a run is not of a bundle.
+    """
+    resolved = [path.resolve() for path in paths]
+    for path, place in zip(paths, resolved, strict=True):
+        if resolved.count(place) > 1:
+            raise UserError(f"{path} is given twice")
+    runs = [(path, read_run(path)) for path in paths]
+    for path, results in runs:
+        if results.settings.policy != "bundle":
+            raise UserError(f"{path} is a run of the {results.settings.policy}; a report is on runs of bundles")
+    return pair_up(runs)
+
+
+def pair_up(runs: Sequence[tuple[Path, Results]]) -> tuple[Run, ...]:
+    """Names the runs and compares each with its baseline, and those of mode rsd with their control."""
+    ordered = sorted(runs, key=lambda run: MODES.index(run[1].settings.mode))
+    every = [results for _, results in ordered]
+    names = run_names(every)
+    named = [
+        Run(name, path, results, throughput_only=_adds_only_throughput(results, every))
+        for name, (path, results) in zip(names, ordered, strict=True)
+    ]
+    baselines = [run for run in named if run.results.settings.mode == "baseline"]
+    controls = [run for run in named if run.results.settings.mode == "random" and not run.throughput_only]
+    return tuple(
+        run if run in baselines or run.throughput_only else _controlled(_compared(run, baselines), controls)
+        for run in named
+    )
+
+
+def run_names(runs: Sequence[Results]) -> list[str]:
+    """The mode of each run, and whatever else it takes to tell it from the others."""
+    names: list[str] = [run.settings.mode for run in runs]
+    traits = [_traits(run) for run in runs]
+    for i in range(len(traits[0]) if traits else 0):
+        alike = {name: {t[i] for n, t in zip(names, traits, strict=True) if n == name} for name in names}
+        names = [f"{n}, {t[i]}" if len(alike[n]) > 1 else n for n, t in zip(names, traits, strict=True)]
+    seen = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if names.count(name) == 1 else f"{name}, #{n}" for name, n in zip(names, seen, strict=True)]
+
+
+def _adds_only_throughput(run: Results, runs: Sequence[Results]) -> bool:
+    """Of runs that differ in timing, tasks and trials only, those that asked for most episodes count, and of single
+    timing those that did so there. Of the same episodes on other numbers of workers, single timing or the fewest
+    workers count."""
+    kind = {**to_json(run.settings), "timing": None, "tasks": None, "trials": None}
+    alike = [r for r in runs if {**to_json(r.settings), "timing": None, "tasks": None, "trials": None} == kind]
+    single = [r for r in alike if r.settings.timing == "single"]
+    return not _counts(run, alike) and not (run.settings.timing == "single" and _counts(run, single))
+
+
+def _counts(run: Results, runs: Sequence[Results]) -> bool:
+    """Whether none of the runs stands for `run`."""
+    return not any(_asked(other) > _asked(run) or _same_on_fewer_workers(other, run) for other in runs)
+
+
+def _asked(run: Results) -> int:
+    return len(run.settings.tasks) * run.settings.trials
+
+
+def _same_on_fewer_workers(a: Results, b: Results) -> bool:
+    """Whether `a` asked for the episodes of `b` on another number of workers, with single timing or on fewer."""
+    if a.throughput is None or b.throughput is None or a.throughput.workers == b.throughput.workers:
+        return False
+    if (a.settings.tasks, a.settings.trials) != (b.settings.tasks, b.settings.trials):
+        return False
+    costs = [(run.settings.timing != "single", run.throughput.workers) for run in (a, b) if run.throughput]
+    return costs[0] < costs[1]
+
+
+def _traits(run: Results) -> tuple[str, ...]:
+    settings = run.settings
+    workers = counted(run.throughput.workers, "worker") if run.throughput else "interrupted"
+    return (
+        settings.suite,
+        settings.bundle,
+        settings.backend,
+        settings.precision,
+        f"{settings.backbone_name} backbone",
+        f"{counted(settings.n_action_steps, 'action')} a query",
+        "" if settings.accept_rate is None else f"accepting {settings.accept_rate:.1%}",
+        f"protocol {settings.protocol}",
+        "undisturbed" if settings.disturb is None else f"disturbed with seed {settings.disturb}",
+        f"{settings.timing} timing",
+        workers,
+        counted(run.total_episodes, "episode"),
+    )
+
+
+def _compared(run: Run, baselines: Sequence[Run]) -> Run:
+    """`run` beside the baseline of the same settings; one of the same timing is preferred."""
+    settings = run.results.settings
+    if not baselines:
+        return replace(run, alone="no baseline run is among the results")
+    timed_alike = sorted(baselines, key=lambda other: other.results.settings.timing != settings.timing)
+    reasons = [differences(other.results.settings, settings) for other in timed_alike]
+    baseline, different = min(zip(timed_alike, reasons, strict=True), key=lambda pair: len(pair[1]))
+    if different:
+        reason = f"it differs from {baseline.name}: {'; '.join(different)}"
+        return replace(run, alone=reason)
+    try:
+        versus = compare(baseline.results, run.results)
+    except UserError as error:
+        return replace(run, alone=str(error))
+    return replace(run, baseline=baseline.name, versus=versus)
+
+
+def _controlled(run: Run, controls: Sequence[Run]) -> Run:
+    """A run of mode rsd beside the first control of the same settings, if there is one."""
+    settings = run.results.settings
+    alike = [other for other in controls if not differences(other.results.settings, settings)]
+    if settings.mode != "rsd" or not alike:
+        return run
+    control = min(alike, key=lambda other: other.results.settings.timing != settings.timing)
+    with contextlib.suppress(UserError):  # they share no episode
+        return replace(run, control=control.name, versus_control=compare(control.results, run.results))
+    return run

@@ -1,0 +1,162 @@
+"""The chart of success against policy time per action: a panel for each condition, a curve for each mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from rsd_trt.config import Mode
+from rsd_trt.eval.report.plots import COLOURS
+from rsd_trt.eval.report.svg import INK, Chart, draw_chart, draw_png
+from rsd_trt.eval.report.tradeoff import Point, Tradeoff, condition
+from rsd_trt.eval.report.wording import listed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, _, GREEN, PINK, _, VERMILION = COLOURS
+MARGIN = 0.08  # of the success axis, above and below the intervals: for the labels
+WIDER = 1.25  # the cost axis ends at that many times the largest cost
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # ms
+SPACING = {"fontsize": 9, "columnspacing": 1.0, "handletextpad": 0.1}  # of the legend: it has the width of a phone
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a mode's points look; labels stand beyond the ends of intervals, two curves' at different ends."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str
+    side: Literal["above", "below", "right"]  # where a point's label is
+
+
+STYLES: dict[Mode, Style] = {
+    "baseline": Style("baseline, open loop", BLUE, "o", "-", "below"),
+    "rsd": Style("rsd", VERMILION, "s", "-", "above"),
+    "random": Style("random acceptance", GREEN, "D", ":", "right"),
+    "shadow": Style("shadow", PINK, "^", ":", "right"),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    points: tuple[Point, ...]
+
+
+def panels(found: Tradeoff) -> tuple[Panel, ...]:
+    """The points by condition: undisturbed ones first."""
+    conditions = sorted(
+        {(p.suite, p.bundle, p.disturb) for p in found.points}, key=lambda c: (*c[:2], -1 if c[2] is None else c[2])
+    )
+    several = len({c[:2] for c in conditions}) > 1
+    return tuple(
+        Panel(
+            f"{suite}, {bundle}: {condition(disturb)}" if several else condition(disturb),
+            tuple(p for p in found.points if (p.suite, p.bundle, p.disturb) == (suite, bundle, disturb)),
+        )
+        for suite, bundle, disturb in conditions
+    )
+
+
+def has_curve(found: Tradeoff) -> bool:
+    """Whether some mode was run with two n_action_steps under one condition."""
+    return any(
+        len({p.n_action_steps for p in panel.points if p.mode == mode}) > 1
+        for panel in panels(found)
+        for mode in STYLES
+    )
+
+
+def tradeoff_chart(found: Tradeoff) -> Chart:
+    """The chart for a page, its panels below each other."""
+    count = len(panels(found))
+    return draw_chart("tradeoff", lambda figure: _draw(figure, found, count, 1), 0.6 + 2.9 * count, caption(found))
+
+
+def tradeoff_png(found: Tradeoff) -> bytes:
+    """The chart as a PNG on white, its panels side by side."""
+    count = len(panels(found))
+    return draw_png("tradeoff", lambda figure: _draw(figure, found, 1, count), 0.6 + 4.4 * count, 4.0)
+
+
+def caption(found: Tradeoff) -> str:
+    """What the chart shows, and what the times were taken on."""
+    replayed = {point.replayed for point in found.points}
+    how = {True: "each query replayed alone", False: "each query timed alone"}
+    return (
+        "Success against policy time per action; numbers: n_action_steps. Bars: 95%, Wilson's score and a bootstrap "
+        f"over episodes. Times: {listed([how[kind] for kind in (True, False) if kind in replayed])}, on "
+        f"{found.points[0].timed_on}."
+    )
+
+
+def _draw(figure: Figure, found: Tradeoff, rows: int, columns: int) -> None:
+    shown = panels(found)
+    lowest = min(p.success_interval[0] for p in found.points)
+    highest = max(p.success_interval[1] for p in found.points)
+    room = MARGIN * max(highest - lowest, 0.05)
+    edges = [p.ms for p in found.points] + [x for p in found.points for x in p.ms_interval or ()]
+    first = None
+    for i, panel in enumerate(shown, start=1):
+        axes = figure.add_subplot(rows, columns, i, sharex=first, sharey=first)
+        first = first or axes
+        for mode, style in STYLES.items():
+            _curve(axes, style, sorted((p for p in panel.points if p.mode == mode), key=lambda p: p.n_action_steps))
+        axes.set_title(panel.title, fontsize=10)
+        if i > (rows - 1) * columns:
+            axes.set_xlabel("policy time per action, ms")
+        if (i - 1) % columns == 0:
+            axes.set_ylabel("success, %")
+    assert first is not None
+    first.set_xscale("log")
+    first.set_xlim(min(edges) / WIDER, max(edges) * WIDER)
+    first.set_ylim((lowest - room) * 100, (highest + room) * 100)
+    ticks = [tick for tick in TICKS if min(edges) / WIDER <= tick <= max(edges) * WIDER]
+    first.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    first.set_xticks([], minor=True)
+    figure.supxlabel("numbers: n_action_steps; bars: 95% intervals", fontsize=9)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for axes in figure.axes[1:]:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            if label not in labels:
+                handles.append(handle)
+                labels.append(label)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, **SPACING)
+
+
+def _curve(axes: Axes, style: Style, points: Sequence[Point]) -> None:
+    if not points:
+        return
+    xs, ys = [p.ms for p in points], [p.success * 100 for p in points]
+    order = np.argsort(xs)
+    dense = np.geomspace(min(xs), max(xs), 200)  # divisions of the episodes between two runs: no line on a log axis
+    line = np.interp(dense, np.take(xs, order), np.take(ys, order))
+    axes.plot(dense, line, style.line, color=style.colour, linewidth=1.4)
+    axes.plot(xs, ys, style.marker, color=style.colour, markersize=6, label=style.label)
+    for point, x, y in zip(points, xs, ys, strict=True):
+        low, high = point.success_interval
+        axes.plot((x, x), (low * 100, high * 100), color=style.colour, linewidth=1.2, alpha=0.6)
+        if point.ms_interval is not None:
+            axes.plot(point.ms_interval, (y, y), color=style.colour, linewidth=1.2, alpha=0.6)
+        place, offset, align, vertical = {
+            "above": ((x, high * 100), (0, 2), "center", "bottom"),
+            "below": ((x, low * 100), (0, -2), "center", "top"),
+            "right": ((x, y), (7, 0), "left", "center"),
+        }[style.side]
+        axes.annotate(
+            str(point.n_action_steps),
+            place,
+            xytext=offset,
+            textcoords="offset points",
+            ha=align,
+            va=vertical,
+            color=INK,
+            fontsize=9,
+        )

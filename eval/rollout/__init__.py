@@ -1,0 +1,1 @@
+"""A policy in LIBERO: episodes in simulators of their own, and the results file."""

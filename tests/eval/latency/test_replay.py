@@ -1,0 +1,172 @@
+"""Replays: the recorded decisions, all of them and no others, each with its time."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from replayable import FEW, made
+from synthetic import run, write
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.errors import UserError
+from rsd_trt.eval.latency import replay as module
+from rsd_trt.eval.latency.replay import ReplayRequest, choose, replay, write_replay
+from rsd_trt.eval.latency.replay_record import Replay, read_replay
+from rsd_trt.eval.latency.shapes import Shape
+from rsd_trt.eval.results import Results
+from rsd_trt.runtime import policy
+from rsd_trt.runtime.backends import Launcher
+from rsd_trt.runtime.forward import EagerForward
+
+CPU = torch.device("cpu")
+EARLY_MS, LATE_MS, WHOLE_MS = 3.0, 5.0, 7.0
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WARM_UP", 1)
+
+
+def asked(bundle: Bundle, *paths: Path, episodes: int = 50, tokens: int | None = None) -> ReplayRequest:
+    return ReplayRequest(paths, episodes, Launcher(bundle, "torch", CPU), "eager", "bundle", Shape(None, tokens))
+
+
+def replayed(bundle: Bundle, *paths: Path, episodes: int = 50) -> Replay:
+    return replay(asked(bundle, *paths, episodes=episodes), "rsd-trt profile --replay")
+
+
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """A forward that computes nothing new and whose parts take fixed times. Gives how often each ran."""
+    now, parts = [0.0], Counter[str]()
+
+    def timed(name: str, ms: float) -> None:
+        part = getattr(EagerForward, name)
+
+        def call(self: EagerForward, *arguments: object) -> None:
+            part(self, *arguments)
+            now[0] += ms / 1e3
+            parts[name] += 1
+
+        monkeypatch.setattr(EagerForward, name, call)
+
+    for name, ms in (("early", EARLY_MS), ("late", LATE_MS), ("whole", WHOLE_MS)):
+        timed(name, ms)
+    monkeypatch.setattr(policy, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return parts
+
+
+def test_every_recorded_decision_is_replayed_and_costs_its_parts(
+    bundle: Bundle, tmp_path: Path, clocked: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_warm_up", lambda *_: None)
+    runs: dict[str, Results] = {mode: made(mode) for mode in ("baseline", "rsd")}
+    found = replayed(bundle, *(write(tmp_path / f"{mode}.json", results) for mode, results in runs.items()))
+    baseline, rsd = found.rows
+    for row, results in zip(found.rows, runs.values(), strict=True):
+        assert (row.run, row.mode, row.n_action_steps) == (results.settings.run, results.settings.mode, 4)
+        assert (row.queries, row.full_passes) == (results.queries, results.full_passes)
+        assert (row.actions, row.episodes) == (results.steps, 4)
+        assert (row.suite, row.decisions_of, row.backbone) == ("libero_spatial", "made-up", "eager")
+        assert set(row.route_ms) == set(results.routes)
+    assert clocked == {
+        "whole": baseline.queries,
+        "early": rsd.queries,
+        "late": rsd.full_passes,
+    }
+    assert baseline.ms_per_action == pytest.approx(WHOLE_MS * baseline.queries / baseline.actions)
+    total = EARLY_MS * rsd.queries + LATE_MS * rsd.full_passes
+    assert rsd.ms_per_action == pytest.approx(total / rsd.actions)
+    assert sum(rsd.episode_ms) == pytest.approx(total)
+    assert rsd.route_ms["accepted"] == pytest.approx(EARLY_MS)
+    assert rsd.route_ms["rejected"] == pytest.approx(EARLY_MS + LATE_MS)
+    assert (baseline.speedup, baseline.baseline) == (None, None)
+    assert rsd.baseline == baseline.run
+    assert rsd.speedup == pytest.approx(baseline.ms_per_action / rsd.ms_per_action)
+    assert rsd.speedup_interval is None  # four episodes are too few
+
+
+@pytest.mark.usefixtures("clocked")
+def test_enough_episodes_have_intervals(bundle: Bundle, tmp_path: Path) -> None:
+    settings = {"tasks": (0, 1, 2), "trials": 5}
+    runs = [made("baseline", **settings), made("rsd", **settings), made("random", accept_rate=0.7, **settings)]
+    paths = [write(tmp_path / f"{results.settings.mode}.json", results) for results in runs]
+    baseline, rsd, random = replayed(bundle, *paths, episodes=12).rows
+    assert [row.episodes for row in (baseline, rsd, random)] == [12] * 3
+    assert random.baseline == rsd.baseline == baseline.run
+    assert rsd.ms_per_action_interval is not None and rsd.speedup is not None and rsd.speedup_interval is not None
+    assert rsd.ms_per_action_interval[0] <= rsd.ms_per_action <= rsd.ms_per_action_interval[1]
+    assert rsd.speedup_interval[0] <= rsd.speedup <= rsd.speedup_interval[1]
+
+
+def test_episodes_take_turns(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    monkeypatch.setattr(
+        module,
+        "_replay_episode",
+        lambda track, episode, prompt, seen: turns.append(track.path.stem) or track.episode_ms.append(1.0),
+    )
+    paths = [write(tmp_path / f"{mode}.json", made(mode)) for mode in ("baseline", "rsd")]
+    done: list[tuple[int, int]] = []
+    replay(asked(bundle, *paths, episodes=3), "", lambda i, total: done.append((i, total)))
+    assert turns == ["baseline", "rsd"] * 3
+    assert done == [(i, 6) for i in range(1, 7)]
+
+
+def test_runs_share_the_episodes_that_ended_well_in_all_of_them() -> None:
+    whole, broken = made(), made(broken=((0, 1),))
+    assert set(choose([whole, broken], "libero_spatial", 50, 0)) == {(0, 0), (1, 0), (1, 1)}
+    assert choose([whole], "libero_spatial", 2, 0) == choose([whole], "libero_spatial", 2, 0)
+    assert len(choose([whole], "libero_spatial", 2, 1)) == 2
+    with pytest.raises(UserError, match="no episode of libero_spatial is in every results file"):
+        choose([whole, made(tasks=(2,))], "libero_spatial", 50, 0)
+
+
+@pytest.mark.usefixtures("clocked")
+def test_other_actions_a_query_have_no_baseline(bundle: Bundle, tmp_path: Path) -> None:
+    paths = [write(tmp_path / "a.json", made("baseline", n_action_steps=8)), write(tmp_path / "b.json", made("rsd"))]
+    assert [row.speedup for row in replayed(bundle, *paths).rows] == [None, None]
+
+
+def test_another_prompt_is_asked_of_all_tasks(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+    monkeypatch.setattr(module, "_warm_up", lambda forward, scene, texts: prompts.extend(texts))
+    monkeypatch.setattr(module, "_replay_episode", lambda track, *_: track.episode_ms.append(1.0))
+    path = write(tmp_path / "rsd.json", made())
+    assert replay(asked(bundle, path, tokens=30), "").prompt_tokens == 30
+    assert replay(asked(bundle, path), "").prompt_tokens is None
+    assert [len(prompt) for prompt in prompts[:1]] == [29]  # and BOS
+    assert len(prompts) == 1 + 2
+
+
+def test_it_is_written_and_read(bundle: Bundle, tmp_path: Path) -> None:
+    path = write(tmp_path / "rsd.json", made())
+    record = write_replay(asked(bundle, path, episodes=1), tmp_path / "out", "rsd-trt profile --replay rsd.json")
+    assert read_replay(tmp_path / "out" / "replay.json") == record
+    assert record.bundle_sha256 == bundle.fingerprint and record.hardware["cpu"] and record.versions["torch"]
+    with pytest.raises(UserError, match=r"rsd\.json/x cannot be written: Not a directory"):
+        write_replay(asked(bundle, path, episodes=1), path / "x", "")
+
+
+def test_what_cannot_be_replayed_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    def refused(results: Results, message: str, *more: Path) -> None:
+        with pytest.raises(UserError, match=message):
+            replayed(bundle, write(tmp_path / "r.json", results), *more)
+
+    refused(made("shadow"), r"r\.json is a run of shadow: only baseline, rsd and random decide what is computed")
+    refused(made("baseline", policy="expert"), r"r\.json is a run of expert")
+    refused(made(n_action_steps=9), r"r\.json has 9 actions a query, the chunk of .* 8 steps")
+    accepted = run("rsd", acceptance=1.0, **FEW)  # type: ignore[arg-type]
+    refused(accepted, r"r\.json, task 0, trial 0, step \d+: a plan has more steps than the chunk of")
+    path = write(tmp_path / "same.json", made())
+    refused(made(), r"holds run \w+, which is given twice", path)
+    data = json.loads(path.read_text())
+    data["queries"] = 3
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"same\.json is damaged: queries is 3, its episodes give"):
+        replayed(bundle, path)

@@ -1,0 +1,358 @@
+"""The report on disk: what it holds, that it needs no network, and that nothing foreign becomes markup."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jsonschema
+import pytest
+from click.testing import CliRunner, Result
+from synthetic import TASKS, run, settings, throughput, write
+
+from rsd_trt.cli import main
+from rsd_trt.errors import UserError
+from rsd_trt.eval.report.markdown import code, text
+from rsd_trt.eval.report.write import PerformanceComparison, write_report
+from rsd_trt.eval.results import Results
+from rsd_trt.jsonio import from_json, json_schema
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+HOSTILE = "<script>alert(1)</script> | `a` *b* [c](d) & \" ' \n# e"
+EVERYTHING = tuple((task, trial) for task in range(3) for trial in range(4))
+
+
+class Checker(HTMLParser):
+    """Checks that every element is closed in order, that ids are unique, and that links stay on the page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.fragments: set[str] = set()
+        self.elements: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self._attributes(dict(attrs))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self._attributes(dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+
+    def _attributes(self, attributes: dict[str, str | None]) -> None:
+        if identity := attributes.get("id"):
+            self.ids.append(identity)
+        for name in ("href", "xlink:href", "src"):
+            value = attributes.get(name)
+            if value is not None:
+                assert value.startswith(("#", "data:image/jpeg;base64,"))
+                if value.startswith("#"):
+                    self.fragments.add(value[1:])
+        for value in attributes.values():
+            self.fragments |= set(re.findall(r"url\(#(\w+)\)", value or ""))
+
+
+def check(page: str) -> Checker:
+    found = Checker(page)
+    assert found.open == []
+    assert len(found.ids) == len(set(found.ids))
+    assert found.fragments <= set(found.ids)
+    assert not {"script", "link", "iframe", "object"} & set(found.elements)
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
+    return found
+
+
+def make(folder: Path, *runs: Results) -> Path:
+    """Writes a report on these runs into `folder / "report"`."""
+    paths = [write(folder / f"{i}.json", results) for i, results in enumerate(runs)]
+    write_report(paths, folder / "report", "rsd-trt report")
+    return folder / "report"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on a run of each mode that misses its targets, and on two runs of a series over workers."""
+    folder = tmp_path_factory.mktemp("whole")
+    bad = {"success": 0.6, "acceptance": 0.4, "throughput": throughput(1, 1.0)}
+    strip = folder / "failures" / "libero_spatial_rsd" / "task0_trial0.jpg"
+    runs = [run("baseline", **bad), run("rsd", broken=((2, 2),), **bad), run("shadow", **bad)]  # type: ignore[arg-type]
+    failed = next(e for e in runs[1].episodes if not e.success and e.error is None)
+    strip = strip.with_name(f"task{failed.task_id}_trial{failed.trial}.jpg")
+    strip.parent.mkdir(parents=True)
+    strip.write_bytes(b"\xff\xd8\xff\xe0 strip")
+    series = [run("rsd", timing="batched", trials=2, throughput=throughput(n, float(n))) for n in (2, 16)]
+    return make(folder, *runs, *series)
+
+
+def test_the_html_page_needs_no_network(whole: Path) -> None:
+    page = (whole / "report.html").read_text("utf-8")
+    found = check(page)
+    assert found.elements.count("svg") >= 8
+    assert "data:image/jpeg;base64," in page
+    assert '<meta name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
+    assert "currentColor" in page
+
+
+def test_the_html_page_has_every_part(whole: Path) -> None:
+    shown = check((whole / "report.html").read_text("utf-8")).text
+    for heading in ("Conclusion", "Runs", "Tasks", "Acceptance over the episode", "Latency by route", "Throughput"):
+        assert heading in shown
+    for heading in ("Diagnosis", "Failures of rsd, single timing: 1 of", "Configuration", "Commands"):
+        assert heading in shown
+    for said in (TASKS[0], "not met", "met", "McNemar p", "1 error", "bound by the", "GPU utilisation", "policy"):
+        assert said in shown
+    for unit in ("ms a query", "success, %", "episodes per second", "tested queries, %", "environment units"):
+        assert unit in shown
+    for fact in ("bundle_sha256", "3f2a" * 16, "made-up GPU", "versions.torch", "rsd-trt eval bundles/made-up"):
+        assert fact in shown
+    assert "shadow: not shown, since shadow mode runs draft and main head at every query" in shown
+
+
+def test_charts_take_the_pages_colours(whole: Path) -> None:
+    for svg in re.findall(r"<svg.*?</svg>", (whole / "report.html").read_text("utf-8"), flags=re.DOTALL):
+        assert 'role="img" aria-label="' in svg
+        assert "#010203" not in svg
+        assert "font-family" not in svg
+        assert not re.search(r"<text(?![^>]*fill: currentColor)", svg)
+        assert not re.search(r"fill: (#ffffff|white|#000000|black)", svg)
+
+
+def test_the_markdown_page_says_the_same(whole: Path) -> None:
+    page = (whole / "report.md").read_text("utf-8")
+    comparison = json.loads((whole / "performance_comparison.json").read_text("utf-8"))
+    for sentence in (*comparison["conclusion"]["headlines"], *comparison["conclusion"]["sentences"]):
+        assert str(text(sentence)) in page
+    for table in re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE):
+        lines = table.splitlines()
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+        assert set(lines[1]) <= set("| -")
+    assert page.count("\n## ") == 9
+    assert "\n\n\n" not in page
+
+
+def test_the_json_file_is_typed(whole: Path) -> None:
+    data = json.loads((whole / "performance_comparison.json").read_text("utf-8"))
+    jsonschema.validate(data, json_schema(PerformanceComparison))
+    found = from_json(PerformanceComparison, data, "file")
+    assert [r.name for r in found.runs if not r.throughput_only] == ["baseline", "rsd, single timing", "shadow"]
+    rsd = found.runs[1]
+    assert rsd.baseline == "baseline"
+    assert rsd.comparison is not None and rsd.comparison.left_out == 1
+    assert [target.what for target in rsd.targets] == ["success", "speed-up", "acceptance"]
+
+
+def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{mode}.json", run(mode)) for mode in ("baseline", "rsd")]  # type: ignore[arg-type]
+    for out in ("a", "b"):
+        write_report(paths, tmp_path / out, "rsd-trt report")
+    for name in ("report.html", "report.md", "performance_comparison.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_foreign_text_is_escaped(tmp_path: Path) -> None:
+    def hostile(mode: str) -> Results:
+        results = run(mode, success=0.5, bundle=HOSTILE, hardware={HOSTILE: HOSTILE})  # type: ignore[arg-type]
+        tasks = tuple(dataclasses.replace(task, task_description=HOSTILE) for task in results.task_results)
+        return dataclasses.replace(results, task_results=tasks, command=HOSTILE)
+
+    report = make(tmp_path, hostile("baseline"), hostile("rsd"))
+    page = (report / "report.html").read_text("utf-8")
+    assert "alert(1)" in check(page).text
+    assert "<script" not in page
+    markdown = (report / "report.md").read_text("utf-8")
+    prose = "\n".join(line for line in markdown.splitlines() if not line.startswith("    "))
+    assert "<script" not in prose
+    assert "\\[c\\](d)" in prose
+    assert "\n# e" not in markdown
+
+
+@pytest.mark.parametrize(
+    ("foreign", "harmless"),
+    [
+        ("a|b", "a&#124;b"),
+        ("<b>", "&lt;b&gt;"),
+        ("&lt;", "&amp;lt;"),
+        ("*a* `b` _c_ #d", r"\*a\* \`b\` \_c\_ \#d"),
+        ("a\n\n# b", r"a \# b"),
+        ("a\\|b", r"a\\&#124;b"),
+    ],
+)
+def test_markdown_text(foreign: str, harmless: str) -> None:
+    assert text(foreign) == harmless
+    assert text(text(foreign)) == harmless
+
+
+def test_markdown_code_stays_on_its_line() -> None:
+    assert code("rsd-trt\n# eval <x>") == "    rsd-trt # eval <x>"
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [run("baseline")],
+        [run("rsd")],
+        [run("shadow")],
+        [run("rsd", broken=EVERYTHING)],
+        [run("baseline", broken=EVERYTHING), run("rsd", broken=EVERYTHING), run("shadow", broken=EVERYTHING)],
+        [run("baseline", timing="batched"), run("rsd", timing="batched")],
+        [run("baseline", seed=8), run("rsd"), run("shadow", backend="trt")],
+        [run("baseline", tasks=(0,), trials=1), run("rsd", tasks=(0,), trials=1)],
+        [run("baseline"), run("rsd", suite="libero_goal")],
+        [run("shadow", success=0.2, training_actions=None, acceptance=0.1)],
+        [run("rsd", change=lambda episode: dataclasses.replace(episode, queries=(), actions=None, steps=0))],
+        [run("baseline", trained=False), run("rsd", trained=False)],
+        [run("random", success=0.2), run("rsd", success=0.3), run("random", accept_rate=0.2)],
+    ],
+    ids=[
+        *(
+            "baseline alone",
+            "rsd alone",
+            "shadow alone",
+            "errors only",
+            "errors only in all",
+            "batched",
+            "mixed settings",
+        ),
+        *("one episode", "two suites", "no training statistics", "no query", "untrained", "controls"),
+    ],
+)
+def test_every_mix_of_runs_gives_a_whole_page(tmp_path: Path, runs: list[Results]) -> None:
+    report = make(tmp_path, *runs)
+    shown = check((report / "report.html").read_text("utf-8")).text
+    markdown = (report / "report.md").read_text("utf-8")
+    for page in (shown, markdown):
+        assert not re.search(r"\b(None|nan|inf)\b", page)
+    from_json(PerformanceComparison, json.loads((report / "performance_comparison.json").read_text()), "file")
+
+
+def test_batched_runs_show_no_latency_and_no_speedup(tmp_path: Path) -> None:
+    report = make(tmp_path, run("baseline", timing="batched"), run("rsd", timing="batched"))
+    shown = check((report / "report.html").read_text("utf-8")).text
+    assert "rsd: not shown, since queries that share a forward say nothing of one alone (batched timing)" in shown
+    assert "not measured: batched timing" in shown
+    assert "ms a query" not in shown
+    assert not re.search(r"\d\.\d\dx", shown)
+
+
+def test_a_speedup_without_an_interval_says_so(tmp_path: Path) -> None:
+    report = make(tmp_path, run("baseline", tasks=(0,)), run("rsd", tasks=(0,)))
+    assert re.search(r"\d\.\d\dx \(too few episodes\)", check((report / "report.html").read_text("utf-8")).text)
+
+
+def test_a_met_report_has_nothing_to_diagnose(tmp_path: Path) -> None:
+    good = {"success": 2.0, "acceptance": 1.0, "tasks": tuple(range(10)), "trials": 10}
+    report = make(tmp_path, run("baseline", **good), run("rsd", **good))  # type: ignore[arg-type]
+    shown = check((report / "report.html").read_text("utf-8")).text
+    assert "The run rsd meets all three targets." in shown
+    assert "nothing to explain" in shown
+    assert "No episode failed." in shown
+
+
+def test_a_report_is_replaced_and_other_files_stay(tmp_path: Path) -> None:
+    report = make(tmp_path, run("baseline"))
+    (report / "notes.txt").write_text("mine")
+    before = (report / "report.html").read_bytes()
+    make(tmp_path, run("baseline", success=0.2))
+    assert (report / "report.html").read_bytes() != before
+    assert sorted(path.name for path in report.iterdir()) == [
+        *("notes.txt", "performance_comparison.json", "report.html", "report.md")
+    ]
+
+
+def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = make(tmp_path, run("baseline"))
+    before = {path.name: path.read_bytes() for path in report.iterdir()}
+    source = write(tmp_path / "r.json", run("baseline", success=0.2))
+    synced: list[int] = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == len(before):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="report cannot be written: No space left on device"):
+        write_report([source], report, "")
+    assert {path.name: path.read_bytes() for path in report.iterdir()} == before
+
+
+@pytest.mark.parametrize(("module", "package"), [("matplotlib.figure", "matplotlib"), ("jinja2", "jinja2")])
+def test_a_missing_extra_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError) as error:
+        write_report([tmp_path / "absent.json"], tmp_path / "report", "")
+    assert str(error.value) == f"{package} is not installed. Install it: pip install 'rsd-trt[report]'"
+
+
+def rsd_trt(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_report_command(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{mode}.json", run(mode)) for mode in ("baseline", "rsd")]  # type: ignore[arg-type]
+    result = rsd_trt("report", *paths, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    for name in ("performance_comparison.json", "report.md", "report.html"):
+        assert str(tmp_path / "out" / name) in result.stdout.replace("\n", "")
+    assert "speed-up > 1.2x" in result.stdout
+    as_json = rsd_trt("report", *paths, "-o", tmp_path / "out", "--json")
+    assert json.loads(as_json.stdout) == json.loads((tmp_path / "out" / "performance_comparison.json").read_text())
+
+
+def test_compare_command(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{mode}.json", run(mode, trained=False)) for mode in ("baseline", "rsd")]  # type: ignore[arg-type]
+    result = rsd_trt("compare", *paths)
+    assert result.exit_code == 0, result.output
+    assert "On the same 12 initial states, rsd gains" in result.stdout
+    assert re.search(r"An action takes .* ms in baseline: \d\.\d\dx \(.*\), faster\.", result.stdout)
+    assert "UNTRAINED" in result.stdout
+    data = json.loads(rsd_trt("compare", *paths, "--json").stdout)
+    assert set(data["figures"]) == {"baseline", "rsd"}
+    assert data["settings"]["bundle_sha256"] == settings().bundle_sha256
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_user_errors_are_one_line(tmp_path: Path, command: str) -> None:
+    good, bad = write(tmp_path / "a.json", run("rsd")), tmp_path / "b.json"
+    bad.write_text("{")
+    for paths in ((good, bad), (good, tmp_path / "absent.json"), (good, tmp_path), (good, good)):
+        result = rsd_trt(command, *paths)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert not Path("report").exists()
+
+
+def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", run("rsd"))
+    result = rsd_trt("report", path, "-o", path)
+    assert result.exit_code == 1
+    assert "a.json cannot be written: " in result.stderr
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    """What matplotlib would read as mathematics is shown as it is."""
+    names = [run("baseline", suite=suite) for suite in (r"$\frac{$", "$x$")]
+    page = (make(tmp_path, *names) / "report.html").read_text("utf-8")
+    check(page)
+    assert r"$\frac{$" in page
