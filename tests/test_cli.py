@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from rsd_trt import __version__
 from rsd_trt.cli import main
+from rsd_trt.cli.console import stoppable
 
 
 def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -134,3 +138,18 @@ def test_init_without_backbone(tmp_path: Path) -> None:
     assert rsd_trt("init", tmp_path / "new", "--size", "tiny", "--without-backbone").exit_code == 0
     assert json.loads(rsd_trt("info", tmp_path / "new", "--json").stdout)["parts"]["backbone"] is None
     assert "absent" in rsd_trt("info", tmp_path / "new").stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_arrives_while_garbage_is_collected_is_not_lost(number: signal.Signals) -> None:
+    class Collected:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        Collected()
+        time.sleep(30)
+        pytest.fail("the signal was lost")
+    assert sys.unraisablehook is hook
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

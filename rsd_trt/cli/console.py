@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rsd_trt.eval.results import Episode
     from rsd_trt.export.run import Outcome
 
+AGAIN = 0.01  # s until a KeyboardInterrupt that got lost is raised once more
+
 
 class FiniteRange(click.FloatRange):
     """A range of numbers that `nan` is not in."""
@@ -62,16 +64,29 @@ engines_option = click.option(
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Makes SIGTERM end the block as Ctrl-C does."""
+    """Makes SIGTERM end the block as Ctrl-C does, and neither of them get lost.
+
+    Python drops an exception that is raised while it collects garbage: a KeyboardInterrupt is raised again then.
+    """
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def dropped(exception: sys.UnraisableHookArgs) -> None:
+        if exception.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            hook(exception)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGALRM)}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class EpisodeProgress:
