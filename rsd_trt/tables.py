@@ -133,13 +133,18 @@ def backbone_table(results: Sequence[Json]) -> Table:
 
 def sensitivity_table(rows: Sequence[Json]) -> Table:
     """`rsd-trt verify --sensitivity`: a row for each choice of products in FP8."""
-    table = Table(title="cosine of the hidden states with these products in FP8 and the others in bf16")
+    title = "these products in FP8, the others in bf16, beside all in bf16; cosines are of the hidden states"
+    table = Table(title=title)
     table.add_column("in FP8")
     for name in ("products", "after block N, worst", "mean", "after block k, worst"):
         table.add_column(name, justify="right")
+    for name in ("draft flips", "token flips", "mean action error", "steps apart"):
+        table.add_column(name, justify="right")
     for row in rows:
         cosines = (f"{row[key]:.6f}" for key in ("cosine", "mean_cosine", "early_cosine"))
-        table.add_row(str(row["what"]), str(row["products"]), *cosines)
+        flips = (f"{row[key]:.2%}" for key in ("draft_flips", "flips"))
+        apart = (f"{row['action_mean_abs']:.4f}", f"{row['steps_apart']:.2%}")
+        table.add_row(str(row["what"]), str(row["products"]), *cosines, *flips, *apart)
     return table
 
 
@@ -214,6 +219,7 @@ def replay_table(replay: Replay) -> Table:
         table.add_column(name)
     for name in ("episodes", "queries", "full passes", "ms/action", "95% interval", "speed-up", "95% interval"):
         table.add_column(name, justify="right")
+    table.add_column("replayed queries", justify="right")
     for row in replay.rows:
         bounds = row.ms_per_action_interval
         table.add_row(
@@ -226,6 +232,7 @@ def replay_table(replay: Replay) -> Table:
             f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "too few",
             f"{row.speedup:.2f}x" if row.speedup else "-",
             interval(row.speedup_interval, "x") if row.speedup else "-",
+            f"{row.replayed_queries:,}",
         )
     return table
 

@@ -1,8 +1,8 @@
-"""Which matrix products may be computed in E4M3? The hidden states' cosines with some of them in it, and no other."""
+"""Which matrix products may be computed in E4M3? What some of them in it, and no other, do to states and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from rsd_trt.bundle import Bundle
+from rsd_trt.eval.parity.backbone import Answers, flips, heads, joined, steps_apart
 from rsd_trt.eval.parity.components import DYNAMIC_ROWS
 from rsd_trt.eval.parity.oracle import last_positions
 from rsd_trt.models.fused_backbone import PRODUCTS, Fp8Product, FusedBackbone, Product, ProductName, every_product
@@ -22,13 +23,18 @@ Choice = Collection[tuple[int, ProductName]]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a choice of products in E4M3 does to the hidden states, beside the same backbone in bfloat16."""
+    """What a choice of products in E4M3 does to hidden states, tokens and actions, beside the same backbone in
+    bfloat16."""
 
     what: str
     products: int
     cosine: float  # after block N, the worst input
     mean_cosine: float
     early_cosine: float  # after block k, the worst input
+    draft_flips: float  # share of different tokens in the draft's worst layer
+    flips: float  # the same of the main head's
+    action_mean_abs: float  # of the plans, in environment units
+    steps_apart: float  # share of the plans' steps that differ by more than the bundle's tolerance
     rows: int
 
 
@@ -49,19 +55,34 @@ def sensitivity(bundle: Bundle, device: torch.device, observations: Sequence[Obs
         stream = fused.embed(inputs.pixels.bfloat16(), inputs.tokens, inputs.proprio)
         embedded.append((stream, last_positions(inputs, stream)))
     k, blocks = bundle.config.rsd.draft_block, config.language.blocks
-    expected = states(fused, embedded, k)
+    read = heads(bundle, device)
+    expected = answers(read, fused, embedded, k)
     for what, choice in choices(blocks).items():
         plain = {pair: getattr(fused.layers[pair[0]], pair[1]) for pair in choice}
         try:
             for (block, name), module in plain.items():
                 assert isinstance(module, Product)
                 setattr(fused.layers[block], name, Fp8Product(module.weight))
-            found = states(fused, embedded, k)
+            found = answers(read, fused, embedded, k)
         finally:
             for (block, name), module in plain.items():
                 setattr(fused.layers[block], name, module)
-        early, final = (cosine_similarity(x, y, dim=-1) for x, y in zip(found, expected, strict=True))
-        yield Sensitivity(what, len(choice), float(final.min()), float(final.mean()), float(early.min()), len(final))
+        early, final = (
+            cosine_similarity(x.double(), y.double(), dim=-1)
+            for x, y in ((found.early, expected.early), (found.final, expected.final))
+        )
+        yield Sensitivity(
+            what=what,
+            products=len(choice),
+            cosine=float(final.min()),
+            mean_cosine=float(final.mean()),
+            early_cosine=float(early.min()),
+            draft_flips=max(flips(found.draft_tokens, expected.draft_tokens)),
+            flips=max(flips(found.tokens, expected.tokens)),
+            action_mean_abs=float((found.actions - expected.actions).abs().mean()),
+            steps_apart=steps_apart(found, expected, bundle.config),
+            rows=len(final),
+        )
 
 
 def choices(blocks: int) -> dict[str, Choice]:
@@ -74,12 +95,17 @@ def choices(blocks: int) -> dict[str, Choice]:
     return {"all": every, **only, **but, **first, **single}
 
 
-def states(fused: FusedBackbone, embedded: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """Hidden states [n, H] after block k and after block N, in float64."""
+def answers(
+    read: Callable[[Tensor, Tensor], Answers],
+    fused: FusedBackbone,
+    embedded: Sequence[tuple[Tensor, Tensor]],
+    k: int,
+) -> Answers:
+    """The hidden states after block k and after block N, and what the heads make of them."""
     last_block = fused.config.language.blocks - 1
-    early, final = [], []
+    parts = []
     for stream, last in embedded:
         middle = fused.blocks(stream, 0, min(k, last_block))
-        final.append(fused.finish(fused.blocks(middle, k, last_block), last))
-        early.append(fused.read(middle, last) if k <= last_block else final[-1])
-    return torch.cat(early).double(), torch.cat(final).double()
+        final = fused.finish(fused.blocks(middle, k, last_block), last)
+        parts.append(read(fused.read(middle, last) if k <= last_block else final, final))
+    return joined(parts)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +27,15 @@ from rsd_trt.eval.parity.backbone import (
     verify_backbone,
     worst,
 )
+from rsd_trt.eval.parity.backbone_result import NO_LIMIT, Limit
 from rsd_trt.eval.parity.components import NotMeasured, to_json
 from rsd_trt.eval.parity.scenes import INSTRUCTIONS, random_observations
 from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.models.backbone import Backbone
+from rsd_trt.models.codec import Codec
+from rsd_trt.models.draft import DraftModel
 from rsd_trt.models.fused_backbone import PRODUCTS, every_product
+from rsd_trt.models.head import build_head
 from rsd_trt.presets import preset
 from rsd_trt.runtime.preprocess import Preprocessor
 
@@ -170,6 +175,23 @@ def test_tf32_is_off_while_it_is_compared_and_as_it_was_after() -> None:
     assert (matmul.allow_tf32, cudnn.allow_tf32) == before
 
 
+def test_what_is_rounded_may_be_twice_as_far_as_rounding_leads(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the reference in either arithmetic, whatever the fixed limit of a part in bfloat16."""
+    limits: dict[str, Limit] = {}
+    real = backbone.compare
+
+    def kept(backend: str, arithmetic: Any, batch: Any, reference: str, *rest: Any) -> BackboneParity:
+        if rest[-1] != NO_LIMIT:
+            limits[reference] = rest[-1]
+        return real(backend, arithmetic, batch, reference, *rest)
+
+    monkeypatch.setattr(backbone, "compare", kept)
+    rows = list(verify_backbone(bundle, ["eager"], ["bf16"], CPU, random_observations(bundle.config.control, 2)))
+    rounding = next(row for row in rows if isinstance(row, BackboneParity) and row.component == "backbone")
+    assert [name.split()[-1] for name in limits] == ["float32", "bfloat16"]
+    assert {limit.cosine for limit in limits.values()} == {1 - 2 * (1 - rounding.cosine)}
+
+
 def test_noise_is_seeded_and_prompts_have_several_lengths(bundle: Bundle) -> None:
     control = bundle.config.control
     first, second = random_observations(control, 8), random_observations(control, 8)
@@ -185,7 +207,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, language=language))
     torch.manual_seed(0)
     path: Path = tmp_path_factory.mktemp("wide") / "wide"
-    return save(path, config, {"backbone": Backbone(config.backbone)}, byte_tokenizer())
+    parts = {
+        "backbone": Backbone(config.backbone),
+        "draft": DraftModel(config.draft, config.dims, config.hidden),
+        "head": build_head(config.head, config.dims, config.hidden),
+        "codec": Codec(config.codec, config.dims),
+    }
+    return save(path, config, parts, byte_tokenizer())
 
 
 def test_the_loss_of_each_product_in_fp8(wide: Bundle) -> None:
@@ -203,6 +231,10 @@ def test_the_loss_of_each_product_in_fp8(wide: Bundle) -> None:
     assert found["all"].products == len(every_product(blocks)) == len(PRODUCTS) * (blocks - 1)
     assert all(0.99 < row.cosine <= row.mean_cosine < 1 for row in found.values())
     assert found["all"].cosine == min(row.cosine for row in found.values())
+    assert all(
+        0 <= row.draft_flips <= 1 and 0 <= row.flips <= 1 and 0 <= row.steps_apart <= 1 for row in found.values()
+    )
+    assert found["all"].action_mean_abs > 0 == found["block 1"].draft_flips
     assert found["block 0"].early_cosine < found["block 1"].early_cosine == pytest.approx(1)  # the draft reads block 1
 
 
