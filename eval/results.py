@@ -31,6 +31,7 @@ HISTOGRAM_BINS = 20  # of executed actions, over [-1, 1]
 
 LATER_CONTROL = ("resize", "statistics")  # settings below `control` that did not exist when runs were first named
 
+Key = tuple[int, int]  # task, trial
 Timing = Literal["single", "batched"]
 
 
@@ -147,7 +148,7 @@ class Episode:
         _require(self.steps >= 0, f"an episode's steps {self.steps} must be >= 0")
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> Key:
         return self.task_id, self.trial
 
     @property

@@ -4,14 +4,14 @@ A small policy's decisions and a large one's clock give the time that the large 
 recorded query is answered anew through `Policy`, alone and with a synchronised clock, on a random image that is
 uploaded for it: an accepted one runs the early blocks and waits for the draft, a rejected one goes on from there, a
 forced one runs everything at once, a baseline's has no draft. Several runs are replayed in one go, an episode of each
-in turn, so that clocks that drift do so for all.
+in turn, so that clocks that drift do so for all. A few episodes are replayed, and price the decisions of all.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.latency.replay_record import Replay, ReplayRow
 from rsd_trt.eval.latency.shapes import Scene, Shape, make_scene
 from rsd_trt.eval.read import read_run
-from rsd_trt.eval.results import Episode, Results
+from rsd_trt.eval.results import Episode, Key, Results
 from rsd_trt.eval.statistics import bootstrap_share, bootstrap_speedup
 from rsd_trt.files import write_atomically
 from rsd_trt.jsonio import to_json
@@ -41,7 +41,6 @@ BOUNDARY = (
 )
 WARM_UP = 20  # queries of each kind and prompt
 WARM_UP_ROUTES: tuple[Route, ...] = ("start", "accepted", "rejected")
-Key = tuple[int, int]  # task, trial
 Advance = Callable[[int, int], None]  # episodes done, episodes in all
 
 
@@ -50,7 +49,7 @@ class ReplayRequest:
     """What to replay, and on what. shape: its prompt_tokens is None for the tasks' own prompts."""
 
     paths: tuple[Path, ...]
-    episodes: int  # of each suite, at most
+    episodes: int  # of each suite, at most; and those that it takes to meet every route
     launcher: Launcher
     backbone: BackboneKind
     backbone_precision: BackbonePrecision
@@ -73,9 +72,21 @@ class Track:
     def suite(self) -> str:
         return self.results.task_suite
 
-    def costs(self, keys: Sequence[Key]) -> list[tuple[float, int]]:
-        """(ms, executed actions) of each replayed episode."""
-        return [(ms, self.episodes[key].steps) for ms, key in zip(self.episode_ms, keys, strict=True)]
+    @property
+    def prices(self) -> dict[str, float]:
+        """ms of a query, by route."""
+        return {route: float(np.median(ms)) for route, ms in self.route_ms.items()}
+
+    @property
+    def priced(self) -> dict[Key, Episode]:
+        """The episodes whose routes all have a price."""
+        prices = self.prices
+        return {key: e for key, e in self.episodes.items() if all(q.route in prices for q in e.queries)}
+
+    def costs(self, keys: Iterable[Key]) -> list[tuple[float, int]]:
+        """(ms, executed actions) of episodes, every query at the price of its route."""
+        prices = self.prices
+        return [(sum(prices[q.route] for q in self.episodes[key].queries), self.episodes[key].steps) for key in keys]
 
 
 def replay(request: ReplayRequest, command: str, advance: Advance = lambda done, total: None) -> Replay:
@@ -117,7 +128,7 @@ def replay(request: ReplayRequest, command: str, advance: Advance = lambda done,
         hardware=dict(host.hardware(str(request.launcher.device))),
         versions=host.versions(),
         boundary=BOUNDARY,
-        rows=tuple(_compared(row, track, rows, tracks, chosen) for row, track in zip(rows, tracks, strict=True)),
+        rows=tuple(_compared(row, track, rows, tracks) for row, track in zip(rows, tracks, strict=True)),
         images=scene.images,
         prompt_tokens=request.shape.prompt_tokens,
         replayed=dict(chosen),
@@ -141,17 +152,29 @@ def write_replay(
 
 
 def choose(runs: Sequence[Results], suite: str, count: int, seed: int) -> tuple[Key, ...]:
-    """At most `count` of the episodes that all runs of a suite hold and none ended with an error in.
+    """At most `count` of the episodes that all runs of a suite hold and none ended with an error in, and as many more
+    as it takes to meet every route of every run that is met in any of them.
 
     Raises:
         UserError: there is none.
     """
-    keys = [{e.key for e in run.episodes if e.error is None and e.steps and e.queries} for run in runs]
-    common = sorted(set.intersection(*keys))
+    routes = [{e.key: {q.route for q in e.queries} for e in _replayable(run)} for run in runs]
+    common = sorted(set.intersection(*map(set, routes)))
     if not common:
         raise UserError(f"no episode of {suite} is in every results file, and without an error: nothing to replay")
-    picked = np.random.default_rng(seed).permutation(len(common))[:count]
-    return tuple(common[i] for i in picked)
+    order = [common[i] for i in np.random.default_rng(seed).permutation(len(common))]
+    picked = order[:count]
+    for taken in routes:
+        left = set().union(*taken.values()).difference(*(taken[key] for key in picked))
+        for key in order:
+            if left & taken[key]:
+                picked.append(key)
+                left -= taken[key]
+    return tuple(picked)
+
+
+def _replayable(run: Results) -> list[Episode]:
+    return [e for e in run.episodes if e.error is None and e.steps and e.queries]
 
 
 def _read(path: Path, bundle: Bundle) -> Results:
@@ -181,7 +204,7 @@ def _track(path: Path, results: Results, scene: Scene, forward: Forward) -> Trac
     settings = results.settings
     mode: Literal["baseline", "rsd"] = "baseline" if settings.mode == "baseline" else "rsd"
     policy = ScriptedPolicy(scene.bundle.config, forward, mode, settings.n_action_steps)
-    return Track(path, results, {e.key: e for e in results.episodes if e.error is None}, policy)
+    return Track(path, results, {e.key: e for e in _replayable(results)}, policy)
 
 
 def _prompts(results: Results, scene: Scene, shape: Shape) -> dict[int, str]:
@@ -215,8 +238,10 @@ def _replay_episode(track: Track, episode: Episode, prompt: str, seen: Iterator[
 
 
 def _row(track: Track, chosen: Sequence[Key], request: ReplayRequest) -> ReplayRow:
-    episodes = [track.episodes[key] for key in chosen]
-    steps = [episode.steps for episode in episodes]
+    priced, replayed = track.priced, [track.episodes[key] for key in chosen]
+    costs = track.costs(priced)
+    actions = sum(steps for _, steps in costs)
+    queries = [query for episode in priced.values() for query in episode.queries]
     settings = track.results.settings
     return ReplayRow(
         results=str(track.path),
@@ -227,17 +252,19 @@ def _row(track: Track, chosen: Sequence[Key], request: ReplayRequest) -> ReplayR
         backend=request.launcher.backend,
         backbone=request.backbone,
         precision=request.launcher.precision,
-        episodes=len(episodes),
-        queries=sum(len(episode.queries) for episode in episodes),
-        full_passes=sum(query.full_pass for episode in episodes for query in episode.queries),
-        actions=sum(steps),
-        ms_per_action=sum(track.episode_ms) / sum(steps),
-        ms_per_action_interval=bootstrap_share(track.episode_ms, steps),
+        episodes=len(costs),
+        queries=len(queries),
+        full_passes=sum(query.full_pass for query in queries),
+        actions=actions,
+        ms_per_action=sum(ms for ms, _ in costs) / actions,
+        ms_per_action_interval=bootstrap_share([ms for ms, _ in costs], [steps for _, steps in costs]),
         suite=track.suite,
         decisions_of=settings.bundle,
         backbone_precision=request.backbone_precision,
-        route_ms={route: float(np.median(ms)) for route, ms in track.route_ms.items()},
+        route_ms=track.prices,
         episode_ms=tuple(round(ms, 4) for ms in track.episode_ms),
+        replayed_queries=sum(len(episode.queries) for episode in replayed),
+        replayed_ms_per_action=sum(track.episode_ms) / sum(episode.steps for episode in replayed),
     )
 
 
@@ -246,7 +273,6 @@ def _compared(
     track: Track,
     rows: Sequence[ReplayRow],
     tracks: Sequence[Track],
-    chosen: dict[str, tuple[Key, ...]],
 ) -> ReplayRow:
     """The row with its speed-up over the baseline of the same suite, actions a query and displacements."""
     if row.mode == "baseline":
@@ -254,11 +280,13 @@ def _compared(
     for other, base in zip(rows, tracks, strict=True):
         alike = (other.suite, other.n_action_steps, other.disturb) == (row.suite, row.n_action_steps, row.disturb)
         if other.mode == "baseline" and alike:
-            keys = chosen[track.suite]
+            keys = sorted(base.priced.keys() & track.priced.keys())
+            before, after = base.costs(keys), track.costs(keys)
+            slow, fast = (sum(ms for ms, _ in costs) / sum(steps for _, steps in costs) for costs in (before, after))
             return replace(
                 row,
                 baseline=other.run,
-                speedup=other.ms_per_action / row.ms_per_action,
-                speedup_interval=bootstrap_speedup(base.costs(keys), track.costs(keys)),
+                speedup=slow / fast,
+                speedup_interval=bootstrap_speedup(before, after),
             )
     return row

@@ -1,7 +1,9 @@
 """What a replay leaves on disk: `replay.json`, the milliseconds per action of runs whose own times say nothing.
 
-A replay computes a run's recorded queries again, each alone and with a synchronised clock: the same routes, in the
-same order, on one bundle and one machine. A row belongs to the run whose name (`Settings.run`) it carries.
+A replay computes the queries of some of a run's episodes again, each alone and with a synchronised clock: the same
+routes, in the same order, on one bundle and one machine. What a query of each route takes (p50) is then the price of
+the same decision in all episodes of the run, so that a figure is of all its decisions and not of a few. A row belongs
+to the run whose name (`Settings.run`) it carries.
 """
 
 from __future__ import annotations
@@ -29,19 +31,21 @@ class ReplayRow:
     backend: str
     backbone: Annotated[str, "how the backbone runs"]
     precision: str
-    episodes: Annotated[int, "replayed"]
+    episodes: Annotated[int, "of the run, without an error and with routes that were all met: these are priced"]
     queries: int
     full_passes: int
     actions: Annotated[int, "that these episodes executed"]
-    ms_per_action: Annotated[float, "synchronised time of the replayed queries / executed actions"]
+    ms_per_action: Annotated[float, "every query at the price of its route / executed actions"]
     ms_per_action_interval: Annotated[tuple[float, float] | None, "95%, bootstrap over episodes; null for too few"]
     suite: Annotated[str | None, "that the decisions were made in"] = None
     decisions_of: Annotated[str | None, "the bundle that made them"] = None
     backbone_precision: Annotated[str, "bundle: what its weights are stored in"] = "bundle"
-    route_ms: Annotated[dict[str, float], "p50 of a query, by route"] = field(default_factory=dict)
-    episode_ms: Annotated[tuple[float, ...], "of an episode's queries together, as in `Replay.replayed`"] = ()
+    route_ms: Annotated[dict[str, float], "the prices: p50 of a replayed query, by route"] = field(default_factory=dict)
+    episode_ms: Annotated[tuple[float, ...], "measured, of the queries of each of `Replay.replayed`"] = ()
+    replayed_queries: Annotated[int, "of these episodes"] = 0
+    replayed_ms_per_action: Annotated[float | None, "measured, of these episodes"] = None
     baseline: Annotated[str | None, "the baseline run, of as many actions a query, that speedup is over"] = None
-    speedup: Annotated[float | None, "of an action, over the baseline's on the same episodes"] = None
+    speedup: Annotated[float | None, "of an action, over the baseline's, on the episodes of both"] = None
     speedup_interval: Annotated[tuple[float, float] | None, "95%, bootstrap over episodes; null for too few"] = None
 
     def __post_init__(self) -> None:

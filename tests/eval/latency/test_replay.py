@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from rsd_trt.eval.latency import replay as module
 from rsd_trt.eval.latency.replay import ReplayRequest, choose, replay, write_replay
 from rsd_trt.eval.latency.replay_record import Replay, read_replay
 from rsd_trt.eval.latency.shapes import Shape
-from rsd_trt.eval.results import Results
+from rsd_trt.eval.results import Episode, Results
 from rsd_trt.runtime import policy
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.forward import EagerForward
@@ -38,6 +39,12 @@ def asked(bundle: Bundle, *paths: Path, episodes: int = 50, tokens: int | None =
 
 def replayed(bundle: Bundle, *paths: Path, episodes: int = 50) -> Replay:
     return replay(asked(bundle, *paths, episodes=episodes), "rsd-trt profile --replay")
+
+
+def priced(track: module.Track, ms: float) -> None:
+    """An episode whose queries of every route took that."""
+    track.episode_ms.append(ms)
+    track.route_ms = {route: [ms] for route in track.results.routes}
 
 
 @pytest.fixture
@@ -97,7 +104,7 @@ def test_enough_episodes_have_intervals(bundle: Bundle, tmp_path: Path) -> None:
     runs = [made("baseline", **settings), made("rsd", **settings), made("random", accept_rate=0.7, **settings)]
     paths = [write(tmp_path / f"{results.settings.mode}.json", results) for results in runs]
     baseline, rsd, random = replayed(bundle, *paths, episodes=12).rows
-    assert [row.episodes for row in (baseline, rsd, random)] == [12] * 3
+    assert [row.episodes for row in (baseline, rsd, random)] == [15] * 3
     assert random.baseline == rsd.baseline == baseline.run
     assert rsd.ms_per_action_interval is not None and rsd.speedup is not None and rsd.speedup_interval is not None
     assert rsd.ms_per_action_interval[0] <= rsd.ms_per_action <= rsd.ms_per_action_interval[1]
@@ -109,22 +116,49 @@ def test_episodes_take_turns(bundle: Bundle, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(
         module,
         "_replay_episode",
-        lambda track, episode, prompt, seen: turns.append(track.path.stem) or track.episode_ms.append(1.0),
+        lambda track, episode, prompt, seen: turns.append(track.path.stem) or priced(track, 1.0),
     )
     paths = [write(tmp_path / f"{mode}.json", made(mode)) for mode in ("baseline", "rsd")]
     done: list[tuple[int, int]] = []
-    replay(asked(bundle, *paths, episodes=3), "", lambda i, total: done.append((i, total)))
-    assert turns == ["baseline", "rsd"] * 3
-    assert done == [(i, 6) for i in range(1, 7)]
+    replay(asked(bundle, *paths, episodes=4), "", lambda i, total: done.append((i, total)))
+    assert turns == ["baseline", "rsd"] * 4
+    assert done == [(i, 8) for i in range(1, 9)]
 
 
 def test_runs_share_the_episodes_that_ended_well_in_all_of_them() -> None:
-    whole, broken = made(), made(broken=((0, 1),))
+    whole, broken = made("baseline"), made("baseline", broken=((0, 1),))
     assert set(choose([whole, broken], "libero_spatial", 50, 0)) == {(0, 0), (1, 0), (1, 1)}
     assert choose([whole], "libero_spatial", 2, 0) == choose([whole], "libero_spatial", 2, 0)
     assert len(choose([whole], "libero_spatial", 2, 1)) == 2
     with pytest.raises(UserError, match="no episode of libero_spatial is in every results file"):
         choose([whole, made(tasks=(2,))], "libero_spatial", 50, 0)
+
+
+def test_every_route_of_every_run_is_met() -> None:
+    """One episode has a route that no other has: it is among the chosen ones."""
+
+    def refreshed(episode: Episode) -> Episode:
+        query = dataclasses.replace(episode.queries[0], route="refresh")
+        return dataclasses.replace(episode, queries=(query, *episode.queries[1:])) if episode.key == (1, 1) else episode
+
+    plain = made(trials=5)
+    rare = dataclasses.replace(plain, episodes=tuple(map(refreshed, plain.episodes)))
+    for seed in range(3):
+        assert (1, 1) in choose([plain, rare], "libero_spatial", 1, seed)
+
+
+@pytest.mark.usefixtures("clocked")
+def test_a_few_episodes_price_the_decisions_of_all(bundle: Bundle, tmp_path: Path) -> None:
+    baseline, rsd = made("baseline", trials=5), made("rsd", trials=5)
+    paths = [write(tmp_path / "b.json", baseline), write(tmp_path / "r.json", rsd)]
+    record = replayed(bundle, *paths, episodes=2)
+    row = record.rows[1]
+    assert (row.episodes, row.queries, row.full_passes, row.actions) == (10, rsd.queries, rsd.full_passes, rsd.steps)
+    assert len(row.episode_ms) == len(record.replayed["libero_spatial"]) < 10
+    assert row.replayed_queries < row.queries
+    total = sum(row.route_ms[route] * count for route, count in rsd.routes.items())
+    assert row.ms_per_action == pytest.approx(total / rsd.steps)
+    assert row.speedup == pytest.approx(record.rows[0].ms_per_action / row.ms_per_action)
 
 
 @pytest.mark.usefixtures("clocked")
@@ -136,7 +170,7 @@ def test_other_actions_a_query_have_no_baseline(bundle: Bundle, tmp_path: Path) 
 def test_another_prompt_is_asked_of_all_tasks(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: list[str] = []
     monkeypatch.setattr(module, "_warm_up", lambda forward, scene, texts: prompts.extend(texts))
-    monkeypatch.setattr(module, "_replay_episode", lambda track, *_: track.episode_ms.append(1.0))
+    monkeypatch.setattr(module, "_replay_episode", lambda track, *_: priced(track, 1.0))
     path = write(tmp_path / "rsd.json", made())
     assert replay(asked(bundle, path, tokens=30), "").prompt_tokens == 30
     assert replay(asked(bundle, path), "").prompt_tokens is None
