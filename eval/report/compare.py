@@ -14,11 +14,11 @@ from rsd_trt.jsonio import to_json
 
 Unit = Literal["%", "ms", ""]
 
-# What must be equal. The mode is what differs; `timing` may, and then no speed-up is given.
+# What must be equal. The mode is what differs; `timing` and `hardware` may, and then no speed-up is given.
 SAME = (
     *("policy", "suite", "tasks", "trials", "disturb", "backend", "precision", "backbone", "device", "protocol"),
     "backbone_precision",
-    *("max_steps", "n_action_steps", "seed", "bundle_sha256", "exports_sha256", "control", "hardware", "versions"),
+    *("max_steps", "n_action_steps", "seed", "bundle_sha256", "exports_sha256", "control", "versions"),
 )
 
 
@@ -67,6 +67,7 @@ class SpeedUp:
 
     value: float
     interval: Annotated[Interval | None, "95%, bootstrap over episodes; null for too few of them"]
+    replayed: Annotated[bool, "by a replay's times of a query; else by the runs' own"] = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def _cost(
     """ms of policy time per action in both runs, or why these may not be set against each other."""
     if "batched" in (a.timing, b.timing):
         return None, "not measured: batched timing"
+    if different := list(_differences("hardware", a.hardware, b.hardware)):
+        return None, f"not measured: {'; '.join(different)}"
     if "shadow" in (a.mode, b.mode):
         return None, "not measured: shadow mode computes all that rsd would save"
     (a_ms, a_steps), (b_ms, b_steps) = (tuple(map(sum, zip(*run, strict=True))) for run in _time_and_steps(pairs))

@@ -209,7 +209,8 @@ def speedup_sentence(versus: Comparison, name: str, baseline: str) -> str:
     before, after = versus.ms_per_action
     bounds = versus.speedup.interval
     start = (
-        f"An action takes {number(after, 'ms')} of policy time in {name} and {number(before, 'ms')} in {baseline}: "
+        f"{'Replayed, an' if versus.speedup.replayed else 'An'} action takes {number(after, 'ms')} of policy time in "
+        f"{name} and {number(before, 'ms')} in {baseline}: "
         f"{number(versus.speedup.value, 'x')}"
     )
     if bounds is None:

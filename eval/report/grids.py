@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsd_trt.eval.report.breakdown import PHASES, phases, route_times
-from rsd_trt.eval.report.compare import Comparison
+from rsd_trt.eval.report.compare import Comparison, SpeedUp
 from rsd_trt.eval.report.conclusion import targets
 from rsd_trt.eval.report.runs import Run
 from rsd_trt.eval.report.tradeoff import Tradeoff
@@ -87,33 +87,35 @@ def comparisons_grid(runs: Sequence[Run]) -> Grid:
 
 
 def _compared(name: str, other: str | None, versus: Comparison) -> tuple[str, ...]:
-    test, faster = versus.mcnemar, versus.speedup
-    bounds = interval(faster.interval, "x") if faster and faster.interval else "too few episodes"
-    speedup = f"{number(faster.value, 'x')} ({bounds})" if faster else versus.no_speedup
+    test = versus.mcnemar
+    speedup = _speedup(versus.speedup) if versus.speedup else versus.no_speedup or ABSENT
     changed = (f"{versus.success_points:+.1f} points", number(test.gained), number(test.lost), f"{test.p:.2g}")
-    return (name, other or ABSENT, number(versus.pairs), number(versus.left_out), *changed, speedup or ABSENT)
+    return (name, other or ABSENT, number(versus.pairs), number(versus.left_out), *changed, speedup)
+
+
+def _speedup(found: SpeedUp | None) -> str:
+    """`1.31x (1.28x to 1.33x)`."""
+    if found is None:
+        return ABSENT
+    return f"{number(found.value, 'x')} ({interval(found.interval, 'x') if found.interval else 'too few episodes'})"
 
 
 def points_grid(found: Tradeoff) -> Grid:
     """Every run whose cost is known, and how many times that the baseline of as many actions a query takes."""
     columns = ("run", "n_action_steps", "episodes", "success (95% interval)", "time per action (95%)", "times")
-    same = {(p.suite, p.bundle, p.disturb, p.n_action_steps): p.ms for p in found.points if p.mode == "baseline"}
-    rows = []
-    for p in found.points:
-        baseline = same.get((p.suite, p.bundle, p.disturb, p.n_action_steps))
-        bounds = f" ({interval(p.ms_interval, 'ms')})" if p.ms_interval else ""
-        rows.append(
-            (
-                p.run,
-                number(p.n_action_steps),
-                number(p.episodes),
-                f"{number(p.success, '%')} ({interval(p.success_interval, '%')})",
-                number(p.ms, "ms") + bounds,
-                "replayed" if p.replayed else "the run's own",
-                number(baseline / p.ms if baseline and p.mode != "baseline" else None, "x"),
-            )
+    rows = tuple(
+        (
+            p.run,
+            number(p.n_action_steps),
+            number(p.episodes),
+            f"{number(p.success, '%')} ({interval(p.success_interval, '%')})",
+            number(p.ms, "ms") + (f" ({interval(p.ms_interval, 'ms')})" if p.ms_interval else ""),
+            "replayed" if p.replayed else "the run's own",
+            _speedup(p.speedup),
         )
-    return Grid((*columns, "baseline's time / its own, same n_action_steps"), tuple(rows))
+        for p in found.points
+    )
+    return Grid((*columns, "speed-up over the baseline of as many actions (95%)"), rows)
 
 
 def same_cost_grid(found: Tradeoff) -> Grid:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rsd_trt.config import MODES
 from rsd_trt.errors import UserError
+from rsd_trt.eval.latency.replay_record import Replay
 from rsd_trt.eval.read import read_run
-from rsd_trt.eval.report.compare import Comparison, compare, differences
-from rsd_trt.eval.results import Results
+from rsd_trt.eval.report.compare import Comparison, SpeedUp, compare, differences
+from rsd_trt.eval.results import Results, Settings
 from rsd_trt.eval.statistics import counted
 from rsd_trt.jsonio import to_json
+
+SAME_RATE = 0.01  # a control that accepts more or less often than that beside a run is none
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,23 @@ def _same_on_fewer_workers(a: Results, b: Results) -> bool:
     return costs[0] < costs[1]
 
 
+def timed_by(replay: Replay, runs: Sequence[Run]) -> tuple[Run, ...]:
+    """The runs, with the replay's speed-ups where their own times give none."""
+    return tuple(_timed_by(replay, run, {other.name: other for other in runs}) for run in runs)
+
+
+def _timed_by(replay: Replay, run: Run, runs: Mapping[str, Run]) -> Run:
+    row = replay.row(run.results.settings.run)
+    if row is None or row.speedup is None or run.versus is None or run.versus.speedup is not None:
+        return run
+    baseline = replay.row(runs[run.baseline].results.settings.run) if run.baseline else None
+    if baseline is None or baseline.run != row.baseline:
+        return run
+    speedup = SpeedUp(row.speedup, row.speedup_interval, replayed=True)
+    cost = (baseline.ms_per_action, row.ms_per_action)
+    return replace(run, versus=replace(run.versus, speedup=speedup, ms_per_action=cost, no_speedup=None))
+
+
 def _traits(run: Results) -> tuple[str, ...]:
     settings = run.settings
     workers = counted(run.throughput.workers, "worker") if run.throughput else "interrupted"
@@ -120,13 +140,27 @@ def _traits(run: Results) -> tuple[str, ...]:
         settings.precision,
         f"{settings.backbone_name} backbone",
         f"{counted(settings.n_action_steps, 'action')} a query",
-        "" if settings.accept_rate is None else f"accepting {settings.accept_rate:.1%}",
+        variant(settings),
         f"protocol {settings.protocol}",
         "undisturbed" if settings.disturb is None else f"disturbed with seed {settings.disturb}",
         f"{settings.timing} timing",
         workers,
         counted(run.total_episodes, "episode"),
     )
+
+
+def _apart(control: Run, accepted: float) -> float:
+    """How far the rate of a control is from that."""
+    return abs((control.results.settings.accept_rate or 0.0) - accepted)
+
+
+def variant(settings: Settings) -> str:
+    """What decides acceptance beside the mode: the tolerance of `rsd` and `shadow`, the rate of `random`."""
+    if settings.accept_rate is not None:
+        return f"accepting {settings.accept_rate:.1%}"
+    if settings.mode == "baseline" or settings.rsd.rule != "actions":
+        return ""
+    return f"tolerance {'/'.join(f'{x:g}' for x in dict.fromkeys(settings.rsd.tolerance))}"
 
 
 def _compared(run: Run, baselines: Sequence[Run]) -> Run:
@@ -148,12 +182,15 @@ def _compared(run: Run, baselines: Sequence[Run]) -> Run:
 
 
 def _controlled(run: Run, controls: Sequence[Run]) -> Run:
-    """A run of mode rsd beside the first control of the same settings, if there is one."""
+    """A run of mode rsd beside the control of the same settings and of its own rate, if there is one."""
     settings = run.results.settings
     alike = [other for other in controls if not differences(other.results.settings, settings)]
-    if settings.mode != "rsd" or not alike:
+    accepted = run.results.rsd_stats.draft_acceptance_rate
+    if settings.mode != "rsd" or not alike or accepted is None:
         return run
-    control = min(alike, key=lambda other: other.results.settings.timing != settings.timing)
+    control = min(alike, key=lambda other: _apart(other, accepted))
+    if _apart(control, accepted) > SAME_RATE:
+        return run
     with contextlib.suppress(UserError):  # they share no episode
         return replace(run, control=control.name, versus_control=compare(control.results, run.results))
     return run

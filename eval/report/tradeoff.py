@@ -2,7 +2,7 @@
 
 A run's milliseconds are those of its replay or, without one, its own if each query was timed alone. Only runs that were
 timed alike (hardware, backend, backbone, precision) are set against each other. Of runs of one bundle, suite, mode,
-n_action_steps and disturbance the one with most episodes counts.
+tolerance or rate, n_action_steps and disturbance the one with most episodes counts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
 from rsd_trt.eval.latency.replay_record import Replay, ReplayRow
-from rsd_trt.eval.report.compare import Comparison, compare, differences
-from rsd_trt.eval.report.runs import Run
+from rsd_trt.eval.report.compare import Comparison, SpeedUp, compare, differences
+from rsd_trt.eval.report.runs import Run, variant
 from rsd_trt.eval.report.wording import listed, number
 from rsd_trt.eval.results import Results, Settings
 from rsd_trt.eval.statistics import CONFIDENCE, Interval, bootstrap_share, sign_flip
@@ -41,6 +41,7 @@ class Point:
     suite: str
     bundle: str
     mode: Mode
+    variant: Annotated[str, "what decides acceptance: rsd's tolerance, random's rate; empty for baseline"]
     n_action_steps: int
     disturb: int | None
     episodes: int
@@ -49,6 +50,7 @@ class Point:
     ms: Annotated[float, "policy time per action"]
     ms_interval: Annotated[Interval | None, "95%, bootstrap over episodes"]
     replayed: Annotated[bool, "the time is that of a replay; else the run's own"]
+    speedup: Annotated[SpeedUp | None, "over the baseline of as many actions a query; null where there is none"]
     timed_on: Annotated[str, "hardware, backend, backbone, precisions"]
 
 
@@ -192,6 +194,7 @@ def _point(run: Run, replay: Replay | None) -> Point | str:
     row = replay.row(settings.run) if replay is not None else None
     if row is not None and replay is not None:
         ms, ms_interval, hardware, timed = row.ms_per_action, row.ms_per_action_interval, replay.hardware, row
+        faster = SpeedUp(row.speedup, row.speedup_interval, replayed=True) if row.speedup else None
     elif settings.mode == "shadow":
         return "shadow mode computes all that rsd would save"
     elif settings.timing == "batched":
@@ -203,6 +206,7 @@ def _point(run: Run, replay: Replay | None) -> Point | str:
         ms = results.avg_inference_time_ms
         ms_interval = bootstrap_share([e.policy_ms for e in done], [e.steps for e in done])
         hardware = settings.hardware
+        faster = run.versus.speedup if run.versus is not None else None
     stored = "" if timed.backbone_precision == "bundle" else f" {timed.backbone_precision}"
     machine = ", ".join(str(hardware[part]) for part in ("gpu", "cpu") if part in hardware)
     return Point(
@@ -210,6 +214,7 @@ def _point(run: Run, replay: Replay | None) -> Point | str:
         suite=settings.suite,
         bundle=settings.bundle,
         mode=settings.mode,
+        variant=variant(settings),
         n_action_steps=settings.n_action_steps,
         disturb=settings.disturb,
         episodes=results.total_episodes,
@@ -218,6 +223,7 @@ def _point(run: Run, replay: Replay | None) -> Point | str:
         ms=ms,
         ms_interval=ms_interval,
         replayed=row is not None,
+        speedup=faster,
         timed_on=f"{machine}, {timed.backend} {timed.precision}, {timed.backbone}{stored} backbone",
     )
 
@@ -228,7 +234,7 @@ def _largest(points: Sequence[Point], results: Mapping[str, Results]) -> list[Po
     for point in points:
         settings = results[point.run].settings
         condition = (point.suite, settings.bundle_sha256, point.disturb)
-        kind = (*condition, point.mode, point.n_action_steps, settings.accept_rate)
+        kind = (*condition, point.mode, point.variant, point.n_action_steps)
         kinds[kind] = max(kinds.get(kind, point), point, key=lambda p: (p.episodes, p.replayed))
     return list(kinds.values())
 

@@ -1,8 +1,8 @@
-"""The chart of success against policy time per action: a panel for each condition, a curve for each mode."""
+"""The chart of success against policy time per action: a panel per condition, a curve per variant of a mode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +22,7 @@ BLUE, _, GREEN, PINK, _, VERMILION = COLOURS
 MARGIN = 0.08  # of the success axis, above and below the intervals: for the labels
 WIDER = 1.25  # the cost axis ends at that many times the largest cost
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # ms
+HOLLOW = ("s", "v", "D", "^", "p")  # the variants' markers
 SPACING = {"fontsize": 9, "columnspacing": 1.0, "handletextpad": 0.1}  # of the legend: it has the width of a phone
 
 
@@ -39,7 +40,7 @@ class Style:
 STYLES: dict[Mode, Style] = {
     "baseline": Style("baseline, open loop", BLUE, "o", "-", "below"),
     "rsd": Style("rsd", VERMILION, "s", "-", "above"),
-    "random": Style("random acceptance", GREEN, "D", ":", "right"),
+    "random": Style("random", GREEN, "D", ":", "right"),
     "shadow": Style("shadow", PINK, "^", ":", "right"),
 }
 
@@ -103,12 +104,14 @@ def _draw(figure: Figure, found: Tradeoff, rows: int, columns: int) -> None:
     highest = max(p.success_interval[1] for p in found.points)
     room = MARGIN * max(highest - lowest, 0.05)
     edges = [p.ms for p in found.points] + [x for p in found.points for x in p.ms_interval or ()]
+    names = sorted({name for panel in shown for mode in STYLES for name, _ in _curves(panel, mode) if name})
     first = None
     for i, panel in enumerate(shown, start=1):
         axes = figure.add_subplot(rows, columns, i, sharex=first, sharey=first)
         first = first or axes
         for mode, style in STYLES.items():
-            _curve(axes, style, sorted((p for p in panel.points if p.mode == mode), key=lambda p: p.n_action_steps))
+            for variant, points in _curves(panel, mode):
+                _curve(axes, style, points, variant, HOLLOW[names.index(variant) % len(HOLLOW)] if variant else None)
         axes.set_title(panel.title, fontsize=10)
         if i > (rows - 1) * columns:
             axes.set_xlabel("policy time per action, ms")
@@ -128,18 +131,27 @@ def _draw(figure: Figure, found: Tradeoff, rows: int, columns: int) -> None:
             if label not in labels:
                 handles.append(handle)
                 labels.append(label)
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, **SPACING)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False, **SPACING)
 
 
-def _curve(axes: Axes, style: Style, points: Sequence[Point]) -> None:
-    if not points:
-        return
+def _curves(panel: Panel, mode: Mode) -> Iterator[tuple[str, list[Point]]]:
+    """The points of a mode, a curve for each variant, the longest first: that one is the mode's own, and unnamed."""
+    variants: dict[str, list[Point]] = {}
+    for point in sorted((p for p in panel.points if p.mode == mode), key=lambda p: p.n_action_steps):
+        variants.setdefault(point.variant, []).append(point)
+    for i, (name, points) in enumerate(sorted(variants.items(), key=lambda item: -len(item[1]))):
+        yield name if i else "", points
+
+
+def _curve(axes: Axes, style: Style, points: Sequence[Point], variant: str, hollow: str | None) -> None:
     xs, ys = [p.ms for p in points], [p.success * 100 for p in points]
     order = np.argsort(xs)
     dense = np.geomspace(min(xs), max(xs), 200)  # divisions of the episodes between two runs: no line on a log axis
     line = np.interp(dense, np.take(xs, order), np.take(ys, order))
     axes.plot(dense, line, style.line, color=style.colour, linewidth=1.4)
-    axes.plot(xs, ys, style.marker, color=style.colour, markersize=6, label=style.label)
+    label = f"{style.label}, {variant}" if variant else style.label
+    inside = "white" if hollow else style.colour
+    axes.plot(xs, ys, hollow or style.marker, color=style.colour, markersize=6, markerfacecolor=inside, label=label)
     for point, x, y in zip(points, xs, ys, strict=True):
         low, high = point.success_interval
         axes.plot((x, x), (low * 100, high * 100), color=style.colour, linewidth=1.2, alpha=0.6)

@@ -25,7 +25,7 @@ from rsd_trt.eval.report.gallery import Gallery, gallery
 from rsd_trt.eval.report.grids import Grid
 from rsd_trt.eval.report.page import check_templates, render
 from rsd_trt.eval.report.plots import check_plots
-from rsd_trt.eval.report.runs import Run, read_runs
+from rsd_trt.eval.report.runs import Run, read_runs, timed_by
 from rsd_trt.eval.report.svg import Chart
 from rsd_trt.eval.report.tradeoff import Tradeoff, tradeoff
 from rsd_trt.eval.report.tradeoff_chart import has_curve, tradeoff_chart, tradeoff_png
@@ -132,7 +132,10 @@ def write_report(paths: Sequence[Path], out: Path, command: str, replay: Path | 
     check_plots()
     check_templates()
     runs = read_runs(paths)
-    comparison = _comparison(runs, command, read_replay(replay) if replay is not None else None)
+    record = read_replay(replay) if replay is not None else None
+    if record is not None:
+        runs = timed_by(record, runs)
+    comparison = _comparison(runs, command, record)
     page = _page(runs, comparison)
     texts = {
         "performance_comparison.json": (json.dumps(to_json(comparison), indent=1) + "\n").encode(),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import ControlConfig, Dims, RsdConfig, protocol_name, with_protocol
+from rsd_trt.config import ARM_DIMS, ControlConfig, Dims, RsdConfig, protocol_name, with_protocol
 from rsd_trt.errors import UserError
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.results import Settings
@@ -50,7 +50,8 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
     max_steps = _max_steps(request, control)
     device = check_device(request.device)
     accept_rate = _accept_rate(request, bundle)
-    bundle = dataclasses.replace(bundle, config=dataclasses.replace(config, control=control))
+    rsd = _with_tolerance(config.rsd, request.tolerance)
+    bundle = dataclasses.replace(bundle, config=dataclasses.replace(config, control=control, rsd=rsd))
     rows = request.workers if device.type == "cuda" else 1  # the CPU gains nothing: see `rsd_trt.eval.rollout.pool`
     backbone = request.backbone or default_backbone(check_backend(request.backend), device)
     policy = Policy.load(
@@ -87,7 +88,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         trained=config.trained,
         backbone_blocks=config.backbone.language.blocks,
         levels=config.dims.K,
-        rsd=config.rsd,
+        rsd=rsd,
         control=control,
         training_actions=config.training_actions,
         hardware=dict(host.hardware(str(device))),
@@ -160,6 +161,19 @@ def _accept_rate(request: EvalRequest, bundle: Bundle) -> float | None:
     if (rate := acceptance_rate(*counts)) is None:
         raise UserError(f"{path} has no query that tested a live plan, and so no rate")
     return rate
+
+
+def _with_tolerance(rsd: RsdConfig, tolerance: float | None) -> RsdConfig:
+    """`rsd` with that tolerance in every arm dimension; with its own for None.
+
+    Raises:
+        UserError: its rule compares tokens.
+    """
+    if tolerance is None:
+        return rsd
+    if rsd.rule != "actions":
+        raise UserError(f"--tolerance {tolerance:g}: the bundle's rsd.rule is {rsd.rule}; only actions has a tolerance")
+    return dataclasses.replace(rsd, tolerance=(tolerance,) * ARM_DIMS)
 
 
 def _max_steps(request: EvalRequest, control: ControlConfig) -> int:

@@ -38,6 +38,7 @@ class EvalRequest:
     backend: str = "torch"
     device: str = "auto"
     n_action_steps: int | None = None
+    tolerance: float | None = None  # of every arm dimension, environment units; `rsd` and `shadow` only
     accept_rate: float | Path | None = None  # `random` only: of its coin, or an `rsd` run's results file that has it
     protocol: str | None = None
     max_steps: int | None = None

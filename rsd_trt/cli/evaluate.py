@@ -39,7 +39,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.jsonio import to_json
 
 OF_A_BUNDLE = (
-    *("bundle", "mode", "backend", "device", "n_action_steps", "accept_rate"),
+    *("bundle", "mode", "backend", "device", "n_action_steps", "tolerance", "accept_rate"),
     *("precision", "backbone", "backbone_precision", "engines", "record_hidden"),
 )
 MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
@@ -108,6 +108,11 @@ class AcceptRate(click.ParamType["float | Path | None"]):
     help="Actions a query commits at most. [default: the bundle's]",
 )
 @click.option(
+    "--tolerance",
+    type=FiniteRange(0, 2),
+    help="How far draft and plan may differ in any arm dimension, in environment units. [default: the bundle's]",
+)
+@click.option(
     "--accept-rate",
     type=AcceptRate(),
     metavar="RATE|RESULTS",
@@ -165,6 +170,7 @@ def evaluate(
     backend: str,
     device: str,
     n_action_steps: int | None,
+    tolerance: float | None,
     accept_rate: float | Path | None,
     protocol: str | None,
     max_steps: int | None,
@@ -196,6 +202,8 @@ def evaluate(
         raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
     if (accept_rate is not None) != (mode == "random"):
         raise click.UsageError("--mode random needs --accept-rate, and no other mode has one")
+    if tolerance is not None and mode not in ("rsd", "shadow"):
+        raise click.UsageError(f"--tolerance is of the modes rsd and shadow: {mode} compares no draft with a plan")
     if policy == "expert":
         _refuse_what_is_of_a_bundle()
     if workers > 1:  # before torch is loaded: waiting threads that spin would take the cores from the simulators
@@ -213,6 +221,7 @@ def evaluate(
         backend=backend,
         device=device,
         n_action_steps=n_action_steps,
+        tolerance=tolerance,
         accept_rate=accept_rate,
         protocol=protocol,
         max_steps=max_steps,

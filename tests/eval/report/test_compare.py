@@ -79,6 +79,15 @@ def test_batched_timing_never_gives_a_speedup(timings: tuple[str, str]) -> None:
     assert found.pairs == 12
 
 
+def test_another_machine_gives_no_speedup() -> None:
+    found = compare(run("baseline"), run("rsd", hardware={"cpu": "made-up processor", "gpu": "another"}))
+    assert found.speedup is None
+    assert found.no_speedup is not None
+    assert found.no_speedup.startswith("not measured: hardware.")
+    assert "hardware.gpu is 'made-up GPU' and 'another'" in found.no_speedup
+    assert found.pairs == 12
+
+
 def test_shadow_mode_gives_no_speedup() -> None:
     found = compare(run("baseline"), run("shadow"))
     assert found.speedup is None

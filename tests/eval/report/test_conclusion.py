@@ -159,6 +159,13 @@ def test_difference_of_a_few_episodes() -> None:
     assert said.endswith("too few episodes to show any difference.")
 
 
+def test_a_replayed_speedup_says_so() -> None:
+    _, rsd = runs(run("baseline"), run("rsd"))
+    assert rsd.versus is not None
+    versus = dataclasses.replace(rsd.versus, speedup=SpeedUp(1.2, (1.1, 1.3), replayed=True))
+    assert speedup_sentence(versus, "rsd", "baseline").startswith("Replayed, an action takes ")
+
+
 @pytest.mark.parametrize(
     ("interval", "end"),
     [
@@ -218,7 +225,9 @@ def test_episodes_resume_order_does_not_matter() -> None:
 def test_the_control_has_no_targets_and_rsd_is_set_against_it() -> None:
     baseline, rsd, control = runs(
         run("baseline", change=outcome(*KEYS[:90]), **MANY),
-        run("random", change=outcome(*KEYS[:70]), **MANY),
+        run(
+            "random", change=outcome(*KEYS[:70]), accept_rate=run("rsd", **MANY).rsd_stats.draft_acceptance_rate, **MANY
+        ),
         run("rsd", change=outcome(*KEYS[:88]), **MANY),
     )
     assert [found.name for found in (baseline, rsd, control)] == ["baseline", "rsd", "random"]
@@ -235,8 +244,11 @@ def test_the_control_has_no_targets_and_rsd_is_set_against_it() -> None:
 
 
 def test_the_control_of_another_run_is_none() -> None:
-    rsd, control = runs(run("rsd", **MANY), run("random", n_action_steps=2, **MANY))
-    assert (rsd.control, rsd.versus_control) == (None, None)
+    rate = run("rsd", **MANY).rsd_stats.draft_acceptance_rate
+    assert rate is not None
+    for other in ({"n_action_steps": 2, "accept_rate": rate}, {"accept_rate": rate - 0.02}):
+        rsd, control = runs(run("rsd", **MANY), run("random", **other, **MANY))
+        assert (rsd.control, rsd.versus_control) == (None, None)
     assert targets(control) == ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import hypothesis
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import strategies as st
 from synthetic import run, throughput, write
 
+from rsd_trt.config import RsdConfig
 from rsd_trt.errors import UserError
-from rsd_trt.eval.report.runs import pair_up, read_runs, run_names
+from rsd_trt.eval.report.runs import pair_up, read_runs, run_names, variant
 from rsd_trt.eval.results import Results
 
 
@@ -43,6 +45,17 @@ def test_names_say_what_differs(runs: list[Results], names: list[str]) -> None:
 
 def paired(*runs: Results) -> dict[str, tuple[str | None, str | None]]:
     return {run.name: (run.baseline, run.alone) for run in pair_up([(Path(str(i)), r) for i, r in enumerate(runs)])}
+
+
+def test_tolerances_are_told_apart() -> None:
+    """Of rsd and shadow; a baseline has none, and a bundle that compares tokens neither."""
+    own = RsdConfig(draft_block=10)
+    wide = dataclasses.replace(own, tolerance=(0.4,) * 6)
+    mixed = dataclasses.replace(own, tolerance=(0.1,) * 3 + (0.02,) * 3)
+    made = [run("baseline", rsd=own), *(run("rsd", rsd=rsd) for rsd in (own, wide, mixed))]
+    assert run_names(made) == ["baseline", "rsd, tolerance 0.1", "rsd, tolerance 0.4", "rsd, tolerance 0.1/0.02"]
+    assert variant(run("random").settings) == "accepting 70.0%"
+    assert variant(run("rsd", rsd=dataclasses.replace(own, rule="tokens")).settings) == ""
 
 
 def test_disturbed_runs_are_told_apart() -> None:

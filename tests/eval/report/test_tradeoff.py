@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import outcome, replay, run, write
+from synthetic import outcome, replay, run, settings, write
 
 from rsd_trt.cli import main
 from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
 from rsd_trt.eval.latency.replay_record import Replay
-from rsd_trt.eval.report.runs import Run, pair_up
+from rsd_trt.eval.report.compare import SpeedUp
+from rsd_trt.eval.report.runs import Run, pair_up, timed_by
 from rsd_trt.eval.report.tradeoff import (
     RULE,
     Judgement,
@@ -27,7 +28,7 @@ from rsd_trt.eval.report.tradeoff import (
     shares,
     tradeoff,
 )
-from rsd_trt.eval.report.tradeoff_chart import has_curve, panels, tradeoff_png
+from rsd_trt.eval.report.tradeoff_chart import _curves, has_curve, panels, tradeoff_png
 from rsd_trt.eval.report.write import PerformanceComparison, write_report
 from rsd_trt.eval.results import Episode, Results
 from rsd_trt.eval.statistics import mcnemar_exact, sign_flip
@@ -236,6 +237,33 @@ def test_a_curve_needs_two_numbers_of_actions() -> None:
     assert tradeoff_png(found).startswith(b"\x89PNG")
 
 
+def test_a_tolerance_and_a_rate_have_curves_of_their_own() -> None:
+    wide = dataclasses.replace(settings().rsd, tolerance=(0.4,) * 6)
+    others = [(made("rsd", 1, 40, rsd=wide), 7.0, None), (made("random", 1, 30, accept_rate=0.5), 9.0, None)]
+    found = of([*batched(), *others, (made("random", 1, 33, accept_rate=0.9), 6.0, None)])
+    (panel,) = panels(found)
+    curves = {mode: [(name, len(points)) for name, points in _curves(panel, mode)] for mode in ("rsd", "random")}
+    assert curves == {"rsd": [("", 2), ("tolerance 0.4", 1)], "random": [("", 1), ("accepting 90.0%", 1)]}
+    assert tradeoff_png(found).startswith(b"\x89PNG")
+
+
+def test_a_replays_speedups_are_those_of_the_runs() -> None:
+    timed = batched()
+    runs, record = named(*(results for results, _, _ in timed)), replay(*timed)
+    baseline, rsd = record.rows[0], next(row for row in record.rows if row.mode == "rsd")
+    faster = dataclasses.replace(rsd, baseline=baseline.run, speedup=1.6, speedup_interval=(1.5, 1.7))
+    record = dataclasses.replace(record, rows=tuple(faster if row is rsd else row for row in record.rows))
+    found = {run.results.settings.run: run for run in timed_by(record, runs)}
+    versus = found[rsd.run].versus
+    assert versus is not None and versus.no_speedup is None
+    assert versus.speedup == SpeedUp(1.6, (1.5, 1.7), replayed=True)
+    assert versus.ms_per_action == (baseline.ms_per_action, rsd.ms_per_action)
+    left = [run for run in found.values() if run.versus is not None and run.results.settings.run != rsd.run]
+    assert left and all(run.versus and run.versus.speedup is None for run in left)
+    (point,) = (p for p in tradeoff(runs, record).points if p.mode == "rsd" and p.n_action_steps == 1)
+    assert point.speedup == versus.speedup
+
+
 def test_the_undisturbed_panel_comes_first() -> None:
     timed = [(made("baseline", 1, 45, disturb=disturb), 16.0, None) for disturb in (3, None, 0)]
     assert [panel.title for panel in panels(of(timed))] == [
@@ -252,7 +280,7 @@ def test_the_report_has_the_curve(tmp_path: Path) -> None:
 
     disturbed = [run(mode, disturb=3, timing="batched", change=moved) for mode in ("baseline", "rsd")]  # type: ignore[arg-type]
     timed = [*batched(), *((results, ms, None) for results, ms in zip(disturbed, (4.1, 3.0), strict=True))]
-    control = made("random", 1, 30)
+    control = made("random", 1, 30, accept_rate=timed[3][0].rsd_stats.draft_acceptance_rate)
     paths = [write(tmp_path / f"{i}.json", results) for i, results in enumerate([*(r for r, _, _ in timed), control])]
     record = tmp_path / "replay.json"
     record.write_text(json.dumps(to_json(replay(*timed))))

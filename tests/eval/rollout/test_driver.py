@@ -1,7 +1,8 @@
-"""The control's rate: given, or taken from the run of mode rsd that it is the control of."""
+"""What decides acceptance: the tolerance, and the control's rate, given or of the run that it is the control of."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rsd_trt.cli import main
 from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
 from rsd_trt.eval.results import Results, Settings
-from rsd_trt.eval.rollout.driver import bundle_driver
+from rsd_trt.eval.rollout.driver import Driver, bundle_driver
 from rsd_trt.eval.rollout.request import EvalRequest
 
 
@@ -40,6 +41,21 @@ def test_the_rate_is_a_setting_of_mode_random_alone(bundle: Bundle) -> None:
     assert len(runs) == 2
 
 
+def test_a_tolerance_takes_the_place_of_the_bundles(bundle: Bundle) -> None:
+    def asked(bundle: Bundle, tolerance: float | None) -> Driver:
+        return bundle_driver(EvalRequest(bundle.path, device="cpu", tolerance=tolerance), bundle, (0,))
+
+    own, wide = asked(bundle, None), asked(bundle, 0.4)
+    assert own.settings.rsd == bundle.config.rsd
+    assert wide.settings.rsd == dataclasses.replace(bundle.config.rsd, tolerance=(0.4,) * 6)
+    assert wide.policy is not None and wide.policy.config.rsd == wide.settings.rsd
+    assert own.settings.bundle_sha256 == wide.settings.bundle_sha256
+    assert own.settings.run != wide.settings.run
+    by_tokens = dataclasses.replace(bundle.config, rsd=dataclasses.replace(bundle.config.rsd, rule="tokens"))
+    with pytest.raises(UserError, match=r"--tolerance 0.4: the bundle's rsd.rule is tokens; only actions has a toler"):
+        asked(dataclasses.replace(bundle, config=by_tokens), 0.4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -63,6 +79,9 @@ def test_another_run_has_no_rate_for_it(
         (("--accept-rate", "0.5"), "--mode random needs --accept-rate"),
         (("--mode", "random", "--accept-rate", "1.5"), "'1.5' is not in 0..1"),
         (("--mode", "random", "--accept-rate", "nan"), "'nan' is not in 0..1"),
+        (("--mode", "baseline", "--tolerance", "0.2"), "--tolerance is of the modes rsd and shadow: baseline compares"),
+        (("--tolerance", "-1"), "-1.0 is not in the range 0<=x<=2"),
+        (("--policy", "expert", "--tolerance", "0.2"), "--policy expert runs no bundle: leave out '--tolerance'"),
     ],
 )
 def test_usage(arguments: tuple[str, ...], message: str) -> None:
