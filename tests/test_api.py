@@ -99,7 +99,7 @@ def test_importing_loading_and_exporting_ask_for_no_network(tmp_path: Path, tiny
 
 def test_a_report_and_the_doctor_ask_for_no_network(tmp_path: Path, tiny_bundle: Path) -> None:
     recorded = Path(__file__).parents[1] / "docs" / "results" / "reference"
-    files = [str(recorded / f"{name}_single.json.gz") for name in ("baseline_1_action", "rsd_1_action")]
+    files = [str(recorded / f"disturbed_{mode}_4_actions.json.gz") for mode in ("baseline", "rsd")]
     code = (
         "import sys\n"
         "from rsd_trt.cli import main\n"

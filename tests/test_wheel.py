@@ -110,7 +110,7 @@ def test_the_installed_package_works(installed: Path, tmp_path: Path) -> None:
 
 def test_the_installed_package_reports(installed: Path, tmp_path: Path) -> None:
     recorded = ROOT / "docs" / "results" / "reference"
-    files = [str(recorded / f"{name}_single.json.gz") for name in ("baseline_1_action", "rsd_1_action")]
+    files = [str(recorded / f"disturbed_{mode}_4_actions.json.gz") for mode in ("baseline", "rsd")]
     run(installed, tmp_path, "rsd-trt", "report", *files, "-o", "report")
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "performance_comparison.json",

@@ -232,7 +232,7 @@ def test_a_run_whose_fields_are_out_of_range_is_not_accepted(tmp_path: Path) -> 
         read_run(write(tmp_path / "r.json", wrong))
 
 
-@pytest.mark.parametrize("name", ["baseline_1_action_single", "rsd_1_action_single"])
+@pytest.mark.parametrize("name", ["disturbed_baseline_8_actions", "disturbed_rsd_4_actions"])
 def test_published_results_are_still_read(name: str) -> None:
     path = Path(__file__).parents[2] / "docs" / "results" / "reference" / f"{name}.json.gz"
     results = read_run(path)  # raises where a setting that came later has changed the run's name
