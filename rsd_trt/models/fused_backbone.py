@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsd_trt.models.backbone import Backbone, CausalAttention, LlamaBlock, SwiGLU, rope_tables, rotate
-from rsd_trt.models.vision import Block, VisionTower
+from rsd_trt.models.vision import Block, VisionTower, cut
 
 Rope = tuple[Tensor, Tensor]
 FP8_MAX = 448.0  # the largest number of E4M3
@@ -182,14 +182,9 @@ class FusedTower(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """pixels [n, 3, S, S] -> the sequence before block 1, [n, prefix + P, width]."""
-        count, channels, side, _ = pixels.shape
-        grid = side // self.patch
-        patches = pixels.view(count, channels, grid, self.patch, grid, self.patch).permute(0, 2, 4, 1, 3, 5)
-        patches = F.pad(
-            patches.reshape(count, grid * grid, -1), (0, self.padding)
-        )  # [n, P, 3 * patch * patch + padding]
+        patches = F.pad(cut(pixels, self.patch), (0, self.padding))  # [n, P, 3 * patch * patch + padding]
         x = F.linear(patches, self.weight) + self.positions
-        return torch.cat([*(token.expand(count, -1, -1) for token in self.prefix), x], dim=1)
+        return torch.cat([*(token.expand(len(x), -1, -1) for token in self.prefix), x], dim=1)
 
 
 class FusedBackbone(nn.Module):
