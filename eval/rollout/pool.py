@@ -27,7 +27,7 @@ from typing import Protocol
 import numpy as np
 
 from rsd_trt.config import Dims
-from rsd_trt.errors import UserError, out_of_memory
+from rsd_trt.errors import UserError, out_of_memory, reason
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
 from rsd_trt.eval.rollout.episode import Asking, Assignment, Broken, Finished
 from rsd_trt.runtime.observation import Observation
@@ -54,6 +54,7 @@ class Meter:
     seconds: float = 0.0  # in which it computed
     forwards: int = 0
     rows: int = 0  # queries
+    split: int = 0  # forwards that broke and whose queries were answered one by one
 
 
 @dataclass
@@ -273,7 +274,8 @@ def _answer(
     """Sends each process its actions; gives the episodes that end because the policy has none."""
     assert policy is not None, "a process asks, and nobody answers"
     started = time.perf_counter()
-    queries = _decide(policy, [message.observation for _, message in asking], [worker.slot for worker, _ in asking])
+    observations, slots = [message.observation for _, message in asking], [worker.slot for worker, _ in asking]
+    queries = _decide(policy, observations, slots, meter)
     meter.seconds += time.perf_counter() - started
     meter.forwards += 1
     meter.rows += len(asking)
@@ -286,22 +288,32 @@ def _answer(
             yield worker, worker.episode(False, None, message.step, query.fault)
 
 
-def _decide(policy: Answering, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
-    """One query for each row. What breaks one row's query is that row's fault alone."""
+def _decide(policy: Answering, observations: Sequence[Observation], slots: Sequence[int], meter: Meter) -> list[Query]:
+    """One query for each row. What breaks one row's query is that row's fault alone.
+
+    A batch that breaks is warned of once a run, a query that does each time; -v shows the traceback of either.
+    """
     try:
         queries = policy.act_batch(observations, slots)
     except UserError:
         raise
     except Exception as error:
-        log.exception("the policy broke")
-        if len(slots) == 1:
-            if (full := out_of_memory(error)) is not None:  # no other query would fit either
-                raise full from None
-            return [Query(np.zeros((0, 0), np.float32), "fault", fault=f"{type(error).__name__}: {error}")]
-        for slot in slots:
-            policy.reset(slot)  # how far the broken forward got with the plans is not known: all make new ones
-        return [_decide(policy, [x], [slot])[0] for x, slot in zip(observations, slots, strict=True)]
-    return [query if query.fault is not None else _checked(query) for query in queries]
+        full, fault = out_of_memory(error), f"{type(error).__name__}: {reason(error)}"
+        log.debug("the policy broke", exc_info=True)
+    else:
+        return [query if query.fault is not None else _checked(query) for query in queries]
+    # The error is gone by here, and with it the tensors of the broken forward, which its traceback held.
+    told = full or f"the policy broke: {fault}. See where with rsd-trt -v"
+    if len(slots) == 1:
+        if full is not None:  # no other query would fit either
+            raise full
+        log.warning("%s", told)
+        return [Query(np.zeros((0, 0), np.float32), "fault", fault=fault)]
+    log.log(logging.DEBUG if meter.split else logging.WARNING, "%s. Batches that fail are answered one by one", told)
+    meter.split += 1
+    for slot in slots:
+        policy.reset(slot)  # how far the broken forward got with the plans is not known: all make new ones
+    return [_decide(policy, [x], [slot], meter)[0] for x, slot in zip(observations, slots, strict=True)]
 
 
 def _checked(query: Query) -> Query:
