@@ -235,12 +235,15 @@ def stop(arguments: list[str], ready: Callable[[], bool], code: str, how: signal
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_export_keeps_what_is_built(how: signal.Signals, tiny_bundle: Path, tmp_path: Path) -> None:
-    manifest = tmp_path / "tiny" / "manifest.json"
+    mark = tmp_path / "exporting"
     arguments = ["export", str(tiny_bundle), "-o", str(tmp_path), "--target", "onnx", "--component", "decoder"]
-    slow = (
-        "import time, rsd_trt.export.run as r\nb = r.export_onnx\nr.export_onnx = lambda *a: (b(*a), time.sleep(1))[0]"
+    hang = (  # in the second of the two artefacts
+        "import time, pathlib, rsd_trt.export.run as r\n"
+        f"def second(*_): pathlib.Path({str(mark)!r}).touch(); time.sleep(600)\n"
+        "exports = iter([r.export_onnx, second])\n"
+        "r.export_onnx = lambda *a: next(exports)(*a)"
     )
-    stderr = stop(arguments, manifest.exists, slow, how)
+    stderr = stop(arguments, mark.exists, hang, how)
     assert stderr.strip().endswith(STOPPED)
     assert len(read_manifest(tmp_path / "tiny", Bundle.open(tiny_bundle)).artefacts) == 1
     done = CliRunner().invoke(main, [*arguments, "--json"])

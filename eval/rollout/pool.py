@@ -118,8 +118,8 @@ class Worker:
         """The process's next message, which is there."""
         self.deadline = np.inf
         watchdog = threading.Timer(self.timeout, self._process.kill)  # it may freeze in the middle of a message
-        watchdog.start()
         try:
+            watchdog.start()
             message: Asking | Finished | Broken = self.connection.recv()
         except (EOFError, OSError):
             self._process.join(CLOSING_SECONDS)
