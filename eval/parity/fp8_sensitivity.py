@@ -12,7 +12,8 @@ from torch.nn.functional import cosine_similarity
 from rsd_trt.bundle import Bundle
 from rsd_trt.eval.parity.components import DYNAMIC_ROWS
 from rsd_trt.eval.parity.oracle import last_positions
-from rsd_trt.models.fused_backbone import PRODUCTS, Fp8Product, FusedBackbone, Product, ProductName, every_product
+from rsd_trt.models.fused_backbone import FusedBackbone
+from rsd_trt.models.products import PRODUCTS, Fp8Product, Product, ProductName, every_product
 from rsd_trt.runtime.backends import check_fp8
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor

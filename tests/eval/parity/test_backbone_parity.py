@@ -30,7 +30,7 @@ from rsd_trt.eval.parity.components import NotMeasured, to_json
 from rsd_trt.eval.parity.scenes import INSTRUCTIONS, random_observations
 from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.models.backbone import Backbone
-from rsd_trt.models.fused_backbone import PRODUCTS, every_product
+from rsd_trt.models.products import PRODUCTS, every_product
 from rsd_trt.presets import preset
 from rsd_trt.runtime.preprocess import Preprocessor
 
