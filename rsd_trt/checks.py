@@ -157,7 +157,7 @@ def engines_run() -> Found:
 
 def rendering() -> Found:
     """One frame, rendered without a screen."""
-    from rsd_trt.eval.rollout.simulator import choose_gl
+    from rsd_trt.eval.rollout.rendering import choose_gl
 
     try:
         name = choose_gl().upper()

@@ -21,6 +21,7 @@ MAX_SIZE = 1 << 18  # of any width, vocabulary or picture: a hostile configurati
 MAX_COUNT = 1 << 10  # nor keep anyone busy with building blocks, layers, steps or levels one by one
 MAX_PIXELS = 1 << 12  # a side
 COUNTS = ("blocks", "heads", "prefix_tokens", "T", "A", "D", "L", "C", "K")
+MAX_TOLERANCE = 2.0  # environment units: the whole range of an action
 MAX_BATCH = 64  # rows that engines with a dynamic batch take
 ARM_DIMS = 6  # dx dy dz droll dpitch dyaw; the gripper is the action dimension behind them
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
@@ -251,8 +252,9 @@ class BundleConfig:
         )
         _require(rsd.refresh >= 1, f"rsd.refresh {rsd.refresh} must be at least 1")
         _require(
-            len(rsd.tolerance) == ARM_DIMS and min(rsd.tolerance) >= 0,
-            f"rsd.tolerance {rsd.tolerance} must be {ARM_DIMS} numbers >= 0, one for each arm dimension",
+            len(rsd.tolerance) == ARM_DIMS and all(0 <= x <= MAX_TOLERANCE for x in rsd.tolerance),
+            f"rsd.tolerance {shown(rsd.tolerance)} must be {ARM_DIMS} numbers in 0..{MAX_TOLERANCE:g}, one for each "
+            "arm dimension",
         )
         _require(0 < rsd.token_share <= 1, f"rsd.token_share {rsd.token_share} is not in (0, 1]")
         _require(dims.C <= dims.L, f"dims.C {dims.C} is more than dims.L {dims.L}")

@@ -125,7 +125,8 @@ def open_backbone(
     backbone = bundle.backbone(device, getattr(torch, dtype))
     if kind == "eager":
         return backbone
-    from rsd_trt.models.fused_backbone import FusedBackbone, fp8_products
+    from rsd_trt.models.fused_backbone import FusedBackbone
+    from rsd_trt.models.products import fp8_products
 
     blocks = bundle.config.backbone.language.blocks
     fused = FusedBackbone(backbone, fp8=fp8_products(blocks) if precision == "fp8" else ())
@@ -156,7 +157,7 @@ def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
         raise UserError("backbone precision fp8 needs --backbone graph or compiled: eager is the reference")
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise Unavailable(f"backbone precision fp8 needs compute capability 8.9 or later, {device} has {capability}")
-    from rsd_trt.models.fused_backbone import ALIGNMENT
+    from rsd_trt.models.products import ALIGNMENT
 
     language = bundle.config.backbone.language
     if language.hidden % ALIGNMENT or language.intermediate % ALIGNMENT:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+# Tiny products gain nothing from threads, which keep each other waiting where others want the processor, too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import numpy as np
@@ -56,12 +60,18 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision], Path]:
-    """exported(precision) -> an engines folder with the tiny bundle's ONNX graphs, exported once. Read only."""
+    """exported(precision) -> an engines folder with the tiny bundle's ONNX graphs, exported once. Read only.
+
+    With pytest-xdist all its processes share the folder: an export waits for another one, and keeps what is fresh.
+    """
     from rsd_trt.export.run import ExportRequest, export_bundle
+
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
     @functools.cache
     def export(precision: Precision) -> Path:
-        folder = tmp_path_factory.mktemp(precision)
+        folder = shared / f"engines_{precision}"
         export_bundle(bundle, ExportRequest(folder, precision=precision), lambda _: None, lambda *_: None)
         return folder
 

@@ -235,7 +235,7 @@ def test_engines_run(monkeypatch: Patch) -> None:
 
 
 def test_no_opengl_library(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("rsd_trt.eval.rollout.simulator.GL_LIBRARIES", {"egl": ("libNoEGL.so",)})
+    monkeypatch.setattr("rsd_trt.eval.rollout.rendering.GL_LIBRARIES", {"egl": ("libNoEGL.so",)})
     monkeypatch.setenv("MUJOCO_GL", "egl")
     broken(checks.rendering(), "no headless OpenGL for egl", "apt-get install libegl1")
 

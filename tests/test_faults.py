@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ import synthetic
 import torch
 from click.testing import CliRunner
 from doubles import Reader, World
+from torch import Tensor
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.cli import main
@@ -61,25 +64,54 @@ def test_a_full_gpu_is_one_line(
 class Cramped(Reader):
     """A policy that has memory for `most` queries at once, and from the third forward on for `later`."""
 
-    def __init__(self, most: int, later: int) -> None:
+    def __init__(self, most: int, later: int, error: Exception | None = None) -> None:
         super().__init__(seconds=0.1)  # so that processes come to wait for each other, and are answered together
-        self.most, self.later, self.refused = most, later, 0
+        self.most, self.later = most, later
+        self.error = error or torch.OutOfMemoryError(FULL)
+        self.tensors: list[weakref.ref[Tensor]] = []  # of the forwards that did not fit
 
     def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
+        assert not any(tensor() is not None for tensor in self.tensors), "the memory of a broken forward is not free"
         if len(slots) > (self.most if len(self.batches) < 3 else self.later):
-            self.refused += 1
-            raise torch.OutOfMemoryError(FULL)
+            tensor = torch.zeros(1)
+            self.tensors.append(weakref.ref(tensor))
+            raise type(self.error)(*self.error.args)
         return super().act_batch(observations, slots)
 
 
-def test_a_batch_that_does_not_fit_is_answered_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
-    policy = Cramped(most=1, later=1)
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError(FULL), TOLD),
+        (ValueError("a\nbug"), "the policy broke: ValueError: a bug. See where with rsd-trt -v"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_answered_one_by_one(
+    error: Exception, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, meter = Cramped(most=1, later=1, error=error), Meter()
     assignments = [Assignment(0, trial, 6) for trial in range(4)]
-    episodes = list(run_episodes(policy, partial(serve, build=World), assignments, 4, 4, 60.0, Meter()))
+    episodes = list(run_episodes(policy, partial(serve, build=World), assignments, 4, 4, 60.0, meter))
     assert [episode.error for episode in episodes] == [None] * 4
     assert set(policy.batches) == {1}
-    assert policy.refused
-    assert "the policy broke" in caplog.text
+    assert meter.split == len(policy.tensors) > 1
+    (record,) = caplog.records  # however many batches failed
+    assert record.getMessage().startswith(told)
+    assert record.getMessage().endswith(". Batches that fail are answered one by one")
+    assert "Traceback" not in caplog.text and "\n" not in record.getMessage()
+
+
+def test_a_query_that_breaks_is_one_line_and_a_traceback_with_verbose(caplog: pytest.LogCaptureFixture) -> None:
+    def run(level: int) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(level, "rsd_trt.eval.rollout.pool"):
+            policy = Reader(fault="raises", fault_step=0)
+            list(run_episodes(policy, partial(serve, build=World), [Assignment(0, 0, 4)], 1, 1, 60.0, Meter()))
+        return caplog.text.splitlines()
+
+    (line,) = run(logging.WARNING)
+    assert line.endswith("the policy broke: ValueError: images are uint8 (1, 9, 9, 3). See where with rsd-trt -v")
+    assert "Traceback (most recent call last):" in run(logging.DEBUG)
 
 
 def test_a_query_that_does_not_fit_ends_the_run_and_keeps_its_episodes(tmp_path: Path) -> None:
@@ -203,12 +235,15 @@ def stop(arguments: list[str], ready: Callable[[], bool], code: str, how: signal
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_export_keeps_what_is_built(how: signal.Signals, tiny_bundle: Path, tmp_path: Path) -> None:
-    manifest = tmp_path / "tiny" / "manifest.json"
+    mark = tmp_path / "exporting"
     arguments = ["export", str(tiny_bundle), "-o", str(tmp_path), "--target", "onnx", "--component", "decoder"]
-    slow = (
-        "import time, rsd_trt.export.run as r\nb = r.export_onnx\nr.export_onnx = lambda *a: (b(*a), time.sleep(1))[0]"
+    hang = (  # in the second of the two artefacts
+        "import time, pathlib, rsd_trt.export.run as r\n"
+        f"def second(*_): pathlib.Path({str(mark)!r}).touch(); time.sleep(600)\n"
+        "exports = iter([r.export_onnx, second])\n"
+        "r.export_onnx = lambda *a: next(exports)(*a)"
     )
-    stderr = stop(arguments, manifest.exists, slow, how)
+    stderr = stop(arguments, mark.exists, hang, how)
     assert stderr.strip().endswith(STOPPED)
     assert len(read_manifest(tmp_path / "tiny", Bundle.open(tiny_bundle)).artefacts) == 1
     done = CliRunner().invoke(main, [*arguments, "--json"])

@@ -13,7 +13,8 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.eval.parity.backbone import Answers, flips, heads, joined, steps_apart
 from rsd_trt.eval.parity.components import DYNAMIC_ROWS
 from rsd_trt.eval.parity.oracle import last_positions
-from rsd_trt.models.fused_backbone import PRODUCTS, Fp8Product, FusedBackbone, Product, ProductName, every_product
+from rsd_trt.models.fused_backbone import FusedBackbone
+from rsd_trt.models.products import PRODUCTS, Fp8Product, Product, ProductName, every_product
 from rsd_trt.runtime.backends import check_fp8
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import ARM_DIMS
+from rsd_trt.config import ARM_DIMS, MAX_TOLERANCE
 from rsd_trt.errors import UserError
 from rsd_trt.eval.results import Episode, Results
 from rsd_trt.eval.statistics import Interval, bootstrap_share
@@ -31,7 +31,6 @@ from rsd_trt.eval.statistics import Interval, bootstrap_share
 PARTS = 5  # of the episodes: one for the spread, two for the scale, two held out
 SPREAD_QUANTILE = 0.9
 FINEST = 1e-4  # environment units: gaps are recorded, and tolerances written, to this
-WIDEST = 2.0  # environment units: the whole range of an action
 CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # alphas that are shown beside the one that was asked for
 
 
@@ -176,7 +175,7 @@ def choose_tolerance(
         if budget < -1e-9:
             scale = score
             break
-    widest = np.full(ARM_DIMS, WIDEST)
+    widest = np.full(ARM_DIMS, MAX_TOLERANCE)
     if scale == math.inf:
         return widest
     below = (np.ceil(scale * spread / FINEST - 1e-6) - 1) * FINEST  # strictly below that score

@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
 import numpy as np
 
 from rsd_trt.config import Dims
-from rsd_trt.errors import UserError, out_of_memory
+from rsd_trt.errors import UserError, out_of_memory, reason
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
 from rsd_trt.eval.rollout.episode import Asking, Assignment, Broken, Finished
+from rsd_trt.eval.rollout.worker import CLOSING_SECONDS, Worker
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Query
 
@@ -37,7 +34,6 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 2  # at an episode whose simulator breaks
 HOPELESS = 10  # episodes in a row whose simulator breaks end the run
-CLOSING_SECONDS = 10.0  # that a process gets to end by itself
 
 
 class Answering(Protocol):
@@ -54,6 +50,7 @@ class Meter:
     seconds: float = 0.0  # in which it computed
     forwards: int = 0
     rows: int = 0  # queries
+    split: int = 0  # forwards that broke and whose queries were answered one by one
 
 
 @dataclass
@@ -81,86 +78,6 @@ class Schedule:
         if task not in open_tasks or each[most] - each[task] >= self.lag:
             task = most
         return self.left[task].popleft()
-
-
-class Worker:
-    """A simulator's process, and the episode that it is at."""
-
-    def __init__(self, slot: int, serve: Callable[[Connection], None], timeout: float) -> None:
-        self.slot = slot
-        self.assignment: Assignment | None = None
-        self.task: int | None = None  # whose environment the process has
-        self.attempt = 1
-        self.started = 0.0
-        self.queries: list[QueryRecord] = []
-        self.deadline = np.inf  # monotonic time at which it is taken for hung; infinite while it waits for us
-        self._serve = serve
-        self.timeout = timeout
-        self._start()
-
-    def begin(self, assignment: Assignment, attempt: int = 1) -> None:
-        """Hands the process an episode."""
-        self.assignment, self.attempt, self.task = assignment, attempt, assignment.task
-        self.started = time.monotonic()
-        self.queries = []
-        self.send(assignment)
-
-    def send(self, message: object) -> None:
-        """A process that is gone shows when it is next listened to."""
-        self.deadline = time.monotonic() + self.timeout
-        try:
-            self.connection.send(message)
-        except OSError:
-            log.debug("simulator process %d hung up", self.slot)
-
-    def receive(self) -> Asking | Finished | Broken:
-        """The process's next message, which is there."""
-        self.deadline = np.inf
-        watchdog = threading.Timer(self.timeout, self._process.kill)  # it may freeze in the middle of a message
-        watchdog.start()
-        try:
-            message: Asking | Finished | Broken = self.connection.recv()
-        except (EOFError, OSError):
-            self._process.join(CLOSING_SECONDS)
-            return Broken(f"the simulator's process ended (exit code {self._process.exitcode})")
-        finally:
-            watchdog.cancel()
-        return message
-
-    def episode(self, success: bool, actions: ActionStatistics | None, steps: int, error: str | None) -> Episode:
-        assert self.assignment is not None
-        task, trial = self.assignment.task, self.assignment.trial
-        seconds = round(time.monotonic() - self.started, 4)
-        return Episode(task, trial, success, steps, seconds, tuple(self.queries), actions, error)
-
-    def restart(self) -> None:
-        self.close(patience=0)
-        self.task = None
-        self._start()
-
-    def close(self, patience: float) -> None:
-        """Ends the process: by hanging up, and after `patience` seconds by force."""
-        self.connection.close()
-        if patience:
-            self._process.join(patience)
-        self._process.kill()
-        self._process.join()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would share CUDA's and GL's state
-        resource_tracker.ensure_running()  # starting it would undo the mask below
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the parent alone
-        try:
-            self.connection, theirs = context.Pipe()
-            self._process = context.Process(target=self._serve, args=(theirs,), daemon=True)
-            self._process.start()
-        except OSError as error:
-            raise UserError(
-                f"no simulator process {self.slot + 1} can be started: {error.strerror}. Use fewer --workers"
-            ) from None
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
 
 
 def run_episodes(
@@ -273,7 +190,8 @@ def _answer(
     """Sends each process its actions; gives the episodes that end because the policy has none."""
     assert policy is not None, "a process asks, and nobody answers"
     started = time.perf_counter()
-    queries = _decide(policy, [message.observation for _, message in asking], [worker.slot for worker, _ in asking])
+    observations, slots = [message.observation for _, message in asking], [worker.slot for worker, _ in asking]
+    queries = _decide(policy, observations, slots, meter)
     meter.seconds += time.perf_counter() - started
     meter.forwards += 1
     meter.rows += len(asking)
@@ -286,22 +204,32 @@ def _answer(
             yield worker, worker.episode(False, None, message.step, query.fault)
 
 
-def _decide(policy: Answering, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
-    """One query for each row. What breaks one row's query is that row's fault alone."""
+def _decide(policy: Answering, observations: Sequence[Observation], slots: Sequence[int], meter: Meter) -> list[Query]:
+    """One query for each row. What breaks one row's query is that row's fault alone.
+
+    A batch that breaks is warned of once a run, a query that does each time; -v shows the traceback of either.
+    """
     try:
         queries = policy.act_batch(observations, slots)
     except UserError:
         raise
     except Exception as error:
-        log.exception("the policy broke")
-        if len(slots) == 1:
-            if (full := out_of_memory(error)) is not None:  # no other query would fit either
-                raise full from None
-            return [Query(np.zeros((0, 0), np.float32), "fault", fault=f"{type(error).__name__}: {error}")]
-        for slot in slots:
-            policy.reset(slot)  # how far the broken forward got with the plans is not known: all make new ones
-        return [_decide(policy, [x], [slot])[0] for x, slot in zip(observations, slots, strict=True)]
-    return [query if query.fault is not None else _checked(query) for query in queries]
+        full, fault = out_of_memory(error), f"{type(error).__name__}: {reason(error)}"
+        log.debug("the policy broke", exc_info=True)
+    else:
+        return [query if query.fault is not None else _checked(query) for query in queries]
+    # The error is gone by here, and with it the tensors of the broken forward, which its traceback held.
+    told = full or f"the policy broke: {fault}. See where with rsd-trt -v"
+    if len(slots) == 1:
+        if full is not None:  # no other query would fit either
+            raise full
+        log.warning("%s", told)
+        return [Query(np.zeros((0, 0), np.float32), "fault", fault=fault)]
+    log.log(logging.DEBUG if meter.split else logging.WARNING, "%s. Batches that fail are answered one by one", told)
+    meter.split += 1
+    for slot in slots:
+        policy.reset(slot)  # how far the broken forward got with the plans is not known: all make new ones
+    return [_decide(policy, [x], [slot], meter)[0] for x, slot in zip(observations, slots, strict=True)]
 
 
 def _checked(query: Query) -> Query:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import io
 import logging
 import os
-import sys
-import traceback
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +17,7 @@ from numpy.typing import NDArray
 from rsd_trt.config import SUITES, ControlConfig
 from rsd_trt.errors import UserError, did_you_mean, missing_extra
 from rsd_trt.eval.rollout.disturb import Offset, displace
+from rsd_trt.eval.rollout.rendering import check_gl, choose_gl, explaining_gl
 from rsd_trt.runtime.observation import Observation
 
 if TYPE_CHECKING:
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
 
 IDLE = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # the action of the steps that let the objects settle
 ENV_SEED = 0
-GL_LIBRARIES = {"egl": ("libEGL.so.1",), "osmesa": ("libOSMesa.so.8", "libOSMesa.so")}
 
 
 class Simulator:
@@ -61,7 +57,7 @@ class Simulator:
         self._initial_states = initial_states(benchmark, task_id)
         self._rendering = True
         self._images: dict[str, NDArray[np.uint8]] = {}
-        with _quiet(), _explaining_gl():
+        with _quiet(), explaining_gl():
             self._env = OffScreenRenderEnv(
                 bddl_file_name=benchmark.get_task_bddl_file_path(task_id),
                 camera_names=[name.removesuffix("_image") for name in control.cameras],
@@ -202,7 +198,7 @@ def open_suite(suite: str) -> Benchmark:
     choose_gl()
     _check_configured()
     try:
-        with _quiet(), _explaining_gl():
+        with _quiet(), explaining_gl():
             import libero.libero.envs  # noqa: F401  (what may fail, fails here)
             from libero.libero import benchmark
 
@@ -239,35 +235,6 @@ def check_task(benchmark: Benchmark, suite: str, task_id: int) -> None:
         raise UserError(f"{suite} has tasks 0..{benchmark.n_tasks - 1}, not {task_id}")
 
 
-def choose_gl() -> str:
-    """Sets MUJOCO_GL, if the user has not, to a headless renderer whose library is here.
-
-    Raises:
-        UserError: none is, or the one that MUJOCO_GL names is not.
-    """
-    wanted = os.environ.get("MUJOCO_GL", "").lower()
-    if wanted and wanted not in GL_LIBRARIES:
-        return wanted
-    for name in (wanted,) if wanted else GL_LIBRARIES:
-        for library in GL_LIBRARIES[name]:
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(library)
-                os.environ["MUJOCO_GL"] = name
-                return name
-    raise UserError(
-        f"no headless OpenGL for {wanted or 'EGL or OSMesa'}: apt-get install "
-        + ("libosmesa6" if wanted == "osmesa" else "libegl1")
-    )
-
-
-def check_gl() -> None:
-    """Raises RuntimeError if there is no OpenGL context: an image read then is whatever lay in the memory."""
-    from OpenGL.GL import GL_VERSION, glGetString
-
-    if glGetString(GL_VERSION) is None:
-        raise RuntimeError("the OpenGL context is lost")
-
-
 def initial_states(benchmark: Benchmark, task_id: int) -> NDArray[np.float64]:
     """LIBERO's initial states of a task [trials, state]. Upstream LIBERO stores them as a pickle of its own."""
     with _quiet(), _trusting_torch_load():
@@ -286,25 +253,6 @@ def _trusting_torch_load() -> Iterator[None]:
             del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]
         else:
             os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = previous
-
-
-@contextlib.contextmanager
-def _explaining_gl() -> Iterator[None]:
-    """Turns the many ways in which a GL context fails to come up into one line."""
-    try:
-        yield
-    except (ImportError, RuntimeError, AttributeError) as error:
-        name = os.environ.get("MUJOCO_GL", "").upper()
-        if "EGL" not in str(error).upper() and "OSMESA" not in str(error).upper():
-            raise
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # destructors of what is half made complain
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        sys.unraisablehook = hook
-        raise UserError(
-            f"{name} gives no OpenGL context ({str(error).splitlines()[0]}). Install a driver: apt-get install "
-            "libegl-mesa0, or libosmesa6 with MUJOCO_GL=osmesa"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from rsd_trt.cli.console import (
     show,
 )
 from rsd_trt.config import (
+    MAX_TOLERANCE,
     MODES,
     POLICIES,
     PROTOCOLS,
@@ -109,7 +110,7 @@ class AcceptRate(click.ParamType["float | Path | None"]):
 )
 @click.option(
     "--tolerance",
-    type=FiniteRange(0, 2),
+    type=FiniteRange(0, MAX_TOLERANCE),
     help="How far draft and plan may differ in any arm dimension, in environment units. [default: the bundle's]",
 )
 @click.option(

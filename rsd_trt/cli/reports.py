@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from rsd_trt.cli.console import FiniteRange, bundle_argument, json_option, note_untrained, show
+from rsd_trt.config import MAX_TOLERANCE
 
 
 @click.command()
@@ -90,7 +91,7 @@ def report(results: tuple[Path, ...], out: Path, replay: Path | None, as_json: b
 )
 @click.option(
     "--limit",
-    type=FiniteRange(0, 2, min_open=True),
+    type=FiniteRange(0, MAX_TOLERANCE, min_open=True),
     help="How far the main head may move a step of a plan that still counts as right, in environment units. "
     "[default: the tolerance that SHADOW was run with]",
 )

@@ -81,9 +81,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch, stride=config.patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patch = self.proj.kernel_size[0]
-        patches = pixels.unfold(2, patch, patch).unfold(3, patch, patch)  # [B, 3, rows, columns, patch, patch]
-        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # [B, P, 3 * patch * patch]
+        patches = cut(pixels, self.proj.kernel_size[0])
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [B, P, width]
 
 
@@ -115,3 +113,11 @@ class VisionTower(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x[:, self.prefix_tokens :]
+
+
+def cut(pixels: Tensor, patch: int) -> Tensor:
+    """pixels [B, 3, S, S] -> patches of `patch` pixels a side, row by row: [B, P, 3 * patch * patch]."""
+    count, channels, side, _ = pixels.shape
+    grid = side // patch
+    x = pixels.reshape(count, channels, grid, patch, grid, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(count, grid * grid, channels * patch * patch)

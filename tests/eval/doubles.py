@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
+import struct
 import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -80,26 +82,41 @@ class Troubled(World):
                 os.kill(os.getpid(), 9)
             if self.how == "hangs":
                 time.sleep(3600)
-            if self.how == "freezes":  # once its next message, larger than a pipe's buffer, is half-sent
-                stop = f"sleep 0.3; kill -STOP {os.getpid()}"
-                subprocess.Popen(["sh", "-c", stop])
+            if self.how == "freezes":
+                Connection.send = freeze  # type: ignore[method-assign]
                 return super().step(action, render)
             raise RuntimeError("the GL context is lost")
         return super().step(action, render)
 
 
+def freeze(connection: Connection, message: object) -> None:
+    """Says that 1000 bytes are coming, sends 100 of them and stops the process."""
+    os.write(connection.fileno(), struct.pack("!i", 1000) + bytes(100))
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def world(suite: str, task: int, control: ControlConfig) -> World:
     """In the place of `Simulator`."""
-    return Slow(task, side=control.camera_size, cameras=len(control.cameras))
+    return Held(task, side=control.camera_size, cameras=len(control.cameras))
 
 
 @dataclass
-class Slow(World):
-    """A world that leaves time to stop a run in the middle."""
+class Held(World):
+    """A world for runs that are stopped in the middle, however fast the machine is: no trial begins once the file that
+    the environment's `HOLD_BY` names has `HOLD_AT` lines."""
+
+    def reset(self, trial: int, render: bool) -> None:
+        while "HOLD_BY" in os.environ and lines(Path(os.environ["HOLD_BY"])) >= int(os.environ["HOLD_AT"]):
+            time.sleep(0.05)
+        super().reset(trial, render)
 
     def step(self, action: NDArray[np.float32], render: bool) -> bool:
-        time.sleep(0.02)
+        time.sleep(0.02)  # so that trials are under way when the run is stopped
         return super().step(action, render)
+
+
+def lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 @dataclass

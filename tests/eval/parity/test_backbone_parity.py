@@ -34,8 +34,8 @@ from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.draft import DraftModel
-from rsd_trt.models.fused_backbone import PRODUCTS, every_product
 from rsd_trt.models.head import build_head
+from rsd_trt.models.products import PRODUCTS, every_product
 from rsd_trt.presets import preset
 from rsd_trt.runtime.preprocess import Preprocessor
 

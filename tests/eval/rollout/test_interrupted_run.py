@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from doubles import lines
 
 DRIVE = Path(__file__).parents[1] / "drive.py"
 NAME = "libero_spatial_rsd"
@@ -28,22 +29,37 @@ def command(bundle: Path, out: Path) -> list[str]:
 
 @contextlib.contextmanager
 def started(bundle: Path, out: Path, episodes: int) -> Iterator[subprocess.Popen[str]]:
-    """A run of which so many episodes are on the disk; it and its simulators are gone when the block ends."""
-    with subprocess.Popen(command(bundle, out), stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        file, end = out / f"{NAME}_episodes.jsonl", time.monotonic() + PATIENCE
-        while not file.exists() or file.read_bytes().count(b"\n") < episodes:
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        yield process
-        process.wait(PATIENCE)
-        while time.monotonic() < end:
-            try:
-                os.killpg(process.pid, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.05)
-        raise AssertionError("a simulator's process is left")
+    """A run of which so many episodes are on the disk, and which begins no other; it and its simulators are gone when
+    the block ends."""
+    file, end = out / f"{NAME}_episodes.jsonl", time.monotonic() + PATIENCE
+    hold = {**os.environ, "HOLD_AT": str(episodes), "HOLD_BY": str(file)}
+    with subprocess.Popen(
+        command(bundle, out), stderr=subprocess.PIPE, text=True, start_new_session=True, env=hold
+    ) as process:
+        try:
+            while lines(file) < episodes:
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            yield process
+            process.wait(PATIENCE)
+            end = time.monotonic() + PATIENCE
+            while alive(process.pid):
+                assert time.monotonic() < end, "a simulator's process is left"
+                time.sleep(0.05)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def alive(group: int) -> bool:
+    """Whether a process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def finish(bundle: Path, out: Path) -> None:

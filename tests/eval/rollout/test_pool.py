@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -142,11 +143,44 @@ def test_a_policy_that_fails_at_one_task_stops_no_other() -> None:
     assert all((episode.error is None) == (task == 1) for (task, _), episode in found.items())
 
 
-def test_a_process_that_freezes_in_the_middle_of_a_message_is_replaced(tmp_path: Path) -> None:
-    build = partial(Troubled, how="freezes", times=1, marks=tmp_path, side=400)
-    found = run(Reader(seconds=0.8), build, tasks=1, trials=2, workers=2, timeout=6.0)
-    assert all(episode.error is None for episode in found.values())
-    assert len(list(tmp_path.iterdir())) == 1
+class Watchdog(threading.Timer):
+    """A timer of a minute, which is up as soon as the process that it would kill is stopped, and never before."""
+
+    def __init__(self, interval: float, function: Callable[[], None]) -> None:
+        assert interval == 60.0
+        super().__init__(interval, function)
+
+    def run(self) -> None:
+        process = self.function.__self__  # type: ignore[attr-defined]
+        while not self.finished.wait(0.02):
+            if Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].startswith("T"):
+                self.function()
+                break
+
+
+def test_a_process_that_freezes_in_the_middle_of_a_message_is_replaced(
+    calm: dict[tuple[int, int], Episode],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(threading, "Timer", Watchdog)
+    build = partial(Troubled, how="freezes", times=1, marks=tmp_path)
+    found = run(Reader(), build, tasks=1, workers=2, timeout=60.0)
+    assert found == {key: episode for key, episode in calm.items() if key[0] == 0}
+    assert caplog.messages == ["task 0, trial 1: the simulator's process ended (exit code -9); again"]
+
+
+def test_a_run_that_is_stopped_while_it_listens_is_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(threading.Timer):
+        def start(self) -> None:
+            super().start()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading, "Timer", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(Reader(), World, timeout=3600.0)
+    assert all(thread.finished.is_set() for thread in threading.enumerate() if isinstance(thread, Stopped))
 
 
 def test_a_clock_that_jumps_hangs_nobody(calm: dict[tuple[int, int], Episode], monkeypatch: pytest.MonkeyPatch) -> None:

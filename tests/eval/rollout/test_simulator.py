@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import ControlConfig
 from rsd_trt.errors import UserError
-from rsd_trt.eval.rollout.simulator import IDLE, Simulator, axis_angle, choose_gl, open_suite
+from rsd_trt.eval.rollout.rendering import choose_gl
+from rsd_trt.eval.rollout.simulator import IDLE, Simulator, axis_angle, open_suite
 
 SMALL = ControlConfig(camera_size=64)
 ACTION = np.array([0.3, -0.2, 0.1, 0.0, 0.1, 0.0, 1.0], np.float32)
