@@ -1,4 +1,4 @@
-"""The README's tables are made from the published results."""
+"""The tables of the README and of the model card are made from the published results."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def tables() -> ModuleType:
     return module
 
 
-def test_the_readme_says_what_the_results_say(tables: ModuleType) -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert all(f"<!-- table: {name} -->" in readme for name in tables.TABLES)
-    assert tables.fill(readme) == readme, "python docs/results/tables.py"
+def test_the_pages_say_what_the_results_say(tables: ModuleType) -> None:
+    pages = [page.read_text("utf-8") for page in tables.PAGES]
+    assert all(f"<!-- table: {name} -->" in "".join(pages) for name in tables.TABLES)
+    assert [tables.fill(page) for page in pages] == pages, "python docs/results/tables.py"
 
 
 def test_a_changed_figure_changes_the_table(
@@ -36,7 +36,7 @@ def test_a_changed_figure_changes_the_table(
     assert stale != readme
     assert tables.fill(stale) == readme
     (tmp_path / "README.md").write_text(stale, "utf-8")
-    monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    monkeypatch.setattr(tables, "PAGES", (tmp_path / "README.md",))
     monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
     assert tables.main() == 1
     monkeypatch.setattr("sys.argv", ["tables.py"])

@@ -1,4 +1,4 @@
-"""Makes the README's tables from the results below this folder: python docs/results/tables.py
+"""Makes the tables of the README and the model card from the results below this folder: python docs/results/tables.py
 
 Each stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit code is 1
 if a table is not what its results say.
@@ -6,15 +6,18 @@ if a table is not what its results say.
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent
-README = RESULTS.parents[1] / "README.md"
+ROOT = RESULTS.parents[1]
+PAGES = (ROOT / "README.md", ROOT / "reference" / "README.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Json = Mapping[str, Any]
 
@@ -30,6 +33,62 @@ LAUNCHES = {  # (what, variant) of a row of components.json -> what it is called
 }
 STAGES = ("preprocess", "vision", "blocks <= k", "blocks > k")
 QUERIES = ("accepted query", "rejected query", "baseline query")
+
+
+def reference(record: Json, short: bool = False) -> list[str]:
+    """The runs of the reference policy that were replayed: undisturbed, and with the target displaced. A control stands
+    beside the tolerance whose rate it has. short: only those at 1 action a query, without their milliseconds."""
+    found: dict[tuple[str, int, str], dict[bool, tuple[Json, Json]]] = {}
+    runs = [(row, headline(row["results"])) for row in record["rows"]]
+    rates = {
+        (row["disturb"], run["rsd_stats"]["draft_acceptance_rate"]): tolerance(run)
+        for row, run in runs
+        if row["mode"] == "rsd"
+    }
+    for row, run in runs:
+        mode, rate = row["mode"], run["settings"]["accept_rate"]
+        variant = {"baseline": "", "rsd": tolerance(run)}.get(mode) or rates.get((row["disturb"], rate), "")
+        found.setdefault((mode, row["n_action_steps"], variant), {})[row["disturb"] is not None] = row, run
+    order = {mode: i for i, mode in enumerate(("baseline", "rsd", "random"))}
+    told = [0, 1, 3] if short else [0, 1, 2, 3]
+    lines = []
+    for (mode, n, variant), pair in sorted(found.items(), key=lambda item: (order[item[0][0]], *item[0][1:])):
+        if n == 1 or not short:
+            name = f"a coin that accepts as often as rsd at {variant}" if mode == "random" else mode
+            name += f", {variant}" if mode == "rsd" else ""
+            figures = [cells(*pair.get(displaced, ()))[i] for displaced in (False, True) for i in told]
+            lines.append((name, *([] if short else [str(n)]), *figures))
+    calm = [("success", "accepted", "ms per action", "speed-up")[i] for i in told]
+    title = f"libero_spatial{', 1 action a query' if short else ''}; times: {device(record)}"
+    columns = (title, *([] if short else ["actions a query"]), *calm, *(f"target displaced: {name}" for name in calm))
+    return table(columns, lines)
+
+
+def cells(row: Json | None = None, run: Json | None = None) -> tuple[str, str, str, str]:
+    """Success, acceptance, milliseconds and speed-up of a run."""
+    if row is None or run is None:
+        return "not measured", "", "", ""
+    low, high = run["final_success_interval"]
+    rate = run["rsd_stats"]["draft_acceptance_rate"]
+    share = f"{run['total_successes']}/{run['total_episodes']}, {run['final_success_rate']:.1%}"
+    return (
+        f"{share} ({low * 100:.1f} to {high * 100:.1f})",
+        "" if rate is None else f"{rate:.1%}",
+        f"{row['ms_per_action']:.2f}",
+        f"{times(row['speedup'])}{bounds(row['speedup_interval'], 'x')}",
+    )
+
+
+@cache
+def headline(name: str) -> Json:
+    """A results file of the reference policy without its episodes."""
+    data = json.loads(gzip.decompress((RESULTS / "reference" / name).read_bytes()))
+    return {key: value for key, value in data.items() if key != "episodes"}
+
+
+def tolerance(run: Json) -> str:
+    """Of a run of mode rsd."""
+    return f"tolerance {run['settings']['rsd']['tolerance'][0]:g}"
 
 
 def components(report: Json) -> list[str]:
@@ -95,6 +154,8 @@ def replay(record: Json) -> list[str]:
 
 
 TABLES: dict[str, tuple[str, Callable[[Json], list[str]]]] = {
+    "reference": ("reference/replay.json", reference),
+    "reference-1": ("reference/replay.json", partial(reference, short=True)),
     "components": ("h200/components.json", components),
     "stages": ("h200/stages.json", stages),
     "replay": ("h200/replay.json", replay),
@@ -140,12 +201,13 @@ def fill(text: str) -> str:
 
 
 def main() -> int:
-    """Writes the README, or checks it."""
-    before = README.read_text("utf-8")
-    after = fill(before)
+    """Writes the pages, or checks them."""
+    before = {page: page.read_text("utf-8") for page in PAGES}
+    after = {page: fill(text) for page, text in before.items()}
     if "--check" in sys.argv[1:]:
         return int(before != after)
-    README.write_text(after, "utf-8")
+    for page, text in after.items():
+        page.write_text(text, "utf-8")
     return 0
 
 
