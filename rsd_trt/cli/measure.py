@@ -73,7 +73,7 @@ ONE_FOR_REPLAY = ("backend", "backbone", "backbone_precision", "images", "prompt
     help="Measure what the decisions recorded in these results files would cost on the bundle.",
 )
 @click.option(
-    "--episodes", type=click.IntRange(1), default=50, show_default=True, help="With --replay: how many, drawn by seed."
+    "--episodes", type=click.IntRange(1), default=50, show_default=True, help="With --replay: how many to measure."
 )
 @click.option(
     "--backbone", callback=split_list, help=f"Of {', '.join(BACKBONES)}. [default: all that run here; --replay: graph]"
