@@ -232,7 +232,7 @@ def replay_table(replay: Replay) -> Table:
             f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "too few",
             f"{row.speedup:.2f}x" if row.speedup else "-",
             interval(row.speedup_interval, "x") if row.speedup else "-",
-            f"{row.replayed_queries:,}",
+            f"{sum(row.route_queries.values()):,}",
         )
     return table
 

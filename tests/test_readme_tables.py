@@ -77,13 +77,13 @@ def test_stages_are_a_row_for_each_backbone_and_shape(tables: ModuleType) -> Non
 
 def test_a_replay_names_decisions_and_clock(tables: ModuleType) -> None:
     row = {"decisions_of": "reference", "n_action_steps": 1, "episodes": 50, "queries": 4000, "backbone": "graph"}
-    row |= {"full_passes": 4000, "ms_per_action": 8.0, "backbone_precision": "fp8"}
+    row |= {"full_passes": 4000, "ms_per_action": 8.0, "backbone_precision": "fp8", "route_queries": {"a": 90, "b": 10}}
     baseline = {**row, "mode": "baseline", "ms_per_action_interval": None, "speedup": None, "speedup_interval": None}
     rsd = {**baseline, "mode": "rsd", "full_passes": 1500, "ms_per_action": 5.0}
     rsd |= {"ms_per_action_interval": [4.9, 5.1], "speedup": 1.6, "speedup_interval": [1.55, 1.65]}
     found = tables.replay({"bundle": "7b", "hardware": {"cpu": "x"}, "rows": [baseline, rsd]})
     assert "decisions of ..., clock of 7b, graph fp8, x" in found[0]
     assert found[2:] == [
-        "| reference, baseline, 1 action | 50 | 4,000 | 4,000 | 8.00 | |",
-        "| reference, rsd, 1 action | 50 | 4,000 | 1,500 | 5.00 (4.90 to 5.10) | 1.60x (1.55x to 1.65x) |",
+        "| reference, baseline, 1 action | 100 | 50 | 4,000 | 4,000 | 8.00 | |",
+        "| reference, rsd, 1 action | 100 | 50 | 4,000 | 1,500 | 5.00 (4.90 to 5.10) | 1.60x (1.55x to 1.65x) |",
     ]

@@ -47,7 +47,9 @@ def reference(record: Json, short: bool = False) -> list[str]:
     }
     for row, run in runs:
         mode, rate = row["mode"], run["settings"]["accept_rate"]
-        variant = {"baseline": "", "rsd": tolerance(run)}.get(mode) or rates.get((row["disturb"], rate), "")
+        variant = {"baseline": "", "rsd": tolerance(run)}.get(mode)
+        if variant is None:
+            variant = rates[row["disturb"], rate]
         found.setdefault((mode, row["n_action_steps"], variant), {})[row["disturb"] is not None] = row, run
     order = {mode: i for i, mode in enumerate(("baseline", "rsd", "random"))}
     told = [0, 1, 3] if short else [0, 1, 2, 3]
@@ -58,7 +60,7 @@ def reference(record: Json, short: bool = False) -> list[str]:
             name += f", {variant}" if mode == "rsd" else ""
             figures = [cells(*pair.get(displaced, ()))[i] for displaced in (False, True) for i in told]
             lines.append((name, *([] if short else [str(n)]), *figures))
-    calm = [("success", "accepted", "ms per action", "speed-up")[i] for i in told]
+    calm = [("success", "accepted; full passes", "ms per action", "speed-up")[i] for i in told]
     title = f"libero_spatial{', 1 action a query' if short else ''}; times: {device(record)}"
     columns = (title, *([] if short else ["actions a query"]), *calm, *(f"target displaced: {name}" for name in calm))
     return table(columns, lines)
@@ -73,7 +75,7 @@ def cells(row: Json | None = None, run: Json | None = None) -> tuple[str, str, s
     share = f"{run['total_successes']}/{run['total_episodes']}, {run['final_success_rate']:.1%}"
     return (
         f"{share} ({low * 100:.1f} to {high * 100:.1f})",
-        "" if rate is None else f"{rate:.1%}",
+        "" if rate is None else f"{rate:.1%}; {row['full_passes'] / row['queries']:.1%}",
         f"{row['ms_per_action']:.2f}",
         f"{times(row['speedup'])}{bounds(row['speedup_interval'], 'x')}",
     )
@@ -141,6 +143,7 @@ def replay(record: Json) -> list[str]:
     lines = [
         (
             f"{row['decisions_of']}, {row['mode']}, {row['n_action_steps']} action{'s' * (row['n_action_steps'] > 1)}",
+            f"{sum(row['route_queries'].values()):,}",
             str(row["episodes"]),
             f"{row['queries']:,}",
             f"{row['full_passes']:,}",
@@ -149,7 +152,7 @@ def replay(record: Json) -> list[str]:
         )
         for row in record["rows"]
     ]
-    columns = ("episodes", "queries", "full passes", "ms per action", "over the baseline")
+    columns = ("queries replayed", "episodes priced", "queries", "full passes", "ms per action", "over the baseline")
     return table((f"a replay: decisions of ..., {clock}", *columns), lines)
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -36,11 +38,15 @@ from rsd_trt.runtime.scripted import Decision, ScriptedPolicy
 from rsd_trt.runtime.speculate import Route
 
 BOUNDARY = (
-    "each query alone, host's clock, synchronised, from a uint8 image in the host's memory to actions there, decisions "
-    "replayed from the results files; without simulation"
+    "a query alone, host's clock, synchronised, from a uint8 image in the host's memory to actions there, its decision "
+    "replayed from the results files; without simulation. All queries are priced by the replayed ones of their route"
 )
+log = logging.getLogger(__name__)
+
 WARM_UP = 20  # queries of each kind and prompt
 WARM_UP_ROUTES: tuple[Route, ...] = ("start", "accepted", "rejected")
+Kind = Literal["baseline", "draft"]  # of queries: without a draft, or with one
+Prices = dict[Kind, dict[Route, float]]  # ms of a query
 Advance = Callable[[int, int], None]  # episodes done, episodes in all
 
 
@@ -66,27 +72,24 @@ class Track:
     episodes: dict[Key, Episode]  # those without an error
     policy: ScriptedPolicy
     episode_ms: list[float] = field(default_factory=list)
-    route_ms: dict[str, list[float]] = field(default_factory=dict)
+    route_ms: dict[Route, list[float]] = field(default_factory=dict)
 
     @property
     def suite(self) -> str:
         return self.results.task_suite
 
     @property
-    def prices(self) -> dict[str, float]:
-        """ms of a query, by route."""
-        return {route: float(np.median(ms)) for route, ms in self.route_ms.items()}
+    def kind(self) -> Kind:
+        return "baseline" if self.results.settings.mode == "baseline" else "draft"
 
-    @property
-    def priced(self) -> dict[Key, Episode]:
-        """The episodes whose routes all have a price."""
-        prices = self.prices
-        return {key: e for key, e in self.episodes.items() if all(q.route in prices for q in e.queries)}
-
-    def costs(self, keys: Iterable[Key]) -> list[tuple[float, int]]:
-        """(ms, executed actions) of episodes, every query at the price of its route."""
-        prices = self.prices
-        return [(sum(prices[q.route] for q in self.episodes[key].queries), self.episodes[key].steps) for key in keys]
+    def priced(self, prices: Prices) -> dict[Key, tuple[float, int]]:
+        """(ms at these prices, executed actions) of every episode whose routes all have one."""
+        of = prices[self.kind]
+        return {
+            key: (sum(of[q.route] for q in e.queries), e.steps)
+            for key, e in self.episodes.items()
+            if all(q.route in of for q in e.queries)
+        }
 
 
 def replay(request: ReplayRequest, command: str, advance: Advance = lambda done, total: None) -> Replay:
@@ -119,7 +122,8 @@ def replay(request: ReplayRequest, command: str, advance: Advance = lambda done,
                 key = chosen[track.suite][i]
                 _replay_episode(track, track.episodes[key], prompts[track.path][key[0]], seen)
                 advance(next(done), total)
-    rows = [_row(track, chosen[track.suite], request) for track in tracks]
+    prices = price(tracks, chosen)
+    rows = [_row(track, chosen[track.suite], prices, request) for track in tracks]
     bundle = request.launcher.bundle
     return Replay(
         command=command,
@@ -128,7 +132,8 @@ def replay(request: ReplayRequest, command: str, advance: Advance = lambda done,
         hardware=dict(host.hardware(str(request.launcher.device))),
         versions=host.versions(),
         boundary=BOUNDARY,
-        rows=tuple(_compared(row, track, rows, tracks) for row, track in zip(rows, tracks, strict=True)),
+        rows=tuple(_compared(row, track, rows, tracks, prices) for row, track in zip(rows, tracks, strict=True)),
+        prices={kind: {str(route): ms for route, ms in of.items()} for kind, of in prices.items()},
         images=scene.images,
         prompt_tokens=request.shape.prompt_tokens,
         replayed=dict(chosen),
@@ -153,7 +158,7 @@ def write_replay(
 
 def choose(runs: Sequence[Results], suite: str, count: int, seed: int) -> tuple[Key, ...]:
     """At most `count` of the episodes that all runs of a suite hold and none ended with an error in, and as many more
-    as it takes to meet every route of every run that is met in any of them.
+    as it takes to meet every route that a run took in any of those.
 
     Raises:
         UserError: there is none.
@@ -237,12 +242,34 @@ def _replay_episode(track: Track, episode: Episode, prompt: str, seen: Iterator[
     track.episode_ms.append(total)
 
 
-def _row(track: Track, chosen: Sequence[Key], request: ReplayRequest) -> ReplayRow:
-    priced, replayed = track.priced, [track.episodes[key] for key in chosen]
-    costs = track.costs(priced)
-    actions = sum(steps for _, steps in costs)
-    queries = [query for episode in priced.values() for query in episode.queries]
-    settings = track.results.settings
+def price(tracks: Sequence[Track], chosen: Mapping[str, Sequence[Key]]) -> Prices:
+    """ms of a query by route, from the replays of all runs of a kind: they launch the same.
+
+    The p50s of the runs are averaged by how many queries they are of, and scaled by one factor so that the replayed
+    episodes cost together what was measured: a p50 leaves out what slow queries add.
+    """
+    prices: Prices = {}
+    for kind in dict.fromkeys(track.kind for track in tracks):
+        alike = [track for track in tracks if track.kind == kind]
+        total, count = Counter[Route](), Counter[Route]()
+        for track in alike:
+            for route, ms in track.route_ms.items():
+                total[route] += len(ms) * float(np.median(ms))  # type: ignore[assignment]
+                count[route] += len(ms)
+        prices[kind] = {route: total[route] / count[route] for route in count}
+        replayed = [track.priced(prices)[key][0] for track in alike for key in chosen[track.suite]]
+        scale = sum(sum(track.episode_ms) for track in alike) / sum(replayed)
+        prices[kind] = {route: ms * scale for route, ms in prices[kind].items()}
+    return prices
+
+
+def _row(track: Track, chosen: Sequence[Key], prices: Prices, request: ReplayRequest) -> ReplayRow:
+    priced, settings = track.priced(prices), track.results.settings
+    if left_out := len(track.episodes) - len(priced):
+        log.warning("%s: %d episodes took routes that no replayed episode took, and are left out", track.path, left_out)
+    queries = [query for key in priced for query in track.episodes[key].queries]
+    costs, actions = list(priced.values()), sum(steps for _, steps in priced.values())
+    replayed = sum(track.episodes[key].steps for key in chosen)
     return ReplayRow(
         results=str(track.path),
         run=settings.run,
@@ -261,18 +288,16 @@ def _row(track: Track, chosen: Sequence[Key], request: ReplayRequest) -> ReplayR
         suite=track.suite,
         decisions_of=settings.bundle,
         backbone_precision=request.backbone_precision,
-        route_ms=track.prices,
+        route_ms={route: float(np.median(ms)) for route, ms in track.route_ms.items()},
+        route_queries={route: len(ms) for route, ms in track.route_ms.items()},
         episode_ms=tuple(round(ms, 4) for ms in track.episode_ms),
-        replayed_queries=sum(len(episode.queries) for episode in replayed),
-        replayed_ms_per_action=sum(track.episode_ms) / sum(episode.steps for episode in replayed),
+        replayed_ms_per_action=sum(track.episode_ms) / replayed,
+        priced_ms_per_action=sum(priced[key][0] for key in chosen) / replayed,
     )
 
 
 def _compared(
-    row: ReplayRow,
-    track: Track,
-    rows: Sequence[ReplayRow],
-    tracks: Sequence[Track],
+    row: ReplayRow, track: Track, rows: Sequence[ReplayRow], tracks: Sequence[Track], prices: Prices
 ) -> ReplayRow:
     """The row with its speed-up over the baseline of the same suite, actions a query and displacements."""
     if row.mode == "baseline":
@@ -280,13 +305,14 @@ def _compared(
     for other, base in zip(rows, tracks, strict=True):
         alike = (other.suite, other.n_action_steps, other.disturb) == (row.suite, row.n_action_steps, row.disturb)
         if other.mode == "baseline" and alike:
-            keys = sorted(base.priced.keys() & track.priced.keys())
-            before, after = base.costs(keys), track.costs(keys)
-            slow, fast = (sum(ms for ms, _ in costs) / sum(steps for _, steps in costs) for costs in (before, after))
+            slow, fast = base.priced(prices), track.priced(prices)
+            keys = sorted(slow.keys() & fast.keys())
+            before, after = [slow[key] for key in keys], [fast[key] for key in keys]
+            per_action = [sum(ms for ms, _ in costs) / sum(steps for _, steps in costs) for costs in (before, after)]
             return replace(
                 row,
                 baseline=other.run,
-                speedup=slow / fast,
+                speedup=per_action[0] / per_action[1],
                 speedup_interval=bootstrap_speedup(before, after),
             )
     return row

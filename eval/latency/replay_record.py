@@ -1,16 +1,16 @@
 """What a replay leaves on disk: `replay.json`, the milliseconds per action of runs whose own times say nothing.
 
 A replay computes the queries of some of a run's episodes again, each alone and with a synchronised clock: the same
-routes, in the same order, on one bundle and one machine. What a query of each route takes (p50) is then the price of
-the same decision in all episodes of the run, so that a figure is of all its decisions and not of a few. A row belongs
-to the run whose name (`Settings.run`) it carries.
+routes, in the same order, on one bundle and one machine. What a query of each route takes is then the price of the same
+decision in all episodes of the run, so that a figure is of all its decisions and not of a few. A row belongs to the
+run whose name (`Settings.run`) it carries.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -31,19 +31,22 @@ class ReplayRow:
     backend: str
     backbone: Annotated[str, "how the backbone runs"]
     precision: str
-    episodes: Annotated[int, "of the run, without an error and with routes that were all met: these are priced"]
+    episodes: Annotated[int, "of the run, without an error and with routes that all have a price: these are priced"]
     queries: int
     full_passes: int
     actions: Annotated[int, "that these episodes executed"]
     ms_per_action: Annotated[float, "every query at the price of its route / executed actions"]
-    ms_per_action_interval: Annotated[tuple[float, float] | None, "95%, bootstrap over episodes; null for too few"]
-    suite: Annotated[str | None, "that the decisions were made in"] = None
-    decisions_of: Annotated[str | None, "the bundle that made them"] = None
+    ms_per_action_interval: Annotated[
+        tuple[float, float] | None, "95%, bootstrap over episodes at fixed prices; null for too few"
+    ]
+    suite: Annotated[str, "that the decisions were made in"]
+    decisions_of: Annotated[str, "the bundle that made them"]
+    route_ms: Annotated[dict[str, float], "measured, of the replayed episodes: p50 of a query, by route"]
+    route_queries: Annotated[dict[str, int], "how many that is of"]
+    episode_ms: Annotated[tuple[float, ...], "measured, of the queries of each of `Replay.replayed`"]
+    replayed_ms_per_action: Annotated[float, "measured, of these episodes"]
+    priced_ms_per_action: Annotated[float, "what the prices make of the same episodes"]
     backbone_precision: Annotated[str, "bundle: what its weights are stored in"] = "bundle"
-    route_ms: Annotated[dict[str, float], "the prices: p50 of a replayed query, by route"] = field(default_factory=dict)
-    episode_ms: Annotated[tuple[float, ...], "measured, of the queries of each of `Replay.replayed`"] = ()
-    replayed_queries: Annotated[int, "of these episodes"] = 0
-    replayed_ms_per_action: Annotated[float | None, "measured, of these episodes"] = None
     baseline: Annotated[str | None, "the baseline run, of as many actions a query, that speedup is over"] = None
     speedup: Annotated[float | None, "of an action, over the baseline's, on the episodes of both"] = None
     speedup_interval: Annotated[tuple[float, float] | None, "95%, bootstrap over episodes; null for too few"] = None
@@ -68,11 +71,12 @@ class Replay:
     versions: dict[str, str]
     boundary: Annotated[str, "in words, what the times include"]
     rows: tuple[ReplayRow, ...]
+    prices: Annotated[
+        dict[str, dict[str, float]], "ms of a query by route: in mode baseline, and in modes with a draft (`draft`)"
+    ]
+    replayed: Annotated[dict[str, tuple[tuple[int, ...], ...]], "by suite, the (task, trial) of each episode"]
     images: Annotated[int | None, "of an observation"] = None
     prompt_tokens: Annotated[int | None, "of every prompt; null if they are the tasks' own"] = None
-    replayed: Annotated[dict[str, tuple[tuple[int, ...], ...]], "by suite, the (task, trial) of each episode"] = field(
-        default_factory=dict
-    )
 
     def row(self, run: str) -> ReplayRow | None:
         """That of the run of that name."""

@@ -56,8 +56,8 @@ def verify_backbone(
     """Preprocessing, towers, Llama blocks, and the whole backbone in every way asked for: one result at a time.
 
     What computes in bfloat16 is compared with the reference in float32 and in bfloat16. How far from float32 rounding
-    alone leads is measured on the reference: no way of running may be twice as far from it, nor twice as far from the
-    reference in bfloat16, as both are rounded, and differently.
+    alone leads, in 1 - cosine, is measured on the reference: no way of running may be twice as far. From the reference
+    in bfloat16 it may be thrice as far, since what two independent roundings lose adds up.
     """
     stored = bundle.config.backbone.dtype
     arithmetics: dict[BackbonePrecision, Arithmetic] = {"bundle": stored, "bf16": "bfloat16", "fp8": "fp8"}
@@ -77,8 +77,8 @@ def verify_backbone(
             (name, exact), (_, rounded) = references["float32"], references["bfloat16"]
             rounding = compare(name, "bfloat16", "1", f"{name} float32", exact, rounded, bundle.config, NO_LIMIT)
             yield rounding
-            twice = Limit(float("inf"), 1 - 2 * (1 - rounding.cosine))
-            limits["float32", "bfloat16"] = limits["bfloat16", "bfloat16"] = twice
+            limits["float32", "bfloat16"] = Limit(float("inf"), 1 - 2 * (1 - rounding.cosine))
+            limits["bfloat16", "bfloat16"] = Limit(float("inf"), 1 - 3 * (1 - rounding.cosine))
         for kind, (arithmetic, precision) in product(kinds, ways.items()):
             if (kind, arithmetic) == ("eager", "fp8"):
                 continue  # eager is what the others are compared with
@@ -271,7 +271,7 @@ def part(
 def steps_apart(found: Answers, expected: Answers, config: BundleConfig) -> float:
     """Share of the plans' steps that differ by more than the bundle's tolerance."""
     agree = agreeing_steps(found.actions, expected.actions, torch.tensor(config.rsd.tolerance))
-    return 1 - float(agree.float().mean())
+    return float((~agree).double().mean())
 
 
 def flips(found: Tensor, expected: Tensor) -> tuple[float, ...]:

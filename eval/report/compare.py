@@ -83,6 +83,7 @@ class Comparison:
     ms_per_action: Annotated[tuple[float, float] | None, "over the pairs; null where there is no speed-up"]
     speedup: SpeedUp | None
     no_speedup: Annotated[str | None, "why there is no speed-up"]
+    other_hardware: Annotated[tuple[str, ...], "in what the machines differ, with both values; empty: in nothing"]
     figures: Annotated[dict[str, dict[str, float | None]], "of each run as a whole, by mode"]
     settings: Annotated[dict[str, object], "what the runs share"]
     trained: bool
@@ -115,6 +116,7 @@ def compare(a: Results, b: Results, free: Collection[str] = ()) -> Comparison:
         ms_per_action=cost,
         speedup=SpeedUp(cost[0] / cost[1], bootstrap_speedup(*_time_and_steps(pairs))) if cost else None,
         no_speedup=reason,
+        other_hardware=tuple(_differences("hardware", a.settings.hardware, b.settings.hardware)),
         figures={a.settings.mode: figures(a), b.settings.mode: figures(b)},
         settings={name: shared[name] for name in SAME if name not in free},
         trained=a.settings.trained,
@@ -149,10 +151,10 @@ def _cost(
     a: Settings, b: Settings, pairs: list[tuple[Episode, Episode]]
 ) -> tuple[tuple[float, float] | None, str | None]:
     """ms of policy time per action in both runs, or why these may not be set against each other."""
+    if a.hardware != b.hardware:
+        return None, "not measured: other hardware"
     if "batched" in (a.timing, b.timing):
         return None, "not measured: batched timing"
-    if different := list(_differences("hardware", a.hardware, b.hardware)):
-        return None, f"not measured: {'; '.join(different)}"
     if "shadow" in (a.mode, b.mode):
         return None, "not measured: shadow mode computes all that rsd would save"
     (a_ms, a_steps), (b_ms, b_steps) = (tuple(map(sum, zip(*run, strict=True))) for run in _time_and_steps(pairs))

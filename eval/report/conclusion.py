@@ -187,6 +187,8 @@ def difference_sentence(versus: Comparison, name: str, baseline: str) -> str:
     """Success of a run against the baseline's on the same initial states."""
     test = versus.mcnemar
     left_out = f" ({versus.left_out:,} left out)" if versus.left_out else ""
+    if versus.other_hardware:
+        left_out += f", but on other hardware ({'; '.join(versus.other_hardware)})"
     start = (
         f"On the same {counted(versus.pairs, 'initial state')}{left_out}, {name} gains {test.gained} and loses "
         f"{test.lost} against {baseline} ({versus.success_points:+.1f} points, McNemar's exact p = {test.p:.2g}): "

@@ -74,12 +74,15 @@ def pair_up(runs: Sequence[tuple[Path, Results]]) -> tuple[Run, ...]:
 
 
 def run_names(runs: Sequence[Results]) -> list[str]:
-    """The mode of each run, and whatever else it takes to tell it from the others."""
+    """The mode of each run, and whatever else it takes to tell it from the others. Where the tolerance or rate differs
+    within a mode, every run of it is named with its own; where some are disturbed, every run says whether it is."""
     names: list[str] = [run.settings.mode for run in runs]
-    traits = [_traits(run) for run in runs]
-    for i in range(len(traits[0]) if traits else 0):
-        alike = {name: {t[i] for n, t in zip(names, traits, strict=True) if n == name} for name in names}
-        names = [f"{n}, {t[i]}" if len(alike[n]) > 1 else n for n, t in zip(names, traits, strict=True)]
+    modes, traits = list(names), [_traits(run) for run in runs]
+    for trait in traits[0] if traits else ():
+        among = {"variant": modes, "disturbed": [""] * len(runs)}.get(trait, names)
+        alike = {group: {t[trait] for g, t in zip(among, traits, strict=True) if g == group} for group in among}
+        told = [len(alike[group]) > 1 and bool(t[trait]) for group, t in zip(among, traits, strict=True)]
+        names = [f"{n}, {t[trait]}" if tell else n for n, t, tell in zip(names, traits, told, strict=True)]
     seen = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if names.count(name) == 1 else f"{name}, #{n}" for name, n in zip(names, seen, strict=True)]
 
@@ -114,13 +117,13 @@ def _same_on_fewer_workers(a: Results, b: Results) -> bool:
 
 
 def timed_by(replay: Replay, runs: Sequence[Run]) -> tuple[Run, ...]:
-    """The runs, with the replay's speed-ups where their own times give none."""
+    """The runs, with the replay's speed-ups in the place of those of their own times: it timed all of them alike."""
     return tuple(_timed_by(replay, run, {other.name: other for other in runs}) for run in runs)
 
 
 def _timed_by(replay: Replay, run: Run, runs: Mapping[str, Run]) -> Run:
     row = replay.row(run.results.settings.run)
-    if row is None or row.speedup is None or run.versus is None or run.versus.speedup is not None:
+    if row is None or row.speedup is None or run.versus is None:
         return run
     baseline = replay.row(runs[run.baseline].results.settings.run) if run.baseline else None
     if baseline is None or baseline.run != row.baseline:
@@ -130,23 +133,30 @@ def _timed_by(replay: Replay, run: Run, runs: Mapping[str, Run]) -> Run:
     return replace(run, versus=replace(run.versus, speedup=speedup, ms_per_action=cost, no_speedup=None))
 
 
-def _traits(run: Results) -> tuple[str, ...]:
+def _traits(run: Results) -> dict[str, str]:
     settings = run.settings
     workers = counted(run.throughput.workers, "worker") if run.throughput else "interrupted"
-    return (
-        settings.suite,
-        settings.bundle,
-        settings.backend,
-        settings.precision,
-        f"{settings.backbone_name} backbone",
-        f"{counted(settings.n_action_steps, 'action')} a query",
-        variant(settings),
-        f"protocol {settings.protocol}",
-        "undisturbed" if settings.disturb is None else f"disturbed with seed {settings.disturb}",
-        f"{settings.timing} timing",
-        workers,
-        counted(run.total_episodes, "episode"),
-    )
+    return {
+        "suite": settings.suite,
+        "bundle": settings.bundle,
+        "backend": settings.backend,
+        "precision": settings.precision,
+        "backbone": f"{settings.backbone_name} backbone",
+        "actions": f"{counted(settings.n_action_steps, 'action')} a query",
+        "variant": variant(settings),
+        "protocol": f"protocol {settings.protocol}",
+        "disturbed": "undisturbed" if settings.disturb is None else f"disturbed with seed {settings.disturb}",
+        "hardware": str(settings.hardware.get("gpu", settings.hardware.get("cpu", ""))),
+        "timing": f"{settings.timing} timing",
+        "workers": workers,
+        "episodes": counted(run.total_episodes, "episode"),
+    }
+
+
+def _conditions(a: Run, b: Run) -> tuple[bool, bool]:
+    """Whether two runs differ in hardware, and in timing."""
+    x, y = a.results.settings, b.results.settings
+    return x.hardware != y.hardware, x.timing != y.timing
 
 
 def _apart(control: Run, accepted: float) -> float:
@@ -164,13 +174,13 @@ def variant(settings: Settings) -> str:
 
 
 def _compared(run: Run, baselines: Sequence[Run]) -> Run:
-    """`run` beside the baseline of the same settings; one of the same timing is preferred."""
+    """`run` beside the baseline of the same settings; one of the same hardware and timing is preferred."""
     settings = run.results.settings
     if not baselines:
         return replace(run, alone="no baseline run is among the results")
-    timed_alike = sorted(baselines, key=lambda other: other.results.settings.timing != settings.timing)
-    reasons = [differences(other.results.settings, settings) for other in timed_alike]
-    baseline, different = min(zip(timed_alike, reasons, strict=True), key=lambda pair: len(pair[1]))
+    nearest = sorted(baselines, key=lambda other: _conditions(other, run))
+    reasons = [differences(other.results.settings, settings) for other in nearest]
+    baseline, different = min(zip(nearest, reasons, strict=True), key=lambda pair: len(pair[1]))
     if different:
         reason = f"it differs from {baseline.name}: {'; '.join(different)}"
         return replace(run, alone=reason)
@@ -188,7 +198,7 @@ def _controlled(run: Run, controls: Sequence[Run]) -> Run:
     accepted = run.results.rsd_stats.draft_acceptance_rate
     if settings.mode != "rsd" or not alike or accepted is None:
         return run
-    control = min(alike, key=lambda other: _apart(other, accepted))
+    control = min(alike, key=lambda other: (_apart(other, accepted), _conditions(other, run)))
     if _apart(control, accepted) > SAME_RATE:
         return run
     with contextlib.suppress(UserError):  # they share no episode

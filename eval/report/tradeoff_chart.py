@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -90,9 +90,9 @@ def tradeoff_png(found: Tradeoff) -> bytes:
 def caption(found: Tradeoff) -> str:
     """What the chart shows, and what the times were taken on."""
     replayed = {point.replayed for point in found.points}
-    how = {True: "each query replayed alone", False: "each query timed alone"}
+    how = {True: "queries at what replayed ones of their route take alone", False: "each query timed alone"}
     return (
-        "Success against policy time per action; numbers: n_action_steps. Bars: 95%, Wilson's score and a bootstrap "
+        "Success against policy time per action; numbers: actions a query. Bars: 95%, Wilson's score and a bootstrap "
         f"over episodes. Times: {listed([how[kind] for kind in (True, False) if kind in replayed])}, on "
         f"{found.points[0].timed_on}."
     )
@@ -104,14 +104,13 @@ def _draw(figure: Figure, found: Tradeoff, rows: int, columns: int) -> None:
     highest = max(p.success_interval[1] for p in found.points)
     room = MARGIN * max(highest - lowest, 0.05)
     edges = [p.ms for p in found.points] + [x for p in found.points for x in p.ms_interval or ()]
-    names = sorted({name for panel in shown for mode in STYLES for name, _ in _curves(panel, mode) if name})
     first = None
     for i, panel in enumerate(shown, start=1):
         axes = figure.add_subplot(rows, columns, i, sharex=first, sharey=first)
         first = first or axes
         for mode, style in STYLES.items():
-            for variant, points in _curves(panel, mode):
-                _curve(axes, style, points, variant, HOLLOW[names.index(variant) % len(HOLLOW)] if variant else None)
+            for variant, points in _curves(panel.points, mode).items():
+                _curve(axes, style, points, *_look(found, mode, variant))
         axes.set_title(panel.title, fontsize=10)
         if i > (rows - 1) * columns:
             axes.set_xlabel("policy time per action, ms")
@@ -124,7 +123,7 @@ def _draw(figure: Figure, found: Tradeoff, rows: int, columns: int) -> None:
     ticks = [tick for tick in TICKS if min(edges) / WIDER <= tick <= max(edges) * WIDER]
     first.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     first.set_xticks([], minor=True)
-    figure.supxlabel("numbers: n_action_steps; bars: 95% intervals", fontsize=9)
+    figure.supxlabel("numbers: actions a query; bars: 95% intervals", fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     for axes in figure.axes[1:]:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -134,22 +133,28 @@ def _draw(figure: Figure, found: Tradeoff, rows: int, columns: int) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False, **SPACING)
 
 
-def _curves(panel: Panel, mode: Mode) -> Iterator[tuple[str, list[Point]]]:
-    """The points of a mode, a curve for each variant, the longest first: that one is the mode's own, and unnamed."""
+def _curves(points: Sequence[Point], mode: Mode) -> dict[str, list[Point]]:
+    """The points of a mode, a curve for each variant, the longest first."""
     variants: dict[str, list[Point]] = {}
-    for point in sorted((p for p in panel.points if p.mode == mode), key=lambda p: p.n_action_steps):
+    for point in sorted((p for p in points if p.mode == mode), key=lambda p: p.n_action_steps):
         variants.setdefault(point.variant, []).append(point)
-    for i, (name, points) in enumerate(sorted(variants.items(), key=lambda item: -len(item[1]))):
-        yield name if i else "", points
+    return dict(sorted(variants.items(), key=lambda item: -len(item[1])))
 
 
-def _curve(axes: Axes, style: Style, points: Sequence[Point], variant: str, hollow: str | None) -> None:
+def _look(found: Tradeoff, mode: Mode, variant: str) -> tuple[str, str]:
+    """What the legend says of a variant, the same in every panel, and its marker if that is hollow. Of several, the one
+    with most points has the mode's own marker."""
+    every, style = list(_curves(found.points, mode)), STYLES[mode]
+    name = f"{style.label}, {variant}" if len(every) > 1 else style.label
+    return name, "" if variant == every[0] else HOLLOW[every.index(variant) % len(HOLLOW)]
+
+
+def _curve(axes: Axes, style: Style, points: Sequence[Point], label: str, hollow: str) -> None:
     xs, ys = [p.ms for p in points], [p.success * 100 for p in points]
     order = np.argsort(xs)
     dense = np.geomspace(min(xs), max(xs), 200)  # divisions of the episodes between two runs: no line on a log axis
     line = np.interp(dense, np.take(xs, order), np.take(ys, order))
     axes.plot(dense, line, style.line, color=style.colour, linewidth=1.4)
-    label = f"{style.label}, {variant}" if variant else style.label
     inside = "white" if hollow else style.colour
     axes.plot(xs, ys, hollow or style.marker, color=style.colour, markersize=6, markerfacecolor=inside, label=label)
     for point, x, y in zip(points, xs, ys, strict=True):

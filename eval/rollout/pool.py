@@ -193,7 +193,6 @@ def _answer(
     observations, slots = [message.observation for _, message in asking], [worker.slot for worker, _ in asking]
     queries = _decide(policy, observations, slots, meter)
     meter.seconds += time.perf_counter() - started
-    meter.forwards += 1
     meter.rows += len(asking)
     for (worker, message), query in zip(asking, queries, strict=True):
         worker.queries.append(QueryRecord.of(query, message.step, len(asking)))
@@ -209,6 +208,7 @@ def _decide(policy: Answering, observations: Sequence[Observation], slots: Seque
 
     A batch that breaks is warned of once a run, a query that does each time; -v shows the traceback of either.
     """
+    meter.forwards += 1
     try:
         queries = policy.act_batch(observations, slots)
     except UserError:

@@ -57,7 +57,13 @@ def explaining_gl() -> Iterator[None]:
         name = os.environ.get("MUJOCO_GL", "").upper()
         if "EGL" not in str(error).upper() and "OSMESA" not in str(error).upper():
             raise
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # destructors of what is half made complain
+        hook = sys.unraisablehook  # destructors of what is half made complain
+
+        def quiet(exception: sys.UnraisableHookArgs) -> None:
+            if exception.exc_type is KeyboardInterrupt:
+                hook(exception)
+
+        sys.unraisablehook = quiet
         traceback.clear_frames(error.__traceback__)
         gc.collect()
         sys.unraisablehook = hook

@@ -69,24 +69,35 @@ def stoppable() -> Iterator[None]:
     Python drops an exception that is raised while it collects garbage: a KeyboardInterrupt is raised again then.
     """
 
+    lost = False
+
     def stop(*_: object) -> None:
+        nonlocal lost
+        lost = False
         raise KeyboardInterrupt
 
     def dropped(exception: sys.UnraisableHookArgs) -> None:
-        if exception.exc_type is KeyboardInterrupt:
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        else:
+        nonlocal lost
+        if exception.exc_type is not KeyboardInterrupt:
             hook(exception)
+            return
+        lost = True
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGALRM)}
-    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    hook = sys.unraisablehook
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
     try:
+        sys.unraisablehook = dropped
+        for number in handlers:
+            signal.signal(number, stop)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if lost:
+        raise KeyboardInterrupt
 
 
 class EpisodeProgress:

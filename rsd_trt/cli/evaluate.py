@@ -111,7 +111,8 @@ class AcceptRate(click.ParamType["float | Path | None"]):
 @click.option(
     "--tolerance",
     type=FiniteRange(0, MAX_TOLERANCE),
-    help="How far draft and plan may differ in any arm dimension, in environment units. [default: the bundle's]",
+    help="With --mode rsd or shadow: how far draft and plan may differ in any arm dimension, in environment units. "
+    "[default: the bundle's]",
 )
 @click.option(
     "--accept-rate",

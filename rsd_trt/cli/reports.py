@@ -22,7 +22,7 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
     """Compare two results files of the same episodes; the speed-up is B's over A.
 
     Episodes are paired by task and initial state. Success is tested with McNemar's exact test; the speed-up's
-    interval is a bootstrap over episodes, and is given for single timing only.
+    interval is a bootstrap over episodes, and is given for single timing on the same hardware only.
 
     \b
     Example: rsd-trt compare results/libero_spatial_baseline_results.json results/libero_spatial_rsd_results.json

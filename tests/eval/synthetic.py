@@ -126,6 +126,13 @@ def replay(*timed: tuple[Results, float, tuple[float, float] | None]) -> Replay:
             actions=results.steps,
             ms_per_action=ms,
             ms_per_action_interval=bounds,
+            suite=results.settings.suite,
+            decisions_of=results.settings.bundle,
+            route_ms=dict.fromkeys(results.routes, ms),
+            route_queries=dict(results.routes),
+            episode_ms=(),
+            replayed_ms_per_action=ms,
+            priced_ms_per_action=ms,
         )
         for results, ms, bounds in timed
     )
@@ -138,6 +145,8 @@ def replay(*timed: tuple[Results, float, tuple[float, float] | None]) -> Replay:
         versions=chosen.versions,
         boundary="made up",
         rows=rows,
+        prices={},
+        replayed={},
     )
 
 

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +148,24 @@ def test_every_route_of_every_run_is_met() -> None:
         assert (1, 1) in choose([plain, rare], "libero_spatial", 1, seed)
 
 
+def test_prices_are_pooled_and_cost_what_was_measured() -> None:
+    """Two runs of rsd launch the same: p50s are averaged by their queries, and what slow ones add raises all alike."""
+    policy: Any = None
+    tracks = []
+    for episode_ms in (60.0, 44.0):
+        results = made("rsd", tasks=(0,), trials=1)
+        (episode,) = results.episodes
+        tracks.append(module.Track(Path("r.json"), results, {episode.key: episode}, policy, [episode_ms]))
+    counts = Counter(query.route for query in tracks[0].episodes[0, 0].queries)
+    tracks[0].route_ms = {route: [2.0] * (3 * n) for route, n in counts.items()}
+    tracks[1].route_ms = {route: [6.0] * n for route, n in counts.items()}
+    prices = module.price(tracks, {"libero_spatial": [(0, 0)]})
+    assert list(prices) == ["draft"]
+    (level,) = {round(ms, 9) for ms in prices["draft"].values()}
+    assert level * 2 * counts.total() == pytest.approx(60 + 44)
+    assert tracks[0].priced({"draft": {}}) == {}  # no route has a price: nothing is known of the episode
+
+
 @pytest.mark.usefixtures("clocked")
 def test_a_few_episodes_price_the_decisions_of_all(bundle: Bundle, tmp_path: Path) -> None:
     baseline, rsd = made("baseline", trials=5), made("rsd", trials=5)
@@ -155,8 +174,8 @@ def test_a_few_episodes_price_the_decisions_of_all(bundle: Bundle, tmp_path: Pat
     row = record.rows[1]
     assert (row.episodes, row.queries, row.full_passes, row.actions) == (10, rsd.queries, rsd.full_passes, rsd.steps)
     assert len(row.episode_ms) == len(record.replayed["libero_spatial"]) < 10
-    assert row.replayed_queries < row.queries
-    total = sum(row.route_ms[route] * count for route, count in rsd.routes.items())
+    assert sum(row.route_queries.values()) < row.queries
+    total = sum(record.prices["draft"][route] * count for route, count in rsd.routes.items())
     assert row.ms_per_action == pytest.approx(total / rsd.steps)
     assert row.speedup == pytest.approx(record.rows[0].ms_per_action / row.ms_per_action)
 

@@ -13,6 +13,7 @@ from synthetic import outcome, run, settings
 from rsd_trt.config import ControlConfig
 from rsd_trt.errors import UserError
 from rsd_trt.eval.report.compare import FIGURES, SAME, compare, differences, figures
+from rsd_trt.eval.report.conclusion import difference_sentence
 from rsd_trt.eval.results import Episode
 from rsd_trt.jsonio import to_json
 
@@ -81,11 +82,15 @@ def test_batched_timing_never_gives_a_speedup(timings: tuple[str, str]) -> None:
 
 def test_another_machine_gives_no_speedup() -> None:
     found = compare(run("baseline"), run("rsd", hardware={"cpu": "made-up processor", "gpu": "another"}))
-    assert found.speedup is None
-    assert found.no_speedup is not None
-    assert found.no_speedup.startswith("not measured: hardware.")
-    assert "hardware.gpu is 'made-up GPU' and 'another'" in found.no_speedup
-    assert found.pairs == 12
+    assert (found.speedup, found.no_speedup, found.pairs) == (None, "not measured: other hardware", 12)
+    assert "hardware.gpu is 'made-up GPU' and 'another'" in found.other_hardware
+    batched = compare(run("baseline", timing="batched"), run("rsd", timing="batched", hardware={"cpu": "another"}))
+    assert batched.other_hardware
+    said = difference_sentence(batched, "rsd", "baseline")
+    assert said.startswith(
+        "On the same 12 initial states, but on other hardware (hardware.cpu is 'made-up processor' and"
+    )
+    assert compare(run("baseline"), run("rsd")).other_hardware == ()
 
 
 def test_shadow_mode_gives_no_speedup() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from synthetic import run, throughput, write
 
-from rsd_trt.config import RsdConfig
+from rsd_trt.config import MODES, RsdConfig
 from rsd_trt.errors import UserError
 from rsd_trt.eval.report.runs import pair_up, read_runs, run_names, variant
 from rsd_trt.eval.results import Results
@@ -58,9 +58,29 @@ def test_tolerances_are_told_apart() -> None:
     assert variant(run("rsd", rsd=dataclasses.replace(own, rule="tokens")).settings) == ""
 
 
-def test_disturbed_runs_are_told_apart() -> None:
-    names = run_names([run("baseline"), run("baseline", disturb=0), run("rsd")])
-    assert names == ["baseline, undisturbed", "baseline, disturbed with seed 0", "rsd"]
+def test_where_some_are_disturbed_every_run_says_whether_it_is() -> None:
+    made = [run("baseline", n_action_steps=1), run("baseline", n_action_steps=2, disturb=0), run("rsd")]
+    assert run_names(made) == [
+        "baseline, 1 action a query, undisturbed",
+        "baseline, 2 actions a query, disturbed with seed 0",
+        "rsd, undisturbed",
+    ]
+
+
+def test_the_nearest_hardware_is_preferred_and_named() -> None:
+    """A baseline and a control of the same machine."""
+    rate = run("rsd").rsd_stats.draft_acceptance_rate
+    made = [
+        run(mode, accept_rate=rate if mode == "random" else None, hardware={"cpu": "made-up processor", "gpu": gpu})
+        for gpu in ("H1", "H2")
+        for mode in MODES
+        if mode != "shadow"
+    ]
+    found = [r for r in pair_up([(Path(str(i)), r) for i, r in enumerate(made)]) if r.results.settings.mode == "rsd"]
+    for r, gpu in zip(found, ("H1", "H2"), strict=True):
+        assert (r.name, r.baseline, r.control) == (f"rsd, {gpu}", f"baseline, {gpu}", f"random, {gpu}")
+        assert r.versus is not None
+        assert r.versus.speedup is not None
 
 
 def test_a_report_is_on_runs_of_bundles(tmp_path: Path) -> None:

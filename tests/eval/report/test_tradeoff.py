@@ -28,7 +28,7 @@ from rsd_trt.eval.report.tradeoff import (
     shares,
     tradeoff,
 )
-from rsd_trt.eval.report.tradeoff_chart import _curves, has_curve, panels, tradeoff_png
+from rsd_trt.eval.report.tradeoff_chart import _curves, _look, has_curve, panels, tradeoff_png
 from rsd_trt.eval.report.write import PerformanceComparison, write_report
 from rsd_trt.eval.results import Episode, Results
 from rsd_trt.eval.statistics import mcnemar_exact, sign_flip
@@ -241,9 +241,17 @@ def test_a_tolerance_and_a_rate_have_curves_of_their_own() -> None:
     wide = dataclasses.replace(settings().rsd, tolerance=(0.4,) * 6)
     others = [(made("rsd", 1, 40, rsd=wide), 7.0, None), (made("random", 1, 30, accept_rate=0.5), 9.0, None)]
     found = of([*batched(), *others, (made("random", 1, 33, accept_rate=0.9), 6.0, None)])
-    (panel,) = panels(found)
-    curves = {mode: [(name, len(points)) for name, points in _curves(panel, mode)] for mode in ("rsd", "random")}
-    assert curves == {"rsd": [("", 2), ("tolerance 0.4", 1)], "random": [("", 1), ("accepting 90.0%", 1)]}
+    modes: tuple[Mode, ...] = ("rsd", "random")
+    curves = {m: [(name, len(points)) for name, points in _curves(found.points, m).items()] for m in modes}
+    assert curves == {
+        "rsd": [("tolerance 0.1", 2), ("tolerance 0.4", 1)],
+        "random": [("accepting 50.0%", 1), ("accepting 90.0%", 1)],
+    }
+    assert _look(found, "baseline", "") == ("baseline, open loop", "")
+    assert _look(found, "rsd", "tolerance 0.1") == ("rsd, tolerance 0.1", "")
+    label, hollow = _look(found, "rsd", "tolerance 0.4")
+    assert label == "rsd, tolerance 0.4"
+    assert hollow
     assert tradeoff_png(found).startswith(b"\x89PNG")
 
 
