@@ -25,7 +25,7 @@ export: setup ## Export the reference policy to ONNX and engines
 	$(RSD_TRT) export
 
 test: setup ## Run all tests
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadfile
 
 lint: setup ## Check style and types
 	.venv/bin/ruff check .
