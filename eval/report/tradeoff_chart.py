@@ -22,6 +22,7 @@ BLUE, _, GREEN, PINK, _, VERMILION = COLOURS
 MARGIN = 0.08  # of the success axis, above and below the intervals: for the labels
 WIDER = 1.25  # the cost axis ends at that many times the largest cost
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # ms
+LEGEND_COLUMNS = 2  # for each panel in a row
 HOLLOW = ("s", "v", "D", "^", "p")  # the variants' markers
 SPACING = {"fontsize": 9, "columnspacing": 1.0, "handletextpad": 0.1}  # of the legend: it has the width of a phone
 
@@ -78,13 +79,26 @@ def has_curve(found: Tradeoff) -> bool:
 def tradeoff_chart(found: Tradeoff) -> Chart:
     """The chart for a page, its panels below each other."""
     count = len(panels(found))
-    return draw_chart("tradeoff", lambda figure: _draw(figure, found, count, 1), 0.6 + 2.9 * count, caption(found))
+    return draw_chart(
+        "tradeoff",
+        lambda figure: _draw(figure, found, count, 1),
+        _legend_height(found, 1) + 2.9 * count,
+        caption(found),
+    )
 
 
 def tradeoff_png(found: Tradeoff) -> bytes:
     """The chart as a PNG on white, its panels side by side."""
     count = len(panels(found))
-    return draw_png("tradeoff", lambda figure: _draw(figure, found, 1, count), 0.6 + 4.4 * count, 4.0)
+    return draw_png(
+        "tradeoff", lambda figure: _draw(figure, found, 1, count), 0.6 + 4.4 * count, _legend_height(found, count) + 3.5
+    )
+
+
+def _legend_height(found: Tradeoff, columns: int) -> float:
+    """Inches of the legend above that many panels side by side, and of what lies around the panels."""
+    labels = sum(len(_curves(found.points, mode)) for mode in STYLES)
+    return 0.4 + 0.2 * -(-labels // (LEGEND_COLUMNS * columns))
 
 
 def caption(found: Tradeoff) -> str:
@@ -130,7 +144,7 @@ def _draw(figure: Figure, found: Tradeoff, rows: int, columns: int) -> None:
             if label not in labels:
                 handles.append(handle)
                 labels.append(label)
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False, **SPACING)
+    figure.legend(handles, labels, loc="outside upper center", ncols=LEGEND_COLUMNS * columns, frameon=False, **SPACING)
 
 
 def _curves(points: Sequence[Point], mode: Mode) -> dict[str, list[Point]]:

@@ -114,7 +114,11 @@ def test_decisions_are_replayed(tiny_bundle: Path, tmp_path: Path) -> None:
     command = (tiny_bundle, "--replay", *files, "--episodes", 2, "--device", "cpu", "--out", tmp_path / "out")
     table = profile(*command)
     assert table.exit_code == 0, table.output
-    for text in ("decisions of the runs below, clock of tiny, eager backbone", "made-up, rsd", "a replay: a query alone"):
+    for text in (
+        "decisions of the runs below, clock of tiny, eager backbone",
+        "made-up, rsd",
+        "a replay: a query alone",
+    ):
         assert text in table.stdout
     printed = profile(*command, "--prompt-tokens", 20, "--json")
     record = json.loads(printed.stdout)
