@@ -46,10 +46,11 @@ def reference(record: Json, short: bool = False) -> list[str]:
         if row["mode"] == "rsd"
     }
     for row, run in runs:
-        mode, rate = row["mode"], run["settings"]["accept_rate"]
-        variant = {"baseline": "", "rsd": tolerance(run)}.get(mode)
-        if variant is None:
-            variant = rates[row["disturb"], rate]
+        mode, variant = row["mode"], ""
+        if mode == "rsd":
+            variant = tolerance(run)
+        elif mode == "random":
+            variant = rates[row["disturb"], run["settings"]["accept_rate"]]
         found.setdefault((mode, row["n_action_steps"], variant), {})[row["disturb"] is not None] = row, run
     order = {mode: i for i, mode in enumerate(("baseline", "rsd", "random"))}
     told = [0, 1, 3] if short else [0, 1, 2, 3]

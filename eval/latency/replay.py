@@ -12,10 +12,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -37,12 +37,12 @@ from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.scripted import Decision, ScriptedPolicy
 from rsd_trt.runtime.speculate import Route
 
+log = logging.getLogger(__name__)
+
 BOUNDARY = (
     "a query alone, host's clock, synchronised, from a uint8 image in the host's memory to actions there, its decision "
     "replayed from the results files; without simulation. All queries are priced by the replayed ones of their route"
 )
-log = logging.getLogger(__name__)
-
 WARM_UP = 20  # queries of each kind and prompt
 WARM_UP_ROUTES: tuple[Route, ...] = ("start", "accepted", "rejected")
 Kind = Literal["baseline", "draft"]  # of queries: without a draft, or with one
@@ -251,12 +251,11 @@ def price(tracks: Sequence[Track], chosen: Mapping[str, Sequence[Key]]) -> Price
     prices: Prices = {}
     for kind in dict.fromkeys(track.kind for track in tracks):
         alike = [track for track in tracks if track.kind == kind]
-        total, count = Counter[Route](), Counter[Route]()
+        medians: dict[Route, list[float]] = {}  # a run's as often as it took the route
         for track in alike:
             for route, ms in track.route_ms.items():
-                total[route] += len(ms) * float(np.median(ms))  # type: ignore[assignment]
-                count[route] += len(ms)
-        prices[kind] = {route: total[route] / count[route] for route in count}
+                medians.setdefault(route, []).extend([float(np.median(ms))] * len(ms))
+        prices[kind] = {route: fmean(ms) for route, ms in medians.items()}
         replayed = [track.priced(prices)[key][0] for track in alike for key in chosen[track.suite]]
         scale = sum(sum(track.episode_ms) for track in alike) / sum(replayed)
         prices[kind] = {route: ms * scale for route, ms in prices[kind].items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rsd_trt.config import MODES
 from rsd_trt.errors import UserError
-from rsd_trt.eval.latency.replay_record import Replay
+from rsd_trt.eval.latency.replay_record import Replay, ReplayRow
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.compare import Comparison, SpeedUp, compare, differences
 from rsd_trt.eval.results import Results, Settings
@@ -128,9 +128,13 @@ def _timed_by(replay: Replay, run: Run, runs: Mapping[str, Run]) -> Run:
     baseline = replay.row(runs[run.baseline].results.settings.run) if run.baseline else None
     if baseline is None or baseline.run != row.baseline:
         return run
-    speedup = SpeedUp(row.speedup, row.speedup_interval, replayed=True)
     cost = (baseline.ms_per_action, row.ms_per_action)
-    return replace(run, versus=replace(run.versus, speedup=speedup, ms_per_action=cost, no_speedup=None))
+    return replace(run, versus=replace(run.versus, speedup=replayed(row), ms_per_action=cost, no_speedup=None))
+
+
+def replayed(row: ReplayRow) -> SpeedUp | None:
+    """The speed-up over the baseline that a replay measured."""
+    return SpeedUp(row.speedup, row.speedup_interval, replayed=True) if row.speedup is not None else None
 
 
 def _traits(run: Results) -> dict[str, str]:

@@ -17,7 +17,7 @@ from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
 from rsd_trt.eval.latency.replay_record import Replay, ReplayRow
 from rsd_trt.eval.report.compare import Comparison, SpeedUp, compare, differences
-from rsd_trt.eval.report.runs import Run, variant
+from rsd_trt.eval.report.runs import Run, replayed, variant
 from rsd_trt.eval.report.wording import listed, number
 from rsd_trt.eval.results import Results, Settings
 from rsd_trt.eval.statistics import CONFIDENCE, Interval, bootstrap_share, sign_flip
@@ -194,7 +194,7 @@ def _point(run: Run, replay: Replay | None) -> Point | str:
     row = replay.row(settings.run) if replay is not None else None
     if row is not None and replay is not None:
         ms, ms_interval, hardware, timed = row.ms_per_action, row.ms_per_action_interval, replay.hardware, row
-        faster = SpeedUp(row.speedup, row.speedup_interval, replayed=True) if row.speedup else None
+        faster = replayed(row)
     elif settings.mode == "shadow":
         return "shadow mode computes all that rsd would save"
     elif settings.timing == "batched":

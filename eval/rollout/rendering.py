@@ -63,10 +63,12 @@ def explaining_gl() -> Iterator[None]:
             if exception.exc_type is KeyboardInterrupt:
                 hook(exception)
 
-        sys.unraisablehook = quiet
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        sys.unraisablehook = hook
+        try:
+            sys.unraisablehook = quiet
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
+        finally:
+            sys.unraisablehook = hook
         raise UserError(
             f"{name} gives no OpenGL context ({str(error).splitlines()[0]}). Install a driver: apt-get install "
             "libegl-mesa0, or libosmesa6 with MUJOCO_GL=osmesa"

@@ -68,7 +68,6 @@ def stoppable() -> Iterator[None]:
 
     Python drops an exception that is raised while it collects garbage: a KeyboardInterrupt is raised again then.
     """
-
     lost = False
 
     def stop(*_: object) -> None:
