@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import ParamSpec, TypeVar
@@ -47,6 +48,7 @@ def call(seconds: float, function: Callable[P, T], *args: P.args, **kwargs: P.kw
 
 def _serve(connection: Connection, function: Callable[..., object], args: tuple[object, ...], kwargs: object) -> None:
     """The child: what libraries print goes nowhere, since stdout is for results."""
+    end_with_parent()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -54,6 +56,19 @@ def _serve(connection: Connection, function: Callable[..., object], args: tuple[
         connection.send((function(*args, **kwargs), None))  # type: ignore[arg-type]
     except BaseException as error:  # native bindings raise what is no Exception, too
         connection.send((None, f"{type(error).__name__}: {error}"))
+
+
+def end_with_parent() -> None:
+    """For a process that multiprocessing began: kills it once its parent is gone, whatever it is at and even if the
+    parent went first. What hangs would stay for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a process that multiprocessing did not begin"
+
+    def follow() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _how(code: int | None) -> str:

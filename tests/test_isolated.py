@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from rsd_trt.isolated import Crashed, call
+from rsd_trt.isolated import Crashed, call, end_with_parent
+
+PATIENCE = 60.0  # s
 
 
 class NoException(BaseException):
@@ -33,6 +38,16 @@ def hang() -> None:
 
 def leave() -> None:
     os._exit(3)
+
+
+def begin_late() -> None:
+    """Comes to itself when its parent is gone, and then hangs."""
+    first = os.getppid()
+    print(os.getpid(), flush=True)
+    while os.getppid() == first:
+        time.sleep(0.01)
+    end_with_parent()
+    hang()
 
 
 def complain() -> None:
@@ -62,4 +77,25 @@ def test_what_gives_no_answer_says_how(seconds: float, function: object, message
     started = time.monotonic()
     with pytest.raises(Crashed, match=f"^{message}$"):
         call(seconds, function)  # type: ignore[arg-type]
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < PATIENCE
+
+
+PARENT = """
+import multiprocessing, time
+from test_isolated import begin_late
+multiprocessing.get_context("spawn").Process(target=begin_late).start()
+time.sleep(600)
+"""
+
+
+def test_a_process_ends_with_its_parent_even_if_that_went_first() -> None:
+    parent = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(parent, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        process.kill()
+        try:
+            process.communicate(timeout=PATIENCE)  # its end comes when no process is left that could write
+        except subprocess.TimeoutExpired:
+            os.kill(child, signal.SIGKILL)
+            raise

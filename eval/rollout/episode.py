@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.eval.rollout.disturb import Disturbance, Offset
 from rsd_trt.files import replacing
+from rsd_trt.isolated import end_with_parent
 from rsd_trt.runtime.observation import Observation
 
 log = logging.getLogger(__name__)
@@ -146,8 +144,7 @@ def serve(
     With a `script(environment)`, that gives the actions: nobody is asked, and no images are rendered for it.
     `run` is what an episode is, where it is no trial.
     """
-
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     line = Line(connection)
 
     def act(simulator: EnvironmentT, step: int) -> NDArray[np.float32]:
@@ -204,13 +201,6 @@ class Line:
         except (EOFError, OSError):
             raise HungUp from None
         return actions
-
-
-def _follow(parent: int) -> None:
-    """Ends this process when its parent is gone, whatever it is at: a hung simulator would stay for ever."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def check_video_writer() -> None:
