@@ -118,7 +118,11 @@ def test_verify_passes_what_is_equal(tiny_bundle: Path, exported: Callable[..., 
     command = ("verify", tiny_bundle, "--engines", exported("fp32"), "--device", "cpu")
     result = rsd_trt(*command, "--backend", "ort,graph", "-n", 64, "--json")
     assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)
+    record = json.loads(result.stdout)
+    assert {*record} == {"command", "bundle", "bundle_sha256", "hardware", "versions", "rows"}
+    assert record["bundle_sha256"] == Bundle.open(tiny_bundle).fingerprint
+    assert (record["hardware"], record["versions"]) == (host.hardware("cpu"), host.versions())
+    rows = record["rows"]
     assert {(row["backend"], row["status"]) for row in rows} == {("ort", "passed"), ("graph", "not measured")}
     assert len(rows) == 4 * len(COMPONENTS)
     table = rsd_trt(*command, "--backend", "ort,graph", "-n", 64)
@@ -139,7 +143,7 @@ def test_verify_fails_what_is_not(
     assert "> -1" in result.stdout
     printed = rsd_trt(*command, "--json")
     assert message(printed) == "10 of 10 comparisons failed"
-    assert {row["status"] for row in json.loads(printed.stdout)} == {"failed"}
+    assert {row["status"] for row in json.loads(printed.stdout)["rows"]} == {"failed"}
 
 
 def test_verify_compares_the_backbone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +152,7 @@ def test_verify_compares_the_backbone(tiny_bundle: Path, monkeypatch: pytest.Mon
     command = ("verify", tiny_bundle, "--device", "cpu", "--backbone", "eager,graph", "--libero", "libero_goal")
     result = rsd_trt(*command, "--json")
     assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)
+    rows = json.loads(result.stdout)["rows"]
     whole = [row for row in rows if row["component"] == "backbone"]
     assert [(row["backend"], row["status"]) for row in whole if row["backend"] == "eager"] == [("eager", "passed")] * 2
     assert [row["status"] for row in whole if row["backend"] == "graph"] == ["not measured"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,6 +142,11 @@ class EpisodeProgress:
             figures += f", {sum(e.policy_ms for e in done) / steps:.2f} ms/action"
         figures += f", {errors} errors" if errors else ""
         self.progress.update(self.bar, advance=1, figures=figures)
+
+
+def command_line() -> str:
+    """The command that was given, for what it measures to be measured again."""
+    return shlex.join(["rsd-trt", *sys.argv[1:]])
 
 
 def show(*tables: RenderableType) -> None:

@@ -14,6 +14,7 @@ import click
 from rsd_trt.cli.console import (
     BuildProgress,
     bundle_argument,
+    command_line,
     device_option,
     engines_option,
     json_option,
@@ -34,6 +35,9 @@ from rsd_trt.config import (
 from rsd_trt.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
+    from rsd_trt.bundle import Bundle
     from rsd_trt.flavour import Flavour
 
 NameT = TypeVar("NameT", bound=str)
@@ -192,11 +196,11 @@ def verify(
     from rsd_trt.runtime.policy import check_device
 
     backends = [check_backend(name) for name in backend]
-    opened = Bundle.open(bundle)
-    found = components.verify(opened, backends, check_device(device), precision, engines, rows, hidden)
+    opened, target = Bundle.open(bundle), check_device(device)
+    found = components.verify(opened, backends, target, precision, engines, rows, hidden)
     results = [components.to_json(result) for result in found]
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        print_record(opened, target, results)
     else:
         from rsd_trt.tables import parity_table
 
@@ -231,16 +235,31 @@ def verify_backbone(
     if fp8_sensitivity:
         losses = [asdict(loss) for loss in sensitivity(opened, target, seen)]
         if as_json:
-            click.echo(json.dumps(losses, indent=2))
+            print_record(opened, target, losses)
         else:
             show(sensitivity_table(losses))
         return
     results = [to_json(x) for x in backbone.verify_backbone(opened, chosen, wanted, target, seen)]
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        print_record(opened, target, results)
     else:
         show(backbone_table([r for r in results if "exceeded" in r]))
     conclude(results, as_json)
+
+
+def print_record(bundle: Bundle, device: torch.device, rows: Sequence[Mapping[str, object]]) -> None:
+    """The measurements as JSON, with all that it takes to make them again."""
+    from rsd_trt import host
+
+    record = {
+        "command": command_line(),
+        "bundle": bundle.config.name,
+        "bundle_sha256": bundle.fingerprint,
+        "hardware": host.hardware(str(device)),
+        "versions": host.versions(),
+        "rows": rows,
+    }
+    click.echo(json.dumps(record, indent=2))
 
 
 def one_of(what: str, name: str, options: Sequence[NameT]) -> NameT:

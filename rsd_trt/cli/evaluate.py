@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 from pathlib import Path
 
 import click
@@ -17,6 +15,7 @@ from rsd_trt.cli.console import (
     backbone_option,
     backbone_precision_option,
     bundle_argument,
+    command_line,
     device_option,
     engines_option,
     json_option,
@@ -241,7 +240,7 @@ def evaluate(
         backbone_precision=backbone_precision,
     )
     with EpisodeProgress(timed=workers == 1 and policy == "bundle") as progress:
-        results = run(request, progress.start, progress.add, shlex.join(["rsd-trt", *sys.argv[1:]]))
+        results = run(request, progress.start, progress.add, command_line())
     if as_json:
         click.echo(json.dumps(to_json(results)))
     else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +12,7 @@ from click.core import ParameterSource
 from rsd_trt.cli.console import (
     ReplayProgress,
     bundle_argument,
+    command_line,
     device_option,
     engines_option,
     json_option,
@@ -152,7 +151,7 @@ def profile(
     precisions = cast("tuple[BackbonePrecision, ...]", backbone_precision)
     backends = [check_backend(name) for name in backend]
     target = check_device(device)
-    command = shlex.join(["rsd-trt", *sys.argv[1:]])
+    command = command_line()
     shapes = tuple(Shape(i, p) for i in views or (None,) for p in prompts or (None,))
     opened = Bundle.open(bundle)
     if replay:

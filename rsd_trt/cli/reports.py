@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import click
 
-from rsd_trt.cli.console import FiniteRange, bundle_argument, json_option, note_untrained, show
+from rsd_trt.cli.console import FiniteRange, bundle_argument, command_line, json_option, note_untrained, show
 from rsd_trt.config import MAX_TOLERANCE
 
 
@@ -67,7 +65,7 @@ def report(results: tuple[Path, ...], out: Path, replay: Path | None, as_json: b
     from rsd_trt.eval.report.write import write_report
     from rsd_trt.jsonio import to_json
 
-    written = write_report(results, out, shlex.join(["rsd-trt", *sys.argv[1:]]), replay)
+    written = write_report(results, out, command_line(), replay)
     if as_json:
         click.echo(json.dumps(to_json(written.comparison), indent=2))
         return
