@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent
+RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parents[1]
 PAGES = (ROOT / "README.md", ROOT / "reference" / "README.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
