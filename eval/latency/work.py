@@ -64,8 +64,8 @@ def stage_work(
 ) -> dict[Stage, Work]:
     """What each stage of one query has to do.
 
-    images: of an observation; prompt: its tokens, BOS included; backbone: fp8 for Llama blocks (but the last) in E4M3
-    and the rest in bfloat16; parts: the precision of draft and head.
+    images: of an observation; prompt: its tokens, BOS included; backbone: fp8 for the MLPs of the Llama blocks (but
+    the last) in E4M3 and the rest in bfloat16; parts: the precision of draft and head.
     """
     language, k = config.backbone.language, config.rsd.draft_block
     plain: Number = "bf16" if backbone == "fp8" else backbone
@@ -120,8 +120,8 @@ def _tower(tower: TowerConfig, images: int, count: int, number: Number) -> Work:
 
 def _block(language: LanguageConfig, positions: int, number: Number, plain: Number) -> Work:
     hidden, inner = language.hidden, language.intermediate
-    work = product(positions, hidden, 3 * hidden, number) + attention(positions, positions, hidden, plain)
-    work += product(positions, hidden, hidden, number) + product(positions, hidden, 2 * inner, number)
+    work = product(positions, hidden, 3 * hidden, plain) + attention(positions, positions, hidden, plain)
+    work += product(positions, hidden, hidden, plain) + product(positions, hidden, 2 * inner, number)
     return work + product(positions, inner, hidden, number)
 
 

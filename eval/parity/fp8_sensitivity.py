@@ -14,7 +14,7 @@ from rsd_trt.eval.parity.backbone import Answers, flips, heads, joined, steps_ap
 from rsd_trt.eval.parity.components import DYNAMIC_ROWS
 from rsd_trt.eval.parity.oracle import last_positions
 from rsd_trt.models.fused_backbone import FusedBackbone
-from rsd_trt.models.products import PRODUCTS, Fp8Product, Product, ProductName, every_product
+from rsd_trt.models.products import PRODUCTS, Fp8Product, Product, ProductName, every_product, fp8_products
 from rsd_trt.runtime.backends import check_fp8
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor
@@ -41,7 +41,8 @@ class Sensitivity:
 
 @torch.inference_mode()
 def sensitivity(bundle: Bundle, device: torch.device, observations: Sequence[Observation]) -> Iterator[Sensitivity]:
-    """All products; each kind alone, and all but it; all but the first blocks; each block alone (counted from 0).
+    """All products; the MLPs', as `fp8` computes them; each kind alone, and all but it; all but the first blocks; each
+    block alone (counted from 0).
 
     Raises:
         UserError: the device or the backbone's widths allow no E4M3.
@@ -93,7 +94,7 @@ def choices(blocks: int) -> dict[str, Choice]:
     but = {f"all but {name}": {pair for pair in every if pair[1] != name} for name in PRODUCTS}
     single = {f"block {i}": {pair for pair in every if pair[0] == i} for i in range(blocks - 1)}
     first = {f"all but blocks < {n}": {pair for pair in every if pair[0] >= n} for n in range(1, min(4, blocks - 1))}
-    return {"all": every, **only, **but, **first, **single}
+    return {"all": every, "the MLPs": fp8_products(blocks), **only, **but, **first, **single}
 
 
 def answers(

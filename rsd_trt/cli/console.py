@@ -56,7 +56,7 @@ backbone_precision_option = click.option(
     type=click.Choice(BACKBONE_PRECISIONS),
     default="bundle",
     show_default=True,
-    help="bundle: what its weights are stored in; fp8: E4M3 matrix products in the Llama blocks.",
+    help="bundle: what its weights are stored in; fp8: E4M3 in the MLPs of the Llama blocks.",
 )
 engines_option = click.option(
     "--engines", type=click.Path(path_type=Path), default=DEFAULT_ENGINES, show_default=True, help="Folder of exports."

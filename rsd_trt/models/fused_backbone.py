@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsd_trt.models.backbone import Backbone, CausalAttention, LlamaBlock, SwiGLU, rope_tables, rotate
-from rsd_trt.models.products import ALIGNMENT, Fp8Product, Product, ProductName
+from rsd_trt.models.products import ALIGNMENT, Fp8Product, Product, ProductName, to_fp8
 from rsd_trt.models.vision import Block, VisionTower, cut
 
 Rope = tuple[Tensor, Tensor]
+Gate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of a SwiGLU in E4M3, as `kernels.gate`
 MOST_SHAPES = 256  # rows, prompt lengths and places that a block is compiled for
 
 
@@ -37,6 +38,7 @@ class FusedBlock(nn.Module):
         self.wo = product("wo", _stack(attention, "o_proj"))
         self.w13 = product("w13", _stack(mlp, "gate_proj", "up_proj"))
         self.w2 = product("w2", _stack(mlp, "down_proj"))
+        self.gate: Gate | None = None
 
     def forward(self, x: Tensor, branch: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """x, branch [B, S, H] -> [B, S, H] both."""
@@ -48,8 +50,14 @@ class FusedBlock(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         """x [n, H] -> [n, H], without the residual."""
-        gate, up = self.w13(self.norm2(x)).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        w13, w2, normed = self.w13, self.w2, self.norm2(x)
+        if self.gate is not None:
+            assert isinstance(w13, Fp8Product) and isinstance(w2, Fp8Product)
+            quantised, scale = to_fp8(normed)
+            quantised, scale = self.gate(w13.multiply(quantised), scale, w13.scale)
+            return w2.scaled(w2.multiply(quantised), scale).to(x.dtype)
+        gate, up = w13(normed).chunk(2, dim=-1)
+        return w2(F.silu(gate) * up)
 
 
 class LastBlock(FusedBlock):
@@ -84,6 +92,7 @@ class FusedVisionBlock(nn.Module):
         super().__init__()
         self.block = block
         self.before = before
+        self.attend: Callable[[Tensor], Tensor] = attend
 
     def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """x, branch [n, P, width] -> [n, P, width] both."""
@@ -92,7 +101,7 @@ class FusedVisionBlock(nn.Module):
         attention = block.attn
         x = add(x, self.before(branch))
         qkv = attention.qkv(block.norm1(x)).view(n, length, 3, attention.heads, width // attention.heads)
-        x = add(x, block.ls1(attention.proj(attend(qkv))))
+        x = add(x, block.ls1(attention.proj(self.attend(qkv))))
         return x, block.mlp(block.norm2(x))
 
 
@@ -217,10 +226,23 @@ class FusedBackbone(nn.Module):
     def compile(self) -> None:
         """Has torch.compile fuse what lies between the matrix products; kernels are made at the first run.
 
-        One compilation serves all blocks of a kind.
+        One compilation serves all blocks of a kind. The towers' attention in bfloat16, and what gates an MLP in
+        E4M3, are kernels of our own.
         """
+        from rsd_trt.models import kernels
+
         self.compiled = True
+        for layer in self.layers:
+            assert isinstance(layer, FusedBlock)
+            if isinstance(layer.w13, Fp8Product) and isinstance(layer.w2, Fp8Product):
+                layer.gate = kernels.gate
         blocks = [block for tower in self.towers for block in tower.blocks]  # type: ignore[union-attr]
+        for block in blocks:
+            assert isinstance(block, FusedVisionBlock)
+            attention = block.block.attn
+            width = attention.qkv.in_features // attention.heads
+            if attention.qkv.weight.dtype == torch.bfloat16 and width >= kernels.SMALLEST_DOT:
+                block.attend = kernels.attend
         # A shape that is not compiled would run eagerly, and slowly: so there is room for all, and none is passed over.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
         torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 FP8_MAX = 448.0  # the largest number of E4M3
 FP8 = torch.float8_e4m3fn
+SMALLEST_MAX = 1e-12  # what the largest number of a row counts for at least: a row of zeros has a scale, too
 ProductName = Literal["wqkv", "wo", "w13", "w2"]  # a block's four products
+MLP: tuple[ProductName, ...] = ("w13", "w2")
 PRODUCTS: tuple[ProductName, ...] = get_args(ProductName)
 ALIGNMENT = 16  # of a product's inner width for the fast kernels; products in E4M3 need it of both widths
 
@@ -43,20 +45,27 @@ class Fp8Product(Product):
         quantised, scale = to_fp8(weight)
         super().__init__(quantised)
         self.register_buffer("scale", scale[:, 0])  # [out]
-        self.register_buffer("one", torch.ones((), device=weight.device))
+        self.register_buffer("one", torch.ones((), dtype=torch.float32, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         quantised, scale = to_fp8(x)
-        y = torch._scaled_mm(
+        return self.scaled(self.multiply(quantised), scale).to(x.dtype)
+
+    def multiply(self, quantised: Tensor) -> Tensor:
+        """E4M3 [n, in] -> the product before its scales, bfloat16 [n, out]."""
+        return torch._scaled_mm(
             quantised, self.weight.t(), self.one, self.one, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-        return (y.float() * scale * self.scale).to(x.dtype)
+
+    def scaled(self, y: Tensor, scale: Tensor) -> Tensor:
+        """What `multiply` gave, and its rows' scales [n, 1] -> float32 [n, out]."""
+        return y.float() * scale * self.scale
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, width] -> (E4M3 [n, width], float32 scale [n, 1]) with x = quantised * scale, about."""
     wide = x.float()
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_MAX) / FP8_MAX
     return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
@@ -66,5 +75,9 @@ def every_product(blocks: int) -> set[tuple[int, ProductName]]:
 
 
 def fp8_products(blocks: int) -> set[tuple[int, ProductName]]:
-    """Those that are computed in E4M3 unless somebody chooses: all but block 0's, the most sensitive by measurement."""
-    return {(i, name) for i, name in every_product(blocks) if i > 0}
+    """Those that are computed in E4M3 unless somebody chooses: the MLPs', 65% of a 7B block's arithmetic.
+
+    By measurement the attention's lose most: of OpenVLA-7B's shapes with random weights, E4M3 in the MLPs leaves a
+    cosine of 0.9994 to the final hidden state in bfloat16, in all products 0.9967 (`rsd-trt verify --sensitivity`).
+    """
+    return {(i, name) for i, name in every_product(blocks) if name in MLP}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from rsd_trt.models.backbone import Backbone, BackboneInputs
-from rsd_trt.models.fused_backbone import FusedBackbone
-from rsd_trt.models.products import PRODUCTS, Fp8Product, ProductName, every_product
+from rsd_trt.models.fused_backbone import FusedBackbone, FusedBlock
+from rsd_trt.models.products import PRODUCTS, Fp8Product, ProductName, every_product, to_fp8
 from rsd_trt.presets import preset
 
 CONFIG = preset("tiny", "tiny").backbone
@@ -79,3 +82,21 @@ def test_the_chosen_products_are_in_e4m3_and_no_other(backbone: Backbone, fp8: s
     found = {(i, n) for i, block in enumerate(blocks) for n in PRODUCTS if isinstance(getattr(block, n), Fp8Product)}
     assert found == fp8
     assert not [block for block, _ in found if block == N - 1]
+
+
+def plain_gate(product: Tensor, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What `kernels.gate` computes, on any device."""
+    gate, up = (product.float() * row_scale * column_scale).chunk(2, dim=-1)
+    return to_fp8(F.silu(gate) * up)
+
+
+def test_an_mlp_in_e4m3_is_the_same_with_its_gate_in_one_kernel(randomise: Callable[..., None]) -> None:
+    wide = replace(CONFIG, language=replace(CONFIG.language, intermediate=96))  # a multiple of 16
+    module = Backbone(wide).requires_grad_(False).to(torch.bfloat16)
+    randomise(module)
+    block = FusedBackbone(module, {(0, "w13"), (0, "w2")}).layers[0]
+    assert isinstance(block, FusedBlock)
+    x = torch.randn(7, wide.language.hidden, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = block.mlp(x)
+    block.gate = plain_gate
+    torch.testing.assert_close(block.mlp(x), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))

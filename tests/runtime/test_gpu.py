@@ -34,6 +34,17 @@ pytestmark = [
 CUDA = torch.device("cuda")
 
 
+def has_cuda_provider() -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+ORT = pytest.param("ort", marks=pytest.mark.skipif(not has_cuda_provider(), reason="no onnxruntime-gpu"))
+
+
 @pytest.fixture(scope="module")
 def engines(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
@@ -41,7 +52,7 @@ def engines(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", ["graph", "ort"])
+@pytest.mark.parametrize("backend", ["graph", ORT])
 def test_every_component_equals_pytorch(bundle: Bundle, engines: Path, backend: Backend) -> None:
     results = list(verify(bundle, [backend], CUDA, "fp32", engines, rows=64))
     assert len(results) == 2 * len(COMPONENTS)
@@ -50,23 +61,23 @@ def test_every_component_equals_pytorch(bundle: Bundle, engines: Path, backend: 
         assert not result.exceeded, result
 
 
-def test_warm_sessions_allocate_nothing(bundle: Bundle, engines: Path) -> None:
-    request = ProfileRequest((("graph", True), ("ort", True), ("ort", False)), (1, 8), CUDA, "fp32", engines, 50, 10)
+@pytest.mark.parametrize("backend", ["graph", ORT])
+def test_warm_sessions_allocate_nothing(bundle: Bundle, engines: Path, backend: Backend) -> None:
+    ways = (("ort", True), ("ort", False)) if backend == "ort" else ((backend, True),)
+    request = ProfileRequest(ways, (1, 8), CUDA, "fp32", engines, 50, 10)
     rows = list(profile(bundle, request))
     assert {(row.allocations, row.grown) for row in rows} == {(0, 0)}
 
 
 @pytest.mark.parametrize("mode", ["baseline", "rsd", "shadow"])
-def test_every_backend_acts_alike(
-    bundle: Bundle, engines: Path, mode: Mode, observe: Callable[..., Observation]
+@pytest.mark.parametrize("backend", ["graph", ORT])
+def test_every_backend_acts_as_pytorch(
+    bundle: Bundle, engines: Path, backend: Backend, mode: Mode, observe: Callable[..., Observation]
 ) -> None:
-    chosen: dict[Backend, list[np.ndarray]] = {}  # type: ignore[type-arg]
-    for backend in ("torch", "graph", "ort"):
-        policy = Policy.load(bundle, mode, backend, "cuda", engines=engines)
-        chosen[backend] = [policy.act(observe(bundle.config.control, seed)) for seed in range(6)]
-    for backend in ("graph", "ort"):
-        for expected, found in zip(chosen["torch"], chosen[backend], strict=True):
-            np.testing.assert_allclose(found, expected, atol=1e-4)
+    slow, fast = (Policy.load(bundle, mode, name, "cuda", engines=engines) for name in ("torch", backend))
+    for seed in range(6):
+        seen = observe(bundle.config.control, seed)
+        np.testing.assert_allclose(fast.act(seen), slow.act(seen), atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -166,15 +177,13 @@ def test_a_decision_waits_for_the_device_once(bundle: Bundle, monkeypatch: pytes
 def test_fp8_is_close(tmp_path: Path) -> None:
     small = initialise(tmp_path / "small", "reference", seed=0)
     seen = random_observations(small.config.control, 8)
-    for result in verify_backbone(small, ["graph"], ["bundle", "bf16", "fp8"], CUDA, seen):
+    for result in verify_backbone(small, ["graph", "compiled"], ["bundle", "bf16", "fp8"], CUDA, seen):
         if not isinstance(result, BackboneParity):
             assert "timm is not installed" in result.reason
-        elif result.precision == "fp8":
-            assert result.cosine > 0.995, result  # untrained: the first block alone costs 0.001
         else:
             assert not result.exceeded, result
     losses = {row.what: row for row in sensitivity(small, CUDA, seen)}
-    assert losses["all"].cosine < losses["block 0"].cosine < 1
+    assert losses["all"].cosine < losses["the MLPs"].cosine < 1
 
 
 def test_tensorrt_equals_pytorch_or_says_why_not(bundle: Bundle, tmp_path: Path) -> None:

@@ -53,13 +53,13 @@ def test_a_7b_query_by_hand() -> None:
     assert found["preprocess"] == Work(3 * 256**2 + 2 * 2 * 3 * 224**2)
 
 
-def test_fp8_halves_the_weights_of_all_blocks_but_the_last() -> None:
+def test_fp8_halves_the_weights_of_the_mlps_of_all_blocks_but_the_last() -> None:
     narrow, wide = (stage_work(OPENVLA, 1, PROMPT, number) for number in ("fp8", "bf16"))
     assert narrow["vision"] == wide["vision"]
     assert narrow["blocks <= k"].total_flops == wide["blocks <= k"].total_flops
     assert set(narrow["blocks > k"].flops) == {"bf16", "fp8"}
-    weights = 8 * (4 * 4096**2 + 3 * 4096 * 11008)
-    inputs = 8 * (PROMPT + 256) * (3 * 4096 + 11008)
+    weights = 8 * 3 * 4096 * 11008
+    inputs = 8 * (PROMPT + 256) * (4096 + 11008)
     assert wide["blocks <= k"].bytes - narrow["blocks <= k"].bytes == weights + inputs
 
 

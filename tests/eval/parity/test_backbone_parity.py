@@ -225,12 +225,14 @@ def test_the_loss_of_each_product_in_fp8(wide: Bundle) -> None:
     blocks = wide.config.backbone.language.blocks
     assert set(found) == {
         "all",
+        "the MLPs",
         *(f"only {name}" for name in PRODUCTS),
         *(f"all but {name}" for name in PRODUCTS),
         *(f"all but blocks < {n}" for n in range(1, blocks - 1)),
         *(f"block {i}" for i in range(blocks - 1)),
     }
     assert found["all"].products == len(every_product(blocks)) == len(PRODUCTS) * (blocks - 1)
+    assert found["the MLPs"].products == 2 * (blocks - 1)
     assert all(0.99 < row.cosine <= row.mean_cosine < 1 for row in found.values())
     assert found["all"].cosine == min(row.cosine for row in found.values())
     assert all(

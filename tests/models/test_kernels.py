@@ -1,0 +1,45 @@
+"""The kernels in Triton, against what they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rsd_trt.models import fused_backbone
+from rsd_trt.models.products import to_fp8
+
+kernels = pytest.importorskip("rsd_trt.models.kernels", reason="no Triton", exc_type=ImportError)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(len(shape)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "width"),
+    [(1, 261, 16, 64), (2, 256, 16, 72), (3, 100, 4, 80), (1, 17, 2, 16), (1, 64, 1, 24), (1, 1, 3, 128)],
+)
+def test_attention(batch: int, length: int, heads: int, width: int) -> None:
+    qkv = random(batch, length, 3, heads, width).bfloat16()
+    expected = fused_backbone.attend(qkv.float())
+    torch.testing.assert_close(kernels.attend(qkv).float(), expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no FP8")
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (5, 640), (284, 11008)])
+def test_gate(rows: int, width: int) -> None:
+    product = random(rows, 2 * width).bfloat16()
+    product[0] = 0
+    of_rows, of_columns = random(rows, 1).abs(), random(2 * width).abs()
+    gate, up = (product.float() * of_rows * of_columns).chunk(2, dim=-1)
+    expected, expected_scale = to_fp8(nn.functional.silu(gate) * up)
+    found, scale = kernels.gate(product, of_rows, of_columns)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=0)
+    # one step of E4M3 apart at most, where a number lies between two
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-3, atol=2**-9)
+    assert float((found.float() != expected.float()).float().mean()) < 1e-3
