@@ -55,7 +55,7 @@ def stage(what: str, backbone: str, p50: float, **more: object) -> dict[str, Any
     return {**row, "ms": ms, "outside_ms": None, "times_floor": 1.5, "speedup": None, **more}
 
 
-def test_stages_are_a_row_for_each_backbone_and_shape(tables: ModuleType) -> None:
+def test_stages_are_of_all_backbones_in_the_first_shape_and_of_the_fastest_in_the_others(tables: ModuleType) -> None:
     rows = [
         stage("vision", "timm + transformers", 17, speedup=1.0),
         stage("baseline query", "timm + transformers", 47, speedup=1.0),
@@ -64,6 +64,8 @@ def test_stages_are_a_row_for_each_backbone_and_shape(tables: ModuleType) -> Non
         stage("accepted query", "graph", 4),
         stage("baseline query", "graph", 8, outside_ms={"p50": 0.25}, speedup=5.875),
         stage("baseline query", "compiled", 0, ms=None),
+        stage("baseline query", "compiled", 12, images=2),
+        stage("baseline query", "graph", 16, images=2),
     ]
     found = tables.stages({"hardware": {"cpu": "x", "gpu": "a GPU"}, "stages": {"rows": rows}})
     assert found == [
@@ -72,6 +74,7 @@ def test_stages_are_a_row_for_each_backbone_and_shape(tables: ModuleType) -> Non
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         "| 1 image, 28 tokens: timm + transformers bf16 | | 17.00 | | | | | 47.00 | 48.00 | 1.50x | | 1.00x |",
         "| 1 image, 28 tokens: graph bf16 | | 3.00 | 1.50 | | 4.00 | | 8.00 | 9.00 | 1.50x | 0.25 | 5.88x |",
+        "| 2 images, 28 tokens: compiled bf16 | | | | | | | 12.00 | 13.00 | 1.50x | | |",
     ]
 
 
@@ -79,11 +82,12 @@ def test_a_replay_names_decisions_and_clock(tables: ModuleType) -> None:
     row = {"decisions_of": "reference", "n_action_steps": 1, "episodes": 50, "queries": 4000, "backbone": "graph"}
     row |= {"full_passes": 4000, "ms_per_action": 8.0, "backbone_precision": "fp8", "route_queries": {"a": 90, "b": 10}}
     baseline = {**row, "mode": "baseline", "ms_per_action_interval": None, "speedup": None, "speedup_interval": None}
-    rsd = {**baseline, "mode": "rsd", "full_passes": 1500, "ms_per_action": 5.0}
+    rsd = {**baseline, "mode": "rsd", "results": "rsd_1_action.json.gz", "full_passes": 1500, "ms_per_action": 5.0}
     rsd |= {"ms_per_action_interval": [4.9, 5.1], "speedup": 1.6, "speedup_interval": [1.55, 1.65]}
     found = tables.replay({"bundle": "7b", "hardware": {"cpu": "x"}, "rows": [baseline, rsd]})
     assert "decisions of ..., clock of 7b, graph fp8, x" in found[0]
     assert found[2:] == [
         "| reference, baseline, 1 action | 100 | 50 | 4,000 | 4,000 | 8.00 | |",
-        "| reference, rsd, 1 action | 100 | 50 | 4,000 | 1,500 | 5.00 (4.90 to 5.10) | 1.60x (1.55x to 1.65x) |",
+        "| reference, rsd, tolerance 0.1, 1 action | 100 | 50 | 4,000 | 1,500 | 5.00 (4.90 to 5.10) "
+        "| 1.60x (1.55x to 1.65x) |",
     ]

@@ -98,11 +98,11 @@ def draw_stages(
             _draw_way(axes, place, [row for row in measured if (row.way.shape, row.way.name) == (shape, name)], ink)
         axes.set_yticks(range(len(names)), [textwrap.fill(name, label) for name in names])
         axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.set_xlim(left=0)
         if titled:
             axes.set_title(shape, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", visible=False)
+    panels[-1].set_xlim(left=0)  # of all, which share it: after all are drawn, since it is not widened any more
     panels[-1].set_xlabel("ms (p50; line: floor)")
     found = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     shown = {label: handle for handle, label in found}

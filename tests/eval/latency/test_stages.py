@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from timm_double import TimmDouble
 
@@ -24,7 +25,7 @@ from rsd_trt.eval.latency.shapes import Shape, make_scene
 from rsd_trt.eval.latency.stages import ORACLE, StageProfile, StagesRequest, StageTiming, Way, profile_stages, speedups
 from rsd_trt.eval.latency.work import STAGES, Stage
 from rsd_trt.eval.parity import oracle
-from rsd_trt.eval.report.plots import stage_chart
+from rsd_trt.eval.report.plots import draw_stages, stage_chart
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.fused_backbone import FusedBackbone
 from rsd_trt.runtime import backends, graph_forward, graph_session
@@ -226,3 +227,10 @@ def test_the_chart_shows_what_was_measured(tmp_path: Path) -> None:
     with Image.open(tmp_path / "stages.png") as chart:
         chart.verify()
         assert min(chart.size) > 200
+
+
+def test_every_panel_of_the_chart_is_as_wide_as_the_longest_bar() -> None:
+    figure = Figure()
+    draw_stages(figure, [*made_up("graph", vision=3, baseline_query=4), *made_up("graph", images=2, vision=40)])
+    assert [axes.get_xlim()[0] for axes in figure.axes] == [0, 0]
+    assert min(axes.get_xlim()[1] for axes in figure.axes) > 40
