@@ -15,7 +15,7 @@ from torch import Tensor
 from rsd_trt.models.products import FP8, FP8_MAX, SMALLEST_MAX
 
 ATTENTION_ROWS = 64  # queries, and keys, that are multiplied at a time
-SMALLEST_DOT = 16  # inner width of a product
+SMALLEST_DOT = 16  # the least inner width of a product
 LOG2E = math.log2(math.e)
 
 
@@ -104,7 +104,7 @@ def _gate(
     MOST: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED)
     inside = columns < WIDTH
     of_row = tl.load(row_scale + row)
