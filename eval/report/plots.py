@@ -102,7 +102,7 @@ def draw_stages(
             axes.set_title(shape, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", visible=False)
-    panels[-1].set_xlim(left=0)  # of all, which share it: after all are drawn, since it is not widened any more
+    panels[-1].set_xlim(left=0)  # of all, which share it; last, because a limit ends automatic scaling
     panels[-1].set_xlabel("ms (p50; line: floor)")
     found = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     shown = {label: handle for handle, label in found}

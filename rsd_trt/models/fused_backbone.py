@@ -227,7 +227,7 @@ class FusedBackbone(nn.Module):
         """Has torch.compile fuse what lies between the matrix products; kernels are made at the first run.
 
         One compilation serves all blocks of a kind. The towers' attention in bfloat16, and what gates an MLP in
-        E4M3, are kernels of our own.
+        E4M3, are kernels of our own. Needs CUDA and Triton.
         """
         from rsd_trt.models import kernels
 
@@ -241,7 +241,7 @@ class FusedBackbone(nn.Module):
             assert isinstance(block, FusedVisionBlock)
             attention = block.block.attn
             width = attention.qkv.in_features // attention.heads
-            if attention.qkv.weight.dtype == torch.bfloat16 and width >= kernels.SMALLEST_DOT:
+            if kernels.can_attend(attention.qkv.weight, width):
                 block.attend = kernels.attend
         # A shape that is not compiled would run eagerly, and slowly: so there is room for all, and none is passed over.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)

@@ -1,4 +1,4 @@
-"""Kernels in Triton, where those that torch.compile makes or takes are slow. They need CUDA.
+"""Kernels in Triton: the towers' attention, and the gate of an MLP in E4M3. They need CUDA.
 
 Called from what torch.compile compiles, they are launched like its own.
 """
@@ -15,7 +15,9 @@ from torch import Tensor
 from rsd_trt.models.products import FP8, FP8_MAX, SMALLEST_MAX
 
 ATTENTION_ROWS = 64  # queries, and keys, that are multiplied at a time
+HEAD_WIDTHS = range(16, 81)  # from what a product needs to what every GPU's shared memory holds
 SMALLEST_DOT = 16  # the least inner width of a product
+BF16_CAPABILITY = (8, 0)  # of the first GPUs with matrix products in bfloat16
 LOG2E = math.log2(math.e)
 
 
@@ -75,13 +77,19 @@ def _attention(
         tl.store(to + rest[None, :], (sum2 / total[:, None]).to(tl.bfloat16), real[:, None] & within[None, :])
 
 
+def can_attend(weight: Tensor, width: int) -> bool:
+    """Whether `attend` takes heads of this width, from a product with this weight."""
+    capability = torch.cuda.get_device_capability(weight.device)
+    return weight.dtype == torch.bfloat16 and width in HEAD_WIDTHS and capability >= BF16_CAPABILITY
+
+
 def attend(qkv: Tensor) -> Tensor:
     """Self-attention without a mask, bfloat16 qkv [B, S, 3, heads, width], contiguous -> [B, S, heads * width].
 
-    A running softmax over blocks of keys, with sums in float32 (Dao et al. 2022, "FlashAttention"). For the short
-    sequences of a tower: it reads the product as it lies, and pads a head of 72 to 80, where cuDNN's kernel has a
-    buffer cleared first and pads to 128. width: 16 or more.
+    A running softmax over blocks of keys, with sums in float32 (Dao et al. 2022, "FlashAttention"). It reads the
+    product as it lies, and pads a head's width to a power of two and a rest. width: one of `HEAD_WIDTHS`.
     """
+    assert qkv.is_contiguous()
     batch, length, _, heads, width = qkv.shape
     out = torch.empty(batch, length, heads * width, device=qkv.device, dtype=qkv.dtype)
     first = 1 << (width.bit_length() - 1)
@@ -115,15 +123,17 @@ def _gate(
     gated = gate * tl.sigmoid(gate) * up
     of_result = tl.maximum(tl.max(tl.abs(gated), 0), LEAST) / MOST
     tl.store(scale + row, of_result)
+    # nothing is beyond MOST but by its own rounding, which the conversion rounds off
     tl.store(quantised + row * WIDTH + columns, (gated / of_result).to(tl.float8e4nv), inside)
 
 
 def gate(product: Tensor, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """silu(gate) * up (Shazeer 2020), quantised, in one pass: torch.compile would read it all twice.
+    """silu(gate) * up (Shazeer 2020), quantised, in one pass.
 
     product [n, 2 * width] bfloat16, gate beside up, before its scales row_scale [n, 1] and column_scale [2 * width] in
     float32 -> (E4M3 [n, width], float32 scale [n, 1]), as `to_fp8` gives them. All contiguous.
     """
+    assert product.is_contiguous() and row_scale.is_contiguous() and column_scale.is_contiguous()
     n, width = product.shape[0], product.shape[1] // 2
     quantised = torch.empty(n, width, device=product.device, dtype=FP8)
     scale = torch.empty(n, 1, device=product.device, dtype=torch.float32)

@@ -50,6 +50,12 @@ def test_what_cannot_run_here_says_what_to_use(bundle: Bundle, tmp_path: Path, b
     assert str(error.value) == message.format(engines=tmp_path, bundle=bundle.path)
 
 
+def test_a_compiled_backbone_needs_triton(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="backbone compiled needs Triton, which"):
+        open_backbone(bundle, torch.device("cuda"), "compiled")
+
+
 def test_the_engine_is_checked_against_the_device_that_runs_it(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
