@@ -15,8 +15,8 @@ from torch import Tensor
 from rsd_trt.models.products import FP8, FP8_MAX, SMALLEST_MAX
 
 ATTENTION_ROWS = 64  # queries, and keys, that are multiplied at a time
-HEAD_WIDTHS = range(16, 81)  # from what a product needs to what every GPU's shared memory holds
 SMALLEST_DOT = 16  # the least inner width of a product
+HEAD_WIDTHS = range(SMALLEST_DOT, 81)  # up to what every GPU's shared memory holds
 BF16_CAPABILITY = (8, 0)  # of the first GPUs with matrix products in bfloat16
 LOG2E = math.log2(math.e)
 
