@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rsd_trt.config import PROPRIO_DIM, BundleConfig
 from rsd_trt.models.fused_backbone import FusedBackbone
+from rsd_trt.models.products import power_of_two
 from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.forward import Draft, Main, finite_rows
 from rsd_trt.runtime.graph_session import GraphSession
@@ -165,7 +166,7 @@ class GraphForward:
             bridge = early.bridge
             part = self._part("late", (size, length), lambda: self._capture_late(bridge))
         else:
-            size = padded(len(rows))
+            size = power_of_two(len(rows))
             part = self._part("some", (size, length), lambda: self._capture_late(self._bridge(size, length)))
             index = pinned((size,), torch.int64)  # from other memory, the copy would wait for the device
             index.copy_(torch.tensor([*rows, *[rows[0]] * (size - len(rows))]))
@@ -192,7 +193,7 @@ class GraphForward:
     def _write(self, observations: Sequence[Observation]) -> tuple[Inputs, tuple[int, int]]:
         rows = len(observations)
         length = max(len(self._preprocess.prompt_tokens(observation.instruction)) for observation in observations)
-        key = (1, length) if rows == 1 else (padded(rows), -(-length // PROMPT_STEP) * PROMPT_STEP)
+        key = (1, length) if rows == 1 else (power_of_two(rows), -(-length // PROMPT_STEP) * PROMPT_STEP)
         if key not in self._inputs:
             self._inputs[key] = Inputs(self._preprocess, *key)
         self._inputs[key].write(observations)
@@ -306,8 +307,3 @@ class GraphForward:
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros in the host's page-locked memory, which the device copies from and to by itself."""
     return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
-
-
-def padded(rows: int) -> int:
-    """The next power of two."""
-    return 1 << (rows - 1).bit_length()

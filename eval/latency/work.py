@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rsd_trt.config import ARM_DIMS, PROPRIO_DIM, BundleConfig, LanguageConfig, Precision, TowerConfig
+from rsd_trt.models.products import MLP, PRODUCTS, ProductName
 
 Stage = Literal["preprocess", "vision", "blocks <= k", "blocks > k", "accept", "chain"]
 Number = Literal["fp32", "fp16", "bf16", "fp8"]  # what a product's operands are stored in
@@ -120,9 +121,10 @@ def _tower(tower: TowerConfig, images: int, count: int, number: Number) -> Work:
 
 def _block(language: LanguageConfig, positions: int, number: Number, plain: Number) -> Work:
     hidden, inner = language.hidden, language.intermediate
-    work = product(positions, hidden, 3 * hidden, plain) + attention(positions, positions, hidden, plain)
-    work += product(positions, hidden, hidden, plain) + product(positions, hidden, 2 * inner, number)
-    return work + product(positions, inner, hidden, number)
+    of: dict[ProductName, Number] = {name: number if name in MLP else plain for name in PRODUCTS}
+    work = product(positions, hidden, 3 * hidden, of["wqkv"]) + attention(positions, positions, hidden, plain)
+    work += product(positions, hidden, hidden, of["wo"]) + product(positions, hidden, 2 * inner, of["w13"])
+    return work + product(positions, inner, hidden, of["w2"])
 
 
 def _last_block(language: LanguageConfig, positions: int, number: Number) -> Work:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsd_trt.models.products import FP8, FP8_MAX, SMALLEST_MAX
+from rsd_trt.models.products import FP8, FP8_MAX, SMALLEST_MAX, power_of_two
 
 ATTENTION_ROWS = 64  # queries, and keys, that are multiplied at a time
 SMALLEST_DOT = 16  # the least inner width of a product
@@ -140,8 +140,3 @@ def gate(product: Tensor, row_scale: Tensor, column_scale: Tensor) -> tuple[Tens
     padded = power_of_two(width)
     _gate[(n,)](product, row_scale, column_scale, quantised, scale, width, padded, FP8_MAX, SMALLEST_MAX, num_warps=8)
     return quantised, scale
-
-
-def power_of_two(n: int) -> int:
-    """The least that is not below n."""
-    return 1 << (n - 1).bit_length()

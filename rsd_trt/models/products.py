@@ -12,7 +12,7 @@ FP8_MAX = 448.0  # the largest number of E4M3
 FP8 = torch.float8_e4m3fn
 SMALLEST_MAX = 1e-12  # what the largest number of a row counts for at least: a row of zeros has a scale, too
 ProductName = Literal["wqkv", "wo", "w13", "w2"]  # a block's four products
-MLP: tuple[ProductName, ...] = ("w13", "w2")
+MLP: tuple[ProductName, ...] = ("w13", "w2")  # what fp8 computes in E4M3
 PRODUCTS: tuple[ProductName, ...] = get_args(ProductName)
 ALIGNMENT = 16  # of a product's inner width for the fast kernels; products in E4M3 need it of both widths
 
@@ -81,3 +81,8 @@ def fp8_products(blocks: int) -> set[tuple[int, ProductName]]:
     cosine of 0.9994 to the final hidden state in bfloat16, in all products 0.9967 (`rsd-trt verify --sensitivity`).
     """
     return {(i, name) for i, name in every_product(blocks) if name in MLP}
+
+
+def power_of_two(n: int) -> int:
+    """The least that is not below n: what rows and widths are padded to."""
+    return 1 << (n - 1).bit_length()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rsd_trt.models.products import FP8_MAX, Fp8Product, fp8_products, to_fp8
+from rsd_trt.models.products import FP8_MAX, Fp8Product, fp8_products, power_of_two, to_fp8
 
 
 def test_e4m3_keeps_three_bits_of_mantissa_with_a_scale_for_each_row() -> None:
@@ -33,3 +33,7 @@ def test_a_product_in_e4m3_is_that_of_the_rounded_numbers() -> None:
 
 def test_the_mlps_of_all_blocks_but_the_last_are_computed_in_e4m3() -> None:
     assert fp8_products(3) == {(0, "w13"), (0, "w2"), (1, "w13"), (1, "w2")}
+
+
+def test_the_next_power_of_two() -> None:
+    assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 16, 17)] == [1, 2, 4, 4, 8, 16, 32]

@@ -20,7 +20,7 @@ from rsd_trt.models.fused_backbone import FusedBackbone
 from rsd_trt.runtime import graph_forward, graph_session
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.forward import EagerForward
-from rsd_trt.runtime.graph_forward import GraphForward, padded
+from rsd_trt.runtime.graph_forward import GraphForward
 from rsd_trt.runtime.graph_session import GraphSession
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
@@ -132,7 +132,3 @@ def test_a_query_of_fewer_rows_after_one_of_more_reads_its_own(
         for expected, found in zip(eager.act_batch(batch, rows), graphs.act_batch(batch, rows), strict=True):
             np.testing.assert_allclose(found.actions, expected.actions, atol=1e-5)
     assert captures.count == 3  # of one row, of two, and of three and four
-
-
-def test_rows_are_padded_to_powers_of_two() -> None:
-    assert [padded(rows) for rows in (1, 2, 3, 4, 5, 16, 17)] == [1, 2, 4, 4, 8, 16, 32]
