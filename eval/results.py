@@ -43,7 +43,7 @@ class QueryRecord:
     route: Annotated[Route, "how the query went; accepted, partial and rejected tested a live plan"]
     committed: Annotated[int, "actions handed to the simulator; the episode may end before all are executed"]
     ms: Annotated[float, "synchronised wall time of the forward that answered the query"]
-    full_pass: Annotated[bool, "whether the whole backbone was run"]
+    full_query: Annotated[bool, "whether the whole backbone was run"]
     rows: Annotated[int, "queries that shared that forward"] = 1
     prefix: Annotated[
         int | None,
@@ -79,7 +79,7 @@ class QueryRecord:
             route=query.route,
             committed=len(query.actions),
             ms=round(query.ms, 4),
-            full_pass=query.full_pass,
+            full_query=query.full_query,
             rows=rows,
             prefix=query.prefix,
             token_agreement=query.token_agreement,
@@ -140,7 +140,7 @@ class Episode:
     actions: Annotated[ActionStatistics | None, "null when none was executed"] = None
     error: Annotated[str | None, "what broke"] = None
     run: Annotated[str, "which run the episode is of: the start of the sha256 of its settings"] = ""
-    displaced_at: Annotated[int | None, "the step before which the target was displaced; null if it was not"] = None
+    perturbed_at: Annotated[int | None, "the step before which the target was displaced; null if it was not"] = None
     displacement: Annotated[tuple[float, float] | None, "of the target, along x and y of the world, in m"] = None
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class Settings:
     hardware: dict[str, object]
     versions: dict[str, str]
     policy: Annotated[PolicyKind, "expert: it acts by the scene's state, step by step, and no model is run"] = "bundle"
-    disturb: Annotated[int | None, "the seed of the target's displacements; null if there are none"] = None
+    perturb: Annotated[int | None, "the seed of the target's displacements; null if there are none"] = None
     backbone_precision: Annotated[str, "bundle: what its weights are stored in"] = "bundle"
     accept_rate: Annotated[
         float | None, "random mode: how often its coin accepts where a live plan is tested; null in the other modes"
@@ -289,7 +289,7 @@ class Results:
     token_agreement_chance: float
     query_ms: Annotated[dict[str, float] | None, "n, mean, p50, p90, p95, p99, max; null unless timing is single"]
     queries: int
-    full_passes: int
+    full_queries: int
     steps: int
     actions_per_query: float | None
     steps_per_second: Annotated[float | None, "simulation and policy included; null unless timing is single"]

@@ -43,7 +43,7 @@ def summarise(
         token_agreement_chance=1 / settings.levels,
         query_ms=percentiles([query.ms for query in queries]) if single else None,
         queries=len(queries),
-        full_passes=sum(query.full_pass for query in queries),
+        full_queries=sum(query.full_query for query in queries),
         steps=steps,
         actions_per_query=steps / len(queries) if queries else None,
         steps_per_second=steps / seconds if seconds and single else None,

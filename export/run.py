@@ -25,7 +25,6 @@ from rsd_trt.errors import UserError
 from rsd_trt.export.to_engine import EngineOptions, Progress, build_engine, check_options, layer_report
 from rsd_trt.export.to_onnx import OPSET, export_onnx
 from rsd_trt.files import locked
-from rsd_trt.flavour import Flavour
 from rsd_trt.manifest import (
     Artefact,
     Batch,
@@ -40,6 +39,7 @@ from rsd_trt.manifest import (
 )
 from rsd_trt.models.classifiers import stacked
 from rsd_trt.models.signature import Signature
+from rsd_trt.trt import Distribution
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +50,12 @@ ARTEFACT = re.compile(rf"({'|'.join(COMPONENTS)})\.({'|'.join(PRECISIONS)})\.({'
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to build. Without a `flavour` ONNX only."""
+    """What to build. Without a `distribution` ONNX only."""
 
     engines: Path
     components: tuple[Component, ...] = COMPONENTS
     precision: Precision = "fp32"
-    flavour: Flavour | None = None
+    distribution: Distribution | None = None
     options: EngineOptions = field(default_factory=EngineOptions)
     force: bool = False
     report: bool = False
@@ -80,12 +80,12 @@ def export_bundle(
         UserError: something that cannot be built here, or a folder that cannot be written.
     """
     gpu = host.gpu()
-    if request.flavour is None and (request.report or request.options != EngineOptions()):
+    if request.distribution is None and (request.report or request.options != EngineOptions()):
         raise UserError("the options of engines are given, and no engine is to be built. Use: --target rtx or tensorrt")
-    if request.flavour is not None:
-        check_options(request.flavour, request.options, gpu)
+    if request.distribution is not None:
+        check_options(request.distribution, request.options, gpu)
         if request.report:
-            request.flavour.check_runs_on(gpu)
+            request.distribution.check_runs_on(gpu)
     folder = folder_of(bundle, request.engines)
     outcomes = []
     try:
@@ -120,10 +120,10 @@ class Exporter:
         module = stacked(self.bundle.component(component, precision=self.request.precision))
         graph = self._ensure(component, module.signature, batch, None, lambda path: export_onnx(module, batch, path))
         yield graph
-        if self.request.flavour is not None:
+        if self.request.distribution is not None:
             file = graph.artefact.files[0]
-            bound = self._engine_build(self.request.flavour, file.sha256)
-            build = partial(self._engine, self.folder / file.name, module.signature, self.request.flavour)
+            bound = self._engine_build(self.request.distribution, file.sha256)
+            build = partial(self._engine, self.folder / file.name, module.signature, self.request.distribution)
             yield self._ensure(component, module.signature, batch, bound, build)
 
     def _ensure(
@@ -135,7 +135,7 @@ class Exporter:
         build: Callable[[Path], list[Path]],
     ) -> Outcome:
         """The artefact as it is if it is fresh, else built and in the manifest."""
-        kind: Kind = "onnx" if engine is None else self.request.flavour.target  # type: ignore[union-attr]
+        kind: Kind = "onnx" if engine is None else self.request.distribution.target  # type: ignore[union-attr]
         current = self.manifest.find(component, self.request.precision, batch, kind)
         reason = self._stale(current, engine)
         if current is not None and reason is None:
@@ -190,13 +190,13 @@ class Exporter:
         ]
         return "; ".join(differences) or None
 
-    def _engine_build(self, flavour: Flavour, onnx_sha256: str) -> EngineBuild:
+    def _engine_build(self, distribution: Distribution, onnx_sha256: str) -> EngineBuild:
         """What an engine of this request is bound to."""
         options, gpu = self.request.options, self.gpu
-        at_hand = gpu if flavour.target == "tensorrt" else None
+        at_hand = gpu if distribution.target == "tensorrt" else None
         capabilities = (at_hand.compute_capability,) if at_hand else options.compute_capabilities
         return EngineBuild(
-            version=flavour.version,
+            version=distribution.version,
             onnx_sha256=onnx_sha256,
             flags=options.flags,
             compute_capabilities=() if options.hardware_compatible else capabilities,
@@ -204,13 +204,13 @@ class Exporter:
             driver=at_hand.driver if at_hand else None,
         )
 
-    def _engine(self, source: Path, signature: Signature, flavour: Flavour, path: Path) -> list[Path]:
+    def _engine(self, source: Path, signature: Signature, distribution: Distribution, path: Path) -> list[Path]:
         options, report = self.request.options, path.with_name(path.name + ".layers.json")
-        engine = build_engine(source, signature, flavour, options, self.timing_cache, self.on_progress)
+        engine = build_engine(source, signature, distribution, options, self.timing_cache, self.on_progress)
         path.write_bytes(engine)
         if not self.request.report:
             return [path]
-        report.write_text(layer_report(engine, flavour), "utf-8")
+        report.write_text(layer_report(engine, distribution), "utf-8")
         return [path, report]
 
     def _manifest(self) -> Manifest:

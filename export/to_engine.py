@@ -14,9 +14,9 @@ from typing import Protocol
 from rsd_trt.config import MAX_BATCH
 from rsd_trt.errors import UserError
 from rsd_trt.files import write_atomically
-from rsd_trt.flavour import RTX_CAPABILITIES, Flavour
 from rsd_trt.host import Gpu
 from rsd_trt.models.signature import BATCH, Signature
+from rsd_trt.trt import RTX_CAPABILITIES, Distribution
 
 WORKSPACE_BYTES = 1 << 30
 
@@ -42,16 +42,16 @@ class Progress(Protocol):
     def __call__(self, phase: str, done: int, total: int) -> None: ...
 
 
-def check_options(flavour: Flavour, options: EngineOptions, gpu: Gpu | None) -> None:
-    """Raises UserError for what this flavour cannot build here."""
-    if flavour.target == "tensorrt" and gpu is None:
+def check_options(distribution: Distribution, options: EngineOptions, gpu: Gpu | None) -> None:
+    """Raises UserError for what this distribution cannot build here."""
+    if distribution.target == "tensorrt" and gpu is None:
         raise UserError(
             "TensorRT builds an engine on the GPU that will run it, and none is usable here. "
             "Build ahead of time: --target rtx"
         )
-    if flavour.target == "tensorrt" and options.compute_capabilities:
+    if distribution.target == "tensorrt" and options.compute_capabilities:
         raise UserError("--compute-capability is for --target rtx: TensorRT builds for the GPU at hand")
-    if flavour.target == "rtx" and (options.version_compatible or options.hardware_compatible):
+    if distribution.target == "rtx" and (options.version_compatible or options.hardware_compatible):
         raise UserError("--version-compatible and --hardware-compatible are for --target tensorrt")
     for capability in options.compute_capabilities:
         if capability not in RTX_CAPABILITIES:
@@ -62,7 +62,7 @@ def check_options(flavour: Flavour, options: EngineOptions, gpu: Gpu | None) -> 
 def build_engine(
     onnx: Path,
     signature: Signature,
-    flavour: Flavour,
+    distribution: Distribution,
     options: EngineOptions,
     timing_cache: Path,
     on_progress: Progress,
@@ -72,7 +72,7 @@ def build_engine(
     Raises:
         UserError: the parser or the builder refused; with what it logged.
     """
-    trt = flavour.module
+    trt = distribution.module
     messages: list[str] = []
     logger = _logger(trt, messages)
     builder = trt.Builder(logger)
@@ -81,14 +81,16 @@ def build_engine(
     # A file that is no ONNX at all may parse as an empty network.
     if not parser.parse_from_file(str(onnx)) or network.num_outputs != len(signature.outputs):
         errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise UserError(f"{flavour.target} cannot parse {onnx}: {'; '.join(errors or messages) or 'no network in it'}")
+        raise UserError(
+            f"{distribution.target} cannot parse {onnx}: {'; '.join(errors or messages) or 'no network in it'}"
+        )
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _monitor(trt, on_progress)
     _add_profile(builder, config, network, signature)
-    if flavour.target == "rtx":
+    if distribution.target == "rtx":
         _set_capabilities(trt, config, options.compute_capabilities)
     else:
         _set_compatibility(trt, config, options)
@@ -97,15 +99,15 @@ def build_engine(
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise UserError(f"{flavour.target} {flavour.version} cannot build {onnx}: {'; '.join(messages[-3:])}")
-    if flavour.target == "tensorrt":
+        raise UserError(f"{distribution.target} {distribution.version} cannot build {onnx}: {'; '.join(messages[-3:])}")
+    if distribution.target == "tensorrt":
         write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
 
 
-def layer_report(engine: bytes, flavour: Flavour) -> str:
+def layer_report(engine: bytes, distribution: Distribution) -> str:
     """The engine inspector's description of every layer, as JSON. Needs the GPU that the engine is for."""
-    trt = flavour.module
+    trt = distribution.module
     messages: list[str] = []
     runtime = trt.Runtime(_logger(trt, messages))
     runtime.engine_host_code_allowed = True  # of the engine just built

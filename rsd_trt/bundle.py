@@ -20,9 +20,8 @@ from rsd_trt.config import FORMAT_VERSION, BundleConfig, Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.files import new_folder, own
 from rsd_trt.jsonio import from_json, parse, to_json
-from rsd_trt.openvla import without_unused
 from rsd_trt.prompts import TOKENIZER, read_tokenizer
-from rsd_trt.weights import Entry, check_folder, check_keys, contents, fill, sha256
+from rsd_trt.weights import Entry, check_folder, check_keys, contents, fill, sha256, without_unused
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
 
     from rsd_trt.models.backbone import Backbone
     from rsd_trt.models.codec import Codec
+    from rsd_trt.models.components import ActionTransform
     from rsd_trt.models.draft import DraftModel
-    from rsd_trt.models.fused import ActionTransform
     from rsd_trt.models.head import Head
     from rsd_trt.models.signature import Exportable
 
@@ -161,7 +160,7 @@ class Bundle:
 
     def transform(self, device: torch.device | str = "cpu") -> ActionTransform:
         """The policy's action conventions -> the environment's."""
-        from rsd_trt.models.fused import ActionTransform
+        from rsd_trt.models.components import ActionTransform
 
         return ActionTransform(self.config.control, self.config.dims).to(device)
 
@@ -176,7 +175,7 @@ class Bundle:
         import torch
 
         from rsd_trt.models.codec import Decoder
-        from rsd_trt.models.fused import Accept, Chain
+        from rsd_trt.models.components import Predict, Propose
 
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         if name == "draft":
@@ -187,14 +186,14 @@ class Bundle:
         if name == "decoder":
             return decoder
         transform = self.transform(device)
-        if name == "accept":
-            return Accept(self.draft(device).to(dtype), decoder, transform)
-        return Chain(self.head(device).to(dtype), decoder, transform)
+        if name == "propose":
+            return Propose(self.draft(device).to(dtype), decoder, transform)
+        return Predict(self.head(device).to(dtype), decoder, transform)
 
     def component_fingerprint(self, name: Component) -> str:
         """sha256 of all that a component is made from: its parts' weights and the configuration that they read."""
         parts = {"draft": ["draft"], "head": ["head"], "decoder": ["codec"]}
-        parts |= {"accept": ["draft", "codec"], "chain": ["head", "codec"]}
+        parts |= {"propose": ["draft", "codec"], "predict": ["head", "codec"]}
         config = to_json(self.config)
         facts: dict[str, object] = {"maths": COMPONENT_VERSION}
         for part in parts[name]:
@@ -204,7 +203,7 @@ class Bundle:
             facts[part] = [weights, config[part]]
         control = to_json(self.config.control)
         facts |= {"dims": config["dims"], "hidden": self.config.hidden}
-        if name in ("accept", "chain"):
+        if name in ("propose", "predict"):
             facts |= {key: control[key] for key in ("gripper", "action_quantiles")}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -17,14 +17,14 @@ from rsd_trt import host
 from rsd_trt.bundle import PARTS, Bundle
 from rsd_trt.config import SUITES, Component
 from rsd_trt.errors import Unavailable, UserError, missing_extra
-from rsd_trt.flavour import MODULES, Flavour, Target, find_flavour, runnable_flavour
 from rsd_trt.manifest import Artefact, Batch, Kind, folder_of, freshness, read_manifest
+from rsd_trt.trt import MODULES, Distribution, Target, find_distribution, runnable_distribution
 
 LEAST_PYTHON = (3, 10)
 LEAST_DISK = 2 * 10**9  # bytes: the exports of the largest bundle, or the results of a long run
 FRAME = 64  # pixels a side
 WITHOUT_GPU = "use --backend torch or ort"
-LAUNCHED: tuple[Component, ...] = ("accept", "chain")  # what a policy opens sessions on
+LAUNCHED: tuple[Component, ...] = ("propose", "predict")  # what a policy opens sessions on
 # One node Neg, x [B] -> y [B] float32, opset 18: whether ONNX Runtime computes needs no exporter to find out.
 NEGATE = bytes.fromhex(
     "08083a340a0b0a017812017922034e65671201675a100a0178120b0a09080112050a03120142"
@@ -125,9 +125,9 @@ def onnx_runtime() -> Found:
 
 
 def tensorrt(target: Target) -> Found:
-    """Whether this flavour is installed, can build here and can run here; and why not."""
+    """Whether this distribution is installed, can build here and can run here; and why not."""
     try:
-        flavour = find_flavour(target)
+        distribution = find_distribution(target)
     except Unavailable as error:
         return Found.of(error)
     versions = _package_versions(MODULES[target])
@@ -135,29 +135,29 @@ def tensorrt(target: Target) -> Found:
         parts = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         return Found(f"bindings and libraries do not belong together: {parts}", "install all of one version")
     gpu = host.gpu()
-    problem = _cannot_build(flavour, gpu)
+    problem = _cannot_build(distribution, gpu)
     builds = f"cannot build here ({problem})" if problem else "can build here"
     try:
-        flavour.check_runs_on(gpu)
+        distribution.check_runs_on(gpu)
     except Unavailable as error:
         found = Found.of(error)
-        return Found(f"{flavour.version} {builds}, cannot run here ({found.text})", found.remedy)
+        return Found(f"{distribution.version} {builds}, cannot run here ({found.text})", found.remedy)
     remedy = f"pip install --force-reinstall tensorrt{'-rtx' * (target == 'rtx')}" if problem else None
-    return Found(f"{flavour.version} {builds}, can run here", remedy)
+    return Found(f"{distribution.version} {builds}, can run here", remedy)
 
 
 def engines_run() -> Found:
-    """The flavour that runs on this GPU."""
+    """The distribution that runs on this GPU."""
     try:
-        flavour = runnable_flavour(host.gpu())
+        distribution = runnable_distribution(host.gpu())
     except Unavailable as error:
         return Found.of(error)
-    return Found(f"{flavour.target} {flavour.version}")
+    return Found(f"{distribution.target} {distribution.version}")
 
 
 def rendering() -> Found:
     """One frame, rendered without a screen."""
-    from rsd_trt.eval.rollout.rendering import choose_gl
+    from rsd_trt.eval.libero.rendering import choose_gl
 
     try:
         name = choose_gl().upper()
@@ -188,7 +188,7 @@ def rendering() -> Found:
 
 def libero() -> Found:
     """Every task's description and initial states, and every file that the packages installed."""
-    from rsd_trt.eval.rollout.simulator import open_suite
+    from rsd_trt.eval.libero.simulator import open_suite
 
     missing: list[str] = []
     tasks = 0
@@ -268,7 +268,7 @@ def _kinds(backend: str, artefacts: tuple[Artefact, ...]) -> tuple[Kind, ...]:
     if backend != "trt":
         return ()
     try:
-        return (runnable_flavour(host.gpu()).target,)
+        return (runnable_distribution(host.gpu()).target,)
     except Unavailable:
         return tuple({a.kind for a in artefacts} - {"onnx"}) or ("tensorrt",)
 
@@ -278,16 +278,16 @@ def _loader(artefact: Artefact) -> tuple[str | None, host.Gpu | None]:
     if artefact.kind == "onnx":
         return None, None
     try:
-        return find_flavour(artefact.kind).version, host.gpu()
+        return find_distribution(artefact.kind).version, host.gpu()
     except Unavailable:
         return None, None
 
 
-def _cannot_build(flavour: Flavour, gpu: host.Gpu | None) -> str | None:
+def _cannot_build(distribution: Distribution, gpu: host.Gpu | None) -> str | None:
     """Why no engine can be built here; None if one can."""
-    if flavour.target == "tensorrt" and gpu is None:
+    if distribution.target == "tensorrt" and gpu is None:
         return "it builds on the GPU that runs the engine, and there is none"
-    trt = flavour.module
+    trt = distribution.module
     try:
         builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
         return None if builder.create_builder_config() is not None else "its builder gives no configuration"

@@ -16,7 +16,8 @@ from rsd_trt.jsonio import shown
 
 FORMAT_VERSION = 1
 PROPRIO_DIM = 8  # end-effector position 3, axis-angle 3, gripper joints 2
-TOWERS = 2  # vision towers side by side
+FEATURIZERS = ("featurizer", "fused_featurizer")  # the vision towers, side by side, as OpenVLA names them
+TOWERS = len(FEATURIZERS)
 MAX_SIZE = 1 << 18  # of any width, vocabulary or picture: a hostile configuration may not fill the memory,
 MAX_COUNT = 1 << 10  # nor keep anyone busy with building blocks, layers, steps or levels one by one
 MAX_PIXELS = 1 << 12  # a side
@@ -26,7 +27,7 @@ MAX_BATCH = 64  # rows that engines with a dynamic batch take
 ARM_DIMS = 6  # dx dy dz droll dpitch dyaw; the gripper is the action dimension behind them
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
-DEFAULT_BUNDLE = Path(__file__).parent / "reference" / "bundle"  # the policy that is shipped with the toolkit
+DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "reference"  # the policy that is shipped with the toolkit
 DEFAULT_ENGINES = Path("engines")
 OWN_FOLDER = "."  # of weights that were copied into their bundle
 
@@ -34,7 +35,7 @@ SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero
 Mode = Literal["baseline", "rsd", "shadow", "random"]
 PolicyKind = Literal["bundle", "expert"]
 Size = Literal["tiny", "reference", "openvla-7b"]
-Component = Literal["draft", "head", "decoder", "accept", "chain"]
+Component = Literal["draft", "head", "decoder", "propose", "predict"]
 Precision = Literal["fp32", "fp16", "bf16"]  # of draft and head
 BackboneKind = Literal["eager", "graph", "compiled"]  # PyTorch; CUDA graphs; CUDA graphs of what torch.compile made
 BackbonePrecision = Literal["bundle", "bf16", "fp8"]
@@ -138,7 +139,7 @@ class RsdConfig:
     rule: Literal["actions", "tokens"] = "actions"
     tolerance: tuple[float, ...] = (0.1,) * ARM_DIMS  # 0.1 is 5 mm and 0.05 rad under LIBERO's OSC_POSE
     token_share: float = 0.7  # of equal coarse tokens, for the rule `tokens`
-    refresh: int = 8  # every refresh-th query at the latest is a full pass
+    refresh: int = 8  # every refresh-th query at the latest is a full query
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,7 @@ PROTOCOLS: dict[str, Protocol] = {
     # OpenVLA-OFT's LIBERO evaluation.
     "oft": Protocol(rotate_images=True, settle_steps=10, max_steps=ControlConfig().max_steps),
     # The evaluation of the original RSD experiment.
-    "seed": Protocol(rotate_images=False, settle_steps=0, max_steps={suite: 300 for suite in SUITES}),
+    "original": Protocol(rotate_images=False, settle_steps=0, max_steps={suite: 300 for suite in SUITES}),
 }
 
 

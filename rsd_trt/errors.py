@@ -11,7 +11,17 @@ MOST_SHOWN = 400  # characters of a library's error
 
 
 class UserError(Exception):
-    """One line that names the thing, both values and the remedy. The CLI prints it and exits with 1."""
+    """One line that names the thing, both values and the remedy. The CLI prints it and exits with 1.
+
+    `remedy` is a sentence without its full stop; None where the message says itself what to do.
+    """
+
+    def __init__(self, message: str, remedy: str | None = None) -> None:
+        super().__init__(message, remedy)
+        self.message, self.remedy = message, remedy
+
+    def __str__(self) -> str:
+        return self.message if self.remedy is None else f"{self.message}. {self.remedy}"
 
 
 class Unavailable(UserError):

@@ -73,7 +73,7 @@ class Artefact:
 
     @property
     def name(self) -> str:
-        """For people: `accept fp32 batch 1 (onnx)`."""
+        """For people: `propose fp32 batch 1 (onnx)`."""
         return f"{self.component} {self.precision} batch {self.batch} ({self.kind})"
 
     @property

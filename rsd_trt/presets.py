@@ -41,7 +41,7 @@ def conventions(name: Preset) -> ControlConfig:
     """
     if name == "rvq":
         control = ControlConfig(cameras=("agentview_image",), prompt="{instruction}", lowercase=False)
-        return with_protocol(control, "seed")
+        return with_protocol(control, "original")
     control = ControlConfig(center_crop=0.9, suffix_token=LLAMA_SPACE, gripper="openvla")
     return control if name == "openvla-oft" else replace(control, cameras=control.cameras[:1])
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rsd_trt.doctor import Line
-from rsd_trt.eval.latency.replay_record import Replay
+from rsd_trt.eval.profile.replay_record import Replay
 from rsd_trt.eval.report.calibrate import Calibration
 from rsd_trt.eval.report.compare import FIGURES
 from rsd_trt.eval.report.conclusion import targets
@@ -190,9 +190,9 @@ def stages_tables(rows: Sequence[Json]) -> list[Table]:
             "-" if outside is None else f"{outside['p50']:.3f}",
             f"{cast(int, row['bytes']) / 1e6:,.1f}",
             f"{cast(int, row['flops']) / 1e9:,.1f}",
-            f"{row['floor_ms']:.3f}",
+            f"{row['roofline_ms']:.3f}",
             str(row["bound"]),
-            f"{row['times_floor']:.2f}",
+            f"{row['times_roofline']:.2f}",
             "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         )
     return list(tables.values())
@@ -217,7 +217,7 @@ def replay_table(replay: Replay) -> Table:
     table = Table(title=escape(title))
     for name in ("decisions of", "actions a query"):
         table.add_column(name)
-    for name in ("episodes", "queries", "full passes", "ms/action", "95% interval", "speed-up", "95% interval"):
+    for name in ("episodes", "queries", "full queries", "ms/action", "95% interval", "speed-up", "95% interval"):
         table.add_column(name, justify="right")
     table.add_column("replayed queries", justify="right")
     for row in replay.rows:
@@ -227,7 +227,7 @@ def replay_table(replay: Replay) -> Table:
             str(row.n_action_steps),
             str(row.episodes),
             f"{row.queries:,}",
-            f"{row.full_passes:,}",
+            f"{row.full_queries:,}",
             f"{row.ms_per_action:.3f}",
             f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "too few",
             f"{row.speedup:.2f}x" if row.speedup else "-",

@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.config import OWN_FOLDER, WeightFile, WeightsFolder
+from rsd_trt.config import FEATURIZERS, OWN_FOLDER, BackboneConfig, WeightFile, WeightsFolder
 from rsd_trt.errors import UserError, reason
 from rsd_trt.files import own
 from rsd_trt.jsonio import named as printable
@@ -60,6 +61,16 @@ def contents(files: Collection[Path]) -> dict[str, Entry]:
                 part = tensors.get_slice(key)
                 found[key] = Entry(file, tuple(part.get_shape()), part.get_dtype())
     return found
+
+
+def without_unused(found: Mapping[str, Entry], config: BackboneConfig) -> dict[str, Entry]:
+    """Without what a checkpoint of OpenVLA holds and rsd-trt does not compute: the words' output layer, and of the
+    towers all that comes after the features: the last block, the final norm and SigLIP's attention pooling."""
+    unused = [r"language_model\.lm_head\.weight", r"vision_backbone\.fused_featurizer\.attn_pool\..+"]
+    for name, tower in zip(FEATURIZERS, config.towers, strict=True):
+        unused.append(rf"vision_backbone\.{name}\.(blocks\.{tower.blocks}\..+|norm\.(weight|bias))")
+    pattern = re.compile("|".join(unused))
+    return {key: entry for key, entry in found.items() if not pattern.fullmatch(key)}
 
 
 @contextlib.contextmanager

@@ -16,15 +16,15 @@ from rsd_trt import host
 from rsd_trt.bundle import PARTS, Bundle
 from rsd_trt.config import BACKBONES, DEFAULT_ENGINES, BackboneKind, BackbonePrecision, Component, Precision
 from rsd_trt.errors import Unavailable, UserError, did_you_mean
-from rsd_trt.flavour import runnable_flavour
 from rsd_trt.manifest import Batch, usable
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.runtime.forward import EagerForward, Forward
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.session import Session, TorchSession
+from rsd_trt.trt import runnable_distribution
 
 if TYPE_CHECKING:
-    from rsd_trt.models.fused_backbone import FusedBackbone
+    from rsd_trt.models.fast.backbone import FusedBackbone
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +70,11 @@ class Launcher:
         from rsd_trt.runtime.trt_session import TrtSession
 
         gpu = host.gpu(str(device)) if device.type == "cuda" else None
-        flavour = runnable_flavour(gpu)
-        key = (component, precision, batch, flavour.target)
-        artefact, file = usable(self.bundle, self.engines, key, flavour.version, gpu)
+        distribution = runnable_distribution(gpu)
+        key = (component, precision, batch, distribution.target)
+        artefact, file = usable(self.bundle, self.engines, key, distribution.version, gpu)
         self.opened[component] = artefact.files[0].sha256
-        return TrtSession(file, signature, device, flavour, artefact.files[0].sha256)
+        return TrtSession(file, signature, device, distribution, artefact.files[0].sha256)
 
 
 def check_backend(name: str) -> Backend:
@@ -128,8 +128,8 @@ def open_backbone(
     backbone = bundle.backbone(device, getattr(torch, dtype))
     if kind == "eager":
         return backbone
-    from rsd_trt.models.fused_backbone import FusedBackbone
-    from rsd_trt.models.products import fp8_products
+    from rsd_trt.models.fast.backbone import FusedBackbone
+    from rsd_trt.models.fast.products import fp8_products
 
     blocks = bundle.config.backbone.language.blocks
     fused = FusedBackbone(backbone, fp8=fp8_products(blocks) if precision == "fp8" else ())
@@ -142,16 +142,16 @@ def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbon
     """What a query computes, from a loaded backbone: forwards of several configurations may share one."""
     bundle, device = launcher.bundle, launcher.device
     config = bundle.config
-    accept, chain = launcher.open("accept", batch), launcher.open("chain", batch)
+    propose, predict = launcher.open("propose", batch), launcher.open("predict", batch)
     dtype: torch.dtype = backbone.projector.fc1.weight.dtype
     preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), device, dtype)
     if isinstance(backbone, Backbone):
-        return EagerForward(config, backbone, accept, chain, preprocess)
+        return EagerForward(config, backbone, propose, predict, preprocess)
     from rsd_trt.runtime.graph_forward import GraphForward
 
     if backbone.compiled:
         preprocess.compile()
-    return GraphForward(config, backbone, accept, chain, preprocess)
+    return GraphForward(config, backbone, propose, predict, preprocess)
 
 
 def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
@@ -160,7 +160,7 @@ def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
         raise UserError("backbone precision fp8 needs --backbone graph or compiled: eager is the reference")
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise Unavailable(f"backbone precision fp8 needs compute capability 8.9 or later, {device} has {capability}")
-    from rsd_trt.models.products import ALIGNMENT
+    from rsd_trt.models.fast.products import ALIGNMENT
 
     language = bundle.config.backbone.language
     if language.hidden % ALIGNMENT or language.intermediate % ALIGNMENT:

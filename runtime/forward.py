@@ -80,7 +80,7 @@ class Forward(Protocol):
         ...
 
     def whole(self, observations: Sequence[Observation]) -> None:
-        """Enqueues a full pass without a draft."""
+        """Enqueues a full query without a draft."""
         ...
 
     def main(self) -> Main:
@@ -99,16 +99,16 @@ class EagerForward:
         self,
         config: BundleConfig,
         backbone: Backbone,
-        accept: Session,
-        chain: Session,
+        propose: Session,
+        predict: Session,
         preprocess: Preprocessor,
     ) -> None:
         self.device = preprocess.device
         self._config = config
         self._blocks = config.backbone.language.blocks
         self._backbone = backbone
-        self._accept = accept
-        self._chain = chain
+        self._propose = propose
+        self._predict = predict
         self._preprocess = preprocess
         self._tolerance = torch.tensor(config.rsd.tolerance, device=self.device)
         self._early: tuple[BackboneState, Tensor, Tensors]
@@ -117,7 +117,7 @@ class EagerForward:
     def early(self, observations: Sequence[Observation]) -> None:
         state = self._backbone.run(self._preprocess(observations), until=self._config.rsd.draft_block)
         hidden = self._backbone.hidden(state).float()
-        self._early = state, hidden, self._accept.run({"hidden": hidden})
+        self._early = state, hidden, self._propose.run({"hidden": hidden})
 
     def draft(self) -> Draft:
         _, hidden, out = self._early
@@ -152,7 +152,7 @@ class EagerForward:
             shape = (len(hidden), dims.T, dims.D, dims.C)
             zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
             inputs["condition"] = zeros if condition is None else condition
-        self._main = hidden, self._chain.run(inputs)
+        self._main = hidden, self._predict.run(inputs)
 
 
 def on_host(x: Tensor) -> NDArray[Any]:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd_trt.config import PROPRIO_DIM, BundleConfig
-from rsd_trt.models.fused_backbone import FusedBackbone
-from rsd_trt.models.products import power_of_two
+from rsd_trt.models.fast.backbone import FusedBackbone
+from rsd_trt.models.fast.products import power_of_two
 from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.forward import Draft, Main, finite_rows
 from rsd_trt.runtime.graph_session import GraphSession
@@ -129,8 +129,8 @@ class GraphForward:
         self,
         config: BundleConfig,
         backbone: FusedBackbone,
-        accept: Session,
-        chain: Session,
+        propose: Session,
+        predict: Session,
         preprocess: Preprocessor,
     ) -> None:
         self.device = preprocess.device
@@ -139,8 +139,8 @@ class GraphForward:
         self._n = config.backbone.language.blocks
         self._textbook = self._k == self._n  # nothing is left for `late` but the head
         self._backbone = backbone
-        self._accept = accept
-        self._chain = chain
+        self._propose = propose
+        self._predict = predict
         self._preprocess = preprocess
         self._tolerance = torch.tensor(config.rsd.tolerance, device=self.device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -207,7 +207,7 @@ class GraphForward:
 
     def _capture_early(self, inputs: Inputs, rows: int, length: int) -> Part:
         bridge = self._bridge(rows, 1 if self._textbook else self._embedded(length))
-        outputs = Outputs(self._accept.signature, rows, self.device)
+        outputs = Outputs(self._propose.signature, rows, self.device)
 
         def compute() -> None:
             stream, last = self._embed(inputs)
@@ -221,17 +221,17 @@ class GraphForward:
             bridge.last.copy_(last)
             outputs.hidden.copy_(hidden)
 
-        def accept(run: Run) -> None:
+        def propose(run: Run) -> None:
             out = run({"hidden": outputs.hidden})
             bridge.tokens.copy_(out["tokens"])
             bridge.actions.copy_(out["actions"])
             outputs.download(out)
 
-        return Part(self._capture(compute, accept, self._accept), outputs, bridge)
+        return Part(self._capture(compute, propose, self._propose), outputs, bridge)
 
     def _capture_late(self, bridge: Bridge) -> Part:
         rows = len(bridge.last)
-        outputs = Outputs(self._chain.signature, rows, self.device)
+        outputs = Outputs(self._predict.signature, rows, self.device)
 
         def compute() -> None:
             if self._textbook:
@@ -241,28 +241,28 @@ class GraphForward:
                 hidden = self._backbone.finish(stream, bridge.last)
             outputs.hidden.copy_(hidden)
 
-        return Part(self._capture(compute, self._finish(outputs, bridge), self._chain), outputs, bridge)
+        return Part(self._capture(compute, self._finish(outputs, bridge), self._predict), outputs, bridge)
 
     def _capture_whole(self, inputs: Inputs, rows: int, length: int) -> Part:
         bridge = self._bridge(rows, 1)
-        outputs = Outputs(self._chain.signature, rows, self.device)
+        outputs = Outputs(self._predict.signature, rows, self.device)
 
         def compute() -> None:
             stream, last = self._embed(inputs)
             stream = self._backbone.blocks(stream, 0, self._n - 1)
             outputs.hidden.copy_(self._backbone.finish(stream, last))
 
-        return Part(self._capture(compute, self._finish(outputs, bridge), self._chain), outputs, bridge)
+        return Part(self._capture(compute, self._finish(outputs, bridge), self._predict), outputs, bridge)
 
     def _finish(self, outputs: Outputs, bridge: Bridge) -> Callable[[Run], None]:
         inputs = {"hidden": outputs.hidden, "coarse_actions": bridge.actions, "tolerance": self._tolerance}
         if self._config.head.kind == "conditioned":
             inputs["condition"] = bridge.tokens
 
-        def chain(run: Run) -> None:
+        def predict(run: Run) -> None:
             outputs.download(run(inputs))
 
-        return chain
+        return predict
 
     def _capture(self, compute: Callable[[], None], tail: Callable[[Run], None], session: Session) -> Launch:
         """One graph of `compute` and `tail`; if the session cannot be captured, `tail` is launched after the graph."""

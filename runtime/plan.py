@@ -25,7 +25,7 @@ class Query:
     token_agreement: share of equal draft and main tokens for each coarse layer, where both were computed. verdict,
     draft_gap and main_gap: shadow mode only; the gaps are those of `plan_gap` between the live plan and the draft,
     and the main head's new plan.
-    full_pass: whether the whole backbone was run.
+    full_query: whether the whole backbone was run.
     """
 
     actions: NDArray[np.float32]
@@ -36,7 +36,7 @@ class Query:
     draft_gap: Gap | None = None
     main_gap: Gap | None = None
     fault: str | None = None
-    full_pass: bool = True
+    full_query: bool = True
     ms: float = 0.0
 
 
@@ -53,7 +53,7 @@ class Plan:
     queries: int = 0  # that were answered in it
 
     def forced(self, refresh: int, steps: int) -> Route | None:
-        """Why the next query has to be a full pass, or None if the draft may decide."""
+        """Why the next query has to be a full query, or None if the draft may decide."""
         if self.actions is None:
             return "start"
         if self.cursor >= steps:

@@ -136,7 +136,7 @@ class Policy:
         return policy
 
     def warm_up(self, queries: int = 3) -> None:
-        """Full passes on a black image: for one row, kernels are chosen and buffers made before the first query."""
+        """Full queries on a black image: for one row, kernels are chosen and buffers made before the first query."""
         control = self.config.control
         side = control.camera_size
         black = Observation(
@@ -220,7 +220,7 @@ class Policy:
         return [queries[row] for row in range(len(plans))]
 
     def _forced(self, plans: list[Plan]) -> list[Route | None]:
-        """For each plan, why its query has to be a full pass, or None if the draft may decide."""
+        """For each plan, why its query has to be a full query, or None if the draft may decide."""
         return [plan.forced(self.config.rsd.refresh, self.config.dims.T) for plan in plans]
 
     def _confirmed(self, plan: Plan, tokens: Tokens, actions: Actions) -> int:
@@ -235,7 +235,7 @@ class Policy:
         actions = plan.actions[plan.cursor : plan.cursor + count]
         plan.cursor += count
         plan.accepted_in_a_row += 1
-        return Query(actions.copy(), route, prefix, full_pass=self._textbook)
+        return Query(actions.copy(), route, prefix, full_query=self._textbook)
 
     def _full(self, main: Main, plans: list[Plan], routes: Sequence[Route], draft: Draft | None) -> list[Query]:
         """The main head's plan for each row; with a draft, only what both agree on is committed."""
@@ -271,7 +271,7 @@ class Policy:
         return queries
 
     def _counts(self, rows: int, prefixes: list[int] | None) -> list[int]:
-        """Actions that full passes commit: with a draft, those that it agrees with, and at least one."""
+        """Actions that full queries commit: with a draft, those that it agrees with, and at least one."""
         if prefixes is None:
             return [self.n_action_steps] * rows
         # A conditioned head copies the draft: its agreement is no reason to commit more.
@@ -342,10 +342,10 @@ class Policy:
         """A row whose draft cannot be used; names the hidden state when that is where the trouble began."""
         block = self.config.rsd.draft_block
         message = DRAFT_FAULT if bool(draft.hidden_finite[row]) else self._bad_hidden(block)
-        return self._fault(route, message, full_pass=self._textbook)
+        return self._fault(route, message, full_query=self._textbook)
 
-    def _fault(self, route: Route, message: str, full_pass: bool) -> Query:
-        return Query(np.zeros((0, self.config.dims.A), np.float32), route, fault=message, full_pass=full_pass)
+    def _fault(self, route: Route, message: str, full_query: bool) -> Query:
+        return Query(np.zeros((0, self.config.dims.A), np.float32), route, fault=message, full_query=full_query)
 
     @staticmethod
     def _bad_hidden(block: int) -> str:

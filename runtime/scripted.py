@@ -28,7 +28,7 @@ class ScriptedPolicy(Policy):
     """One slot in mode `baseline` or `rsd`. All that `Policy` computes is computed, on the device and on the host;
     what follows from it is replaced by the decision that is given.
 
-    Non-obvious: decisions must be such as a policy makes, in their order: an episode begins with a full pass, and no
+    Non-obvious: decisions must be such as a policy makes, in their order: an episode begins with a full query, and no
     more actions of a plan are accepted than it has steps left.
     """
 

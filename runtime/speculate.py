@@ -1,7 +1,7 @@
 """The decisions of residual speculative decoding, as pure functions on arrays: they are made on the host, between two
 launches, where NumPy is faster than small tensors.
 
-The rule. A *plan* is the action chunk that the main head gave at the last full pass. At each query the draft,
+The rule. A *plan* is the action chunk that the main head gave at the last full query. At each query the draft,
 which reads an early hidden state of a fresh image, guesses a coarse chunk from now on. It is laid beside what
 is left of the plan, step by step. The *prefix* is the number of leading steps that
 
@@ -12,13 +12,13 @@ is left of the plan, step by step. The *prefix* is the number of leading steps t
 At least one step: the query is *accepted* and commits the plan's actions, as many as the prefix has and at
 most `n_action_steps`; the rest of the backbone is not run. None: the query is *rejected*, the rest of the
 backbone is run, and the main head makes a new plan, of which the prefix that the draft agrees with is
-committed, and at least one action. After `refresh - 1` accepted queries in a row a full pass is due: with
+committed, and at least one action. After `refresh - 1` accepted queries in a row a full query is due: with
 `refresh` 1 every query is one, and with one action a query the loop then acts exactly as the baseline.
 
 The control. Mode `random` is the same loop, in which a coin agrees in the draft's place: with every step that is laid
-beside the draft, or with none. Condition 2, the caps and the forced full passes stay; the draft is run, so that a
+beside the draft, or with none. Condition 2, the caps and the forced full queries stay; the draft is run, so that a
 query costs the same, and not listened to. An accepted query therefore commits as many actions as the best draft
-could make it, and so does a full pass, where there is no verdict to replace. With one action a query the two loops
+could make it, and so does a full query, where there is no verdict to replace. With one action a query the two loops
 differ in which queries are accepted and in nothing else. With more, the coin is the bolder one: where the draft
 agrees with a part of the steps, it lets all of them pass, and so makes fewer queries for the same actions.
 """
@@ -37,7 +37,7 @@ Tokens = NDArray[np.int64]
 Actions = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
-# How a query went. The first three tested a live plan; the next five had to be full passes, and say why; a fault of
+# How a query went. The first three tested a live plan; the next five had to be full queries, and say why; a fault of
 # the draft ended the query before either.
 Route = Literal["accepted", "partial", "rejected", "start", "exhausted", "gripper", "refresh", "full", "fault"]
 
@@ -45,7 +45,7 @@ COIN_STREAM = 1  # keeps the coins apart from what else is drawn from (seed, tas
 
 
 def agreeing_steps(a: Actions, b: Actions, tolerance: Actions) -> Flags:
-    """Which steps of two chunks [B, T, A] agree -> [B, T] bool: what `rsd_trt.models.fused.agreeing_steps` says on the
+    """Which steps of two chunks [B, T, A] agree -> [B, T] bool: what `rsd_trt.models.components.agreeing_steps` says on the
     device, by the same rule."""
     delta = a - b
     arm = (np.abs(delta[..., :ARM_DIMS]) <= tolerance).all(-1)
@@ -84,12 +84,12 @@ def commit_accepted(prefix: int, n_action_steps: int) -> int:
 
 
 def commit_full(prefix: int, n_action_steps: int) -> int:
-    """Actions that a full pass commits: the agreeing prefix, at least one."""
+    """Actions that a full query commits: the agreeing prefix, at least one."""
     return max(1, min(prefix, n_action_steps))
 
 
 def refresh_due(accepted_in_a_row: int, refresh: int) -> bool:
-    """Whether the next query has to be a full pass: every `refresh`-th one at the latest is."""
+    """Whether the next query has to be a full query: every `refresh`-th one at the latest is."""
     return accepted_in_a_row + 1 >= refresh
 
 

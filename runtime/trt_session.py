@@ -9,9 +9,9 @@ import torch
 
 from rsd_trt.config import MAX_BATCH
 from rsd_trt.errors import UserError
-from rsd_trt.flavour import Flavour
 from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.session import BufferedSession, Buffers, Launch, capture
+from rsd_trt.trt import Distribution
 
 
 class TrtSession(BufferedSession):
@@ -25,7 +25,12 @@ class TrtSession(BufferedSession):
     """
 
     def __init__(
-        self, engine: Path, signature: Signature, device: torch.device, flavour: Flavour, sha256: str | None = None
+        self,
+        engine: Path,
+        signature: Signature,
+        device: torch.device,
+        distribution: Distribution,
+        sha256: str | None = None,
     ) -> None:
         super().__init__(signature, device)
         content = engine.read_bytes()
@@ -34,13 +39,15 @@ class TrtSession(BufferedSession):
                 f"{engine} was exchanged while it was loaded: its sha256 is {found[:8]}, checked was {sha256[:8]}. "
                 "Rebuild: rsd-trt export --force"
             )
-        trt = flavour.module
+        trt = distribution.module
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
         self.runtime.engine_host_code_allowed = True  # version-compatible engines bring their own runtime
         self.engine = self.runtime.deserialize_cuda_engine(content)
         if self.engine is None:
-            raise UserError(f"{flavour.target} {flavour.version} cannot load {engine}. Rebuild: rsd-trt export --force")
+            raise UserError(
+                f"{distribution.target} {distribution.version} cannot load {engine}. Rebuild: rsd-trt export --force"
+            )
         ports = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         wanted = [port.name for port in (*signature.inputs, *signature.outputs)]
         if sorted(ports) != sorted(wanted):

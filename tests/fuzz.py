@@ -68,8 +68,8 @@ def hugging_face(folder: Path) -> tuple[bytes, Reader]:
     """config.json and preprocessor_config.json, in one."""
     from openvla_folder import CONFIG, HIDDEN, PATCH, PROCESSOR, VOCAB
 
+    from rsd_trt.importers.openvla_config import EMBEDDING, FEATURIZERS, backbone_config
     from rsd_trt.jsonio import parse
-    from rsd_trt.openvla_config import EMBEDDING, FEATURIZERS, backbone_config
     from rsd_trt.weights import Entry
 
     file = folder / "config.json"
@@ -98,7 +98,7 @@ def tokenizer(folder: Path) -> tuple[bytes, Reader]:
 def checkpoint(folder: Path) -> tuple[bytes, Reader]:
     import torch
 
-    from rsd_trt.checkpoints import read_checkpoint
+    from rsd_trt.importers.original import read_checkpoint
 
     file, valid = folder / "x.pt", io.BytesIO()
     torch.save({"model": {"encoder.0.weight": torch.ones(2, 3), "x": torch.ones(4)}, "config": {"a": [1, 2.0]}}, valid)

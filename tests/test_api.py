@@ -101,7 +101,7 @@ def test_importing_loading_and_exporting_ask_for_no_network(tmp_path: Path, tiny
 
 def test_a_report_and_the_doctor_ask_for_no_network(tmp_path: Path, tiny_bundle: Path) -> None:
     recorded = Path(__file__).parents[1] / "docs" / "results" / "reference"
-    files = [str(recorded / f"disturbed_{mode}_4_actions.json.gz") for mode in ("baseline", "rsd")]
+    files = [str(recorded / f"perturbed_{mode}_4_actions.json.gz") for mode in ("baseline", "rsd")]
     code = (
         "import sys\n"
         "from rsd_trt.cli import main\n"
@@ -124,7 +124,7 @@ def test_an_evaluation_asks_for_no_network(tmp_path: Path, tiny_bundle: Path) ->
 def test_the_simulator_asks_for_no_network(tmp_path: Path) -> None:
     code = (
         "from rsd_trt.config import ControlConfig\n"
-        "from rsd_trt.eval.rollout.simulator import Simulator\n"
+        "from rsd_trt.eval.libero.simulator import Simulator\n"
         "simulator = Simulator('libero_spatial', 0, ControlConfig(camera_size=64))\n"
         "simulator.reset(0)\n"
         "print(simulator.observation().images.shape)\n"

@@ -182,7 +182,7 @@ def test_values_out_of_range_are_refused(path: Path, value: object, message: str
 
 
 @pytest.mark.parametrize(
-    ("protocol", "rotate", "settle", "spatial", "long"), [("oft", True, 10, 220, 520), ("seed", False, 0, 300, 300)]
+    ("protocol", "rotate", "settle", "spatial", "long"), [("oft", True, 10, 220, 520), ("original", False, 0, 300, 300)]
 )
 def test_protocols(protocol: str, rotate: bool, settle: int, spatial: int, long: int) -> None:
     control = with_protocol(ControlConfig(cameras=("x",), gripper="openvla"), protocol)
@@ -195,7 +195,7 @@ def test_protocols(protocol: str, rotate: bool, settle: int, spatial: int, long:
 def test_another_protocol_is_custom() -> None:
     assert protocol_name(dataclasses.replace(ControlConfig(), settle_steps=3)) == "custom"
     assert protocol_name(ControlConfig()) == "oft"
-    assert set(PROTOCOLS) == {"oft", "seed"}
+    assert set(PROTOCOLS) == {"oft", "original"}
 
 
 @pytest.mark.parametrize(

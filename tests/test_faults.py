@@ -26,10 +26,10 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.cli import main
 from rsd_trt.config import Precision
 from rsd_trt.errors import UserError
+from rsd_trt.eval.libero.episode import Assignment, serve
+from rsd_trt.eval.libero.episode_log import EpisodeLog
+from rsd_trt.eval.libero.pool import Meter, run_episodes
 from rsd_trt.eval.report.write import write_report
-from rsd_trt.eval.rollout.episode import Assignment, serve
-from rsd_trt.eval.rollout.episode_log import EpisodeLog
-from rsd_trt.eval.rollout.pool import Meter, run_episodes
 from rsd_trt.manifest import read_manifest
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.observation import Observation
@@ -54,7 +54,7 @@ def test_a_full_gpu_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(error)
 
-    monkeypatch.setattr("rsd_trt.eval.parity.components.verify", full)
+    monkeypatch.setattr("rsd_trt.eval.verify.components.verify", full)
     done = CliRunner().invoke(main, ["verify", str(tiny_bundle), "--device", "cpu"])
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {message}")
@@ -104,7 +104,7 @@ def test_a_batch_that_does_not_fit_is_answered_one_by_one(
 def test_a_query_that_breaks_is_one_line_and_a_traceback_with_verbose(caplog: pytest.LogCaptureFixture) -> None:
     def run(level: int) -> list[str]:
         caplog.clear()
-        with caplog.at_level(level, "rsd_trt.eval.rollout.pool"):
+        with caplog.at_level(level, "rsd_trt.eval.libero.pool"):
             policy = Reader(fault="raises", fault_step=0)
             list(run_episodes(policy, partial(serve, build=World), [Assignment(0, 0, 4)], 1, 1, 60.0, Meter()))
         return caplog.text.splitlines()
@@ -138,14 +138,14 @@ def test_an_export_exchanged_while_a_session_runs(
 ) -> None:
     engines = Path(shutil.copytree(exported("fp32"), tmp_path / "engines"))
     launcher = Launcher(bundle, "ort", torch.device("cpu"), engines=engines)
-    session = launcher.open("accept", "1")
+    session = launcher.open("propose", "1")
     hidden = {"hidden": torch.randn(1, bundle.config.hidden, generator=torch.Generator().manual_seed(0))}
     before = {name: value.clone() for name, value in session.run(hidden).items()}
-    for file in (engines / "tiny").glob("accept.*.onnx"):
+    for file in (engines / "tiny").glob("propose.*.onnx"):
         file.write_bytes(b"x" * file.stat().st_size)
     assert all(torch.equal(value, before[name]) for name, value in session.run(hidden).items())
     with pytest.raises(UserError, match=r"has sha256 .*, the manifest says .*\. Rebuild: rsd-trt export"):
-        launcher.open("accept", "1")
+        launcher.open("propose", "1")
 
 
 @pytest.fixture

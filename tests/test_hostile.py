@@ -18,11 +18,11 @@ from safetensors.torch import save
 
 from rsd_trt.bundle import PARTS, Bundle
 from rsd_trt.config import COMPONENTS
-from rsd_trt.eval.parity.components import hidden_states
+from rsd_trt.eval.libero.episode_log import EpisodeLog
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.write import write_report
 from rsd_trt.eval.results import Episode
-from rsd_trt.eval.rollout.episode_log import EpisodeLog
+from rsd_trt.eval.verify.components import hidden_states
 from rsd_trt.info import describe
 from rsd_trt.jsonio import to_json
 from rsd_trt.manifest import MANIFEST, freshness, read_manifest

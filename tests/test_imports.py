@@ -16,35 +16,23 @@ import rsd_trt
 PACKAGE = Path(rsd_trt.__file__).parent
 # A module imports from its own line and the lines above it. Stages of one line do not import each other.
 LAYERS = (
-    {"__init__", "errors", "config", "files", "isolated", "jsonio", "presets", "host"},
+    {"__init__", "errors", "config", "files", "isolated", "jsonio", "host"},
     {"models"},
-    {
-        "archive",
-        "bundle",
-        "checkpoints",
-        "initialise",
-        "flavour",
-        "manifest",
-        "info",
-        "openvla",
-        "openvla_config",
-        "pack",
-        "prompts",
-        "weights",
-    },
-    {"export", "runtime"},
+    {"prompts", "weights"},
+    {"bundle", "trt", "manifest"},
+    {"presets", "initialise", "info"},
+    {"importers", "export", "runtime"},
     {"eval", "checks", "doctor", "tables"},
-    {"reference"},
     {"cli"},
 )
 APART = {"export", "runtime"}
 # The same within eval: the modules that its folders share come first. A report is made of everything.
-EVAL_LAYERS = ("eval", "rollout", "parity", "latency", "report")
-EVAL_APART = {"rollout", "latency"}
+EVAL_LAYERS = ("eval", "libero", "verify", "profile", "report")
+EVAL_APART = {"libero", "profile"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
-WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "flavour", "host", "info", "initialise"}
-WITHOUT_TORCH |= {"jsonio", "manifest", "openvla", "openvla_config", "presets", "tables", "weights"}
-WITHOUT_TORCH |= {"archive", "checks", "doctor", "isolated", "prompts"}
+WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "trt", "host", "info", "initialise"}
+WITHOUT_TORCH |= {"jsonio", "manifest", "importers", "presets", "tables", "weights"}
+WITHOUT_TORCH |= {"checks", "doctor", "isolated", "prompts"}
 
 
 def python_files() -> Iterator[Path]:
@@ -144,7 +132,7 @@ def test_importing_everything_has_no_side_effect() -> None:
     names = [".".join(("rsd_trt", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in python_files()]
     names = [name.removesuffix(".__init__") for name in names]
     if find_spec("triton") is None:  # PyTorch brings it along for CUDA alone
-        names.remove("rsd_trt.models.kernels")
+        names.remove("rsd_trt.models.fast.kernels")
     code = (
         "import importlib, logging, os\n"
         "environment = dict(os.environ)\n"

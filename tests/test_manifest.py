@@ -18,7 +18,6 @@ from rsd_trt import host
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, Component
 from rsd_trt.errors import UserError
-from rsd_trt.flavour import Flavour
 from rsd_trt.host import Gpu
 from rsd_trt.info import describe
 from rsd_trt.manifest import (
@@ -36,6 +35,7 @@ from rsd_trt.manifest import (
 )
 from rsd_trt.runtime import backends
 from rsd_trt.runtime.backends import Backend, Launcher
+from rsd_trt.trt import Distribution
 
 L4 = Gpu("NVIDIA L4", "8.9", "600.1")
 VERSION = "10.9.0"
@@ -43,7 +43,7 @@ VERSION = "10.9.0"
 
 @dataclasses.dataclass
 class Exports:
-    """A bundle and an engine folder with two graphs and two engines of `accept`; no content is real."""
+    """A bundle and an engine folder with two graphs and two engines of `propose`; no content is real."""
 
     bundle: Path
     engines: Path
@@ -53,11 +53,11 @@ class Exports:
         return folder_of(Bundle.open(self.bundle), self.engines)
 
     def file(self, kind: Kind, batch: Batch = "1") -> Path:
-        return self.folder / f"accept.fp32.{batch}.0123abcd.{'onnx' if kind == 'onnx' else kind + '.engine'}"
+        return self.folder / f"propose.fp32.{batch}.0123abcd.{'onnx' if kind == 'onnx' else kind + '.engine'}"
 
     def open(self, backend: Backend) -> object:
         device = torch.device("cuda" if backend == "trt" else "cpu")
-        return Launcher(Bundle.open(self.bundle), backend, device, engines=self.engines).open("accept", "1")
+        return Launcher(Bundle.open(self.bundle), backend, device, engines=self.engines).open("propose", "1")
 
     def edit(self, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
         """Changes the manifest's JSON."""
@@ -71,12 +71,12 @@ def artefact_of(bundle: Bundle, files: tuple[File, ...], kind: Kind, batch: Batc
     engine = EngineBuild(VERSION, "0" * 64, ("strongly_typed", "no_tf32"), ("8.9",), L4.name, L4.driver)
     return dataclasses.replace(
         Artefact(
-            component="accept",
+            component="propose",
             precision="fp32",
             batch=batch,
             kind=kind,
             files=files,
-            weights_sha256=bundle.component_fingerprint("accept"),
+            weights_sha256=bundle.component_fingerprint("propose"),
             inputs=("hidden [B, H=32] float32",),
             outputs=(),
             opset=18,
@@ -122,7 +122,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     module.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda *_: None})
     module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=deserialise)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    monkeypatch.setattr(backends, "runnable_flavour", lambda gpu: Flavour("tensorrt", module))
+    monkeypatch.setattr(backends, "runnable_distribution", lambda gpu: Distribution("tensorrt", module))
     monkeypatch.setattr(host, "gpu", lambda _: L4)
     return seen
 
@@ -147,7 +147,7 @@ def link(exports: Exports, kind: Kind) -> None:
 DAMAGE: dict[str, tuple[Callable[[Exports, Kind], object], str]] = {
     "a changed weight": (
         lambda exports, _: flip_last_byte(exports.bundle / "draft.safetensors"),
-        r"accept fp32 batch 1 \({kind}\) was built from weights [0-9a-f]{{8}}, the bundle has [0-9a-f]{{8}}",
+        r"propose fp32 batch 1 \({kind}\) was built from weights [0-9a-f]{{8}}, the bundle has [0-9a-f]{{8}}",
     ),
     "exchanged files": (exchange, r"{file} has sha256 [0-9a-f]{{8}}, the manifest says [0-9a-f]{{8}}"),
     "a flipped bit": (
@@ -200,20 +200,20 @@ def test_what_is_not_fresh_is_refused_before_it_is_loaded(
             "10.10.0",
             L4,
             (),
-            "accept fp32 batch 1 (tensorrt) was built by TensorRT 10.9.0, installed is 10.10.0",
+            "propose fp32 batch 1 (tensorrt) was built by TensorRT 10.9.0, installed is 10.10.0",
         ),
         ("10.10.0", L4, ("version_compatible",), None),
         (
             VERSION,
             Gpu("NVIDIA L40S", "8.9", "600.1"),
             (),
-            "accept fp32 batch 1 (tensorrt) was built for NVIDIA L4, this is NVIDIA L40S",
+            "propose fp32 batch 1 (tensorrt) was built for NVIDIA L4, this is NVIDIA L40S",
         ),
         (
             VERSION,
             Gpu("NVIDIA L4", "12.0", "600.1"),
             (),
-            "accept fp32 batch 1 (tensorrt) was built for compute capability 8.9, this is 12.0",
+            "propose fp32 batch 1 (tensorrt) was built for compute capability 8.9, this is 12.0",
         ),
         (VERSION, Gpu("NVIDIA L4", "8.9", "another driver"), (), None),
     ],
@@ -227,7 +227,7 @@ def test_an_engine_is_bound_to_its_tensorrt_and_its_gpu(
     flags: tuple[str, ...],
     message: str | None,
 ) -> None:
-    monkeypatch.setattr(Flavour, "version", version)
+    monkeypatch.setattr(Distribution, "version", version)
     monkeypatch.setattr(host, "gpu", lambda _: gpu)
     exports.edit(lambda data: [a["engine"].update(flags=list(flags)) for a in data["artefacts"] if a["engine"]])
     if message is None:
@@ -272,11 +272,11 @@ def test_an_engine_built_ahead_of_time_runs_on_its_capabilities(
         ),
         (
             lambda data: data["artefacts"][0].update(files=[]),
-            "the engine manifest is incomplete: accept fp32 batch 1 (onnx) lacks its files or its build",
+            "the engine manifest is incomplete: propose fp32 batch 1 (onnx) lacks its files or its build",
         ),
         (
             lambda data: data["artefacts"][1].update(engine=None),
-            "the engine manifest is incomplete: accept fp32 batch 1 (tensorrt) lacks its files or its build",
+            "the engine manifest is incomplete: propose fp32 batch 1 (tensorrt) lacks its files or its build",
         ),
         (lambda data: data.update(artefact=[]), "unknown key artefact; did you mean 'artefacts'?"),
         (lambda data: data["artefacts"][1].pop("opset"), "the key artefacts[1].opset is missing"),
@@ -315,7 +315,7 @@ def test_nothing_built_yet_is_told_with_the_command(exports: Exports) -> None:
     with pytest.raises(UserError) as error:
         exports.open("ort")
     command = f"rsd-trt export {exports.bundle} --precision fp32 -o {exports.engines}"
-    assert str(error.value) == f"{exports.folder} has no accept fp32 batch 1 (onnx). Build it: {command}"
+    assert str(error.value) == f"{exports.folder} has no propose fp32 batch 1 (onnx). Build it: {command}"
     assert describe(Bundle.open(exports.bundle), exports.engines)["exports"] == []
 
 
@@ -334,16 +334,16 @@ QUANTILES = {"q01": [0] * 7, "q99": [1] * 7, "mask": [True] * 7}
 @pytest.mark.parametrize(
     ("change", "stale"),
     [
-        ("draft.safetensors", {"draft", "accept"}),
-        ("head.safetensors", {"head", "chain"}),
-        ("codec.safetensors", {"decoder", "accept", "chain"}),
+        ("draft.safetensors", {"draft", "propose"}),
+        ("head.safetensors", {"head", "predict"}),
+        ("codec.safetensors", {"decoder", "propose", "predict"}),
         ("backbone.safetensors", set()),
         ("tokenizer.json", set()),
         ({"rsd": {"tolerance": [0.2] * 6}}, set()),
         ({"rsd": {"draft_block": 2}}, set()),
         ({"control": {"max_steps": {"libero_goal": 9}}}, set()),
-        ({"control": {"gripper": "openvla"}}, {"accept", "chain"}),
-        ({"control": {"action_quantiles": QUANTILES}}, {"accept", "chain"}),
+        ({"control": {"gripper": "openvla"}}, {"propose", "predict"}),
+        ({"control": {"action_quantiles": QUANTILES}}, {"propose", "predict"}),
     ],
     ids=lambda value: ",".join(sorted(value)) if isinstance(value, set) else str(value)[:40],
 )
@@ -369,9 +369,9 @@ def test_a_manifest_is_read_as_it_was_written(exports: Exports) -> None:
     changed = manifest.replacing(artefact)
     write_manifest(exports.folder, changed)
     assert read_manifest(exports.folder, bundle) == changed
-    assert changed.find("accept", "fp32", "1", "tensorrt") == artefact
+    assert changed.find("propose", "fp32", "1", "tensorrt") == artefact
     assert len(changed.artefacts) == len(manifest.artefacts) == 4
-    assert changed.find("accept", "fp16", "1", "tensorrt") is None
+    assert changed.find("propose", "fp16", "1", "tensorrt") is None
 
 
 def test_an_interrupted_write_leaves_the_old_manifest(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:

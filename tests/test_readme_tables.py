@@ -52,7 +52,7 @@ def test_an_unknown_table_is_an_error(tables: ModuleType) -> None:
 def stage(what: str, backbone: str, p50: float, **more: object) -> dict[str, Any]:
     row = {"what": what, "backbone": backbone, "precision": "bf16", "images": 1, "prompt_tokens": 28}
     ms = {"n": 300, "p50": p50, "p99": p50 + 1}
-    return {**row, "ms": ms, "outside_ms": None, "times_floor": 1.5, "speedup": None, **more}
+    return {**row, "ms": ms, "outside_ms": None, "times_roofline": 1.5, "speedup": None, **more}
 
 
 def test_stages_are_of_all_backbones_in_the_first_shape_and_of_the_fastest_in_the_others(tables: ModuleType) -> None:
@@ -80,9 +80,14 @@ def test_stages_are_of_all_backbones_in_the_first_shape_and_of_the_fastest_in_th
 
 def test_a_replay_names_decisions_and_clock(tables: ModuleType) -> None:
     row = {"decisions_of": "reference", "n_action_steps": 1, "episodes": 50, "queries": 4000, "backbone": "graph"}
-    row |= {"full_passes": 4000, "ms_per_action": 8.0, "backbone_precision": "fp8", "route_queries": {"a": 90, "b": 10}}
+    row |= {
+        "full_queries": 4000,
+        "ms_per_action": 8.0,
+        "backbone_precision": "fp8",
+        "route_queries": {"a": 90, "b": 10},
+    }
     baseline = {**row, "mode": "baseline", "ms_per_action_interval": None, "speedup": None, "speedup_interval": None}
-    rsd = {**baseline, "mode": "rsd", "results": "rsd_1_action.json.gz", "full_passes": 1500, "ms_per_action": 5.0}
+    rsd = {**baseline, "mode": "rsd", "results": "rsd_1_action.json.gz", "full_queries": 1500, "ms_per_action": 5.0}
     rsd |= {"ms_per_action_interval": [4.9, 5.1], "speedup": 1.6, "speedup_interval": [1.55, 1.65]}
     found = tables.replay({"bundle": "7b", "hardware": {"cpu": "x"}, "rows": [baseline, rsd]})
     assert "decisions of ..., clock of 7b, graph fp8, x" in found[0]

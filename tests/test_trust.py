@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from rsd_trt.bundle import Bundle, copy_with
 from rsd_trt.errors import UserError
 from rsd_trt.eval.read import read_results
-from rsd_trt.flavour import Flavour
 from rsd_trt.jsonio import from_json, to_json
 from rsd_trt.manifest import Manifest, read_manifest
 from rsd_trt.models.signature import Port, Signature
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.trt_session import TrtSession
+from rsd_trt.trt import Distribution
 
 FILES = ("config.json", "tokenizer.json", "backbone.safetensors", "draft.safetensors", "codec.safetensors")
 
@@ -157,7 +157,7 @@ def test_an_engine_exchanged_after_the_check_is_not_loaded(swap: bool, tmp_path:
     if swap:
         engine.write_bytes(b"hostile")
     load: Callable[[], TrtSession] = lambda: TrtSession(  # noqa: E731
-        engine, signature, torch.device("cpu"), Flavour("tensorrt", module), digest
+        engine, signature, torch.device("cpu"), Distribution("tensorrt", module), digest
     )
     if swap:
         with pytest.raises(UserError, match="was exchanged while it was loaded"):

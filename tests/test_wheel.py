@@ -25,10 +25,9 @@ SHIPPED = (
     "rsd_trt/eval/report/templates/macros.html.jinja",
     "rsd_trt/export/to_onnx.py",
     "rsd_trt/runtime/policy.py",
-    "rsd_trt/reference/expert.py",
-    *(f"rsd_trt/reference/bundle/{part}.safetensors" for part in ("backbone", "draft", "head", "codec")),
-    "rsd_trt/reference/bundle/config.json",
-    "rsd_trt/reference/bundle/tokenizer.json",
+    *(f"rsd_trt/bundles/reference/{part}.safetensors" for part in ("backbone", "draft", "head", "codec")),
+    "rsd_trt/bundles/reference/config.json",
+    "rsd_trt/bundles/reference/tokenizer.json",
 )
 
 
@@ -110,7 +109,7 @@ def test_the_installed_package_works(installed: Path, tmp_path: Path) -> None:
 
 def test_the_installed_package_reports(installed: Path, tmp_path: Path) -> None:
     recorded = ROOT / "docs" / "results" / "reference"
-    files = [str(recorded / f"disturbed_{mode}_4_actions.json.gz") for mode in ("baseline", "rsd")]
+    files = [str(recorded / f"perturbed_{mode}_4_actions.json.gz") for mode in ("baseline", "rsd")]
     run(installed, tmp_path, "rsd-trt", "report", *files, "-o", "report")
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "performance_comparison.json",

@@ -17,7 +17,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parents[1]
-PAGES = (ROOT / "README.md", ROOT / "reference" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "examples" / "reference_policy" / "README.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Json = Mapping[str, Any]
 

@@ -15,15 +15,15 @@ from rsd_trt.eval.results import HISTOGRAM_BINS, Episode, QueryRecord, Results
 from rsd_trt.runtime.plan import Gap
 
 PHASES = 10  # deciles of an episode's steps
-Group = Literal["accepted", "partial", "rejected", "full pass"]
-GROUPS: tuple[Group, ...] = ("accepted", "partial", "rejected", "full pass")
+Group = Literal["accepted", "partial", "rejected", "full query"]
+GROUPS: tuple[Group, ...] = ("accepted", "partial", "rejected", "full query")
 
 
 def group(query: QueryRecord) -> Group:
     """The kind of route that a query took: those that tested no live plan are one kind."""
     if query.route in ("accepted", "partial", "rejected"):
         return query.route
-    return "full pass"
+    return "full query"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def phases(results: Results) -> tuple[Phase, ...]:
     """Acceptance over the episode: a query at step s of an episode of n steps is of decile floor(10 s / n)."""
     counts: list[dict[str, int]] = [defaultdict(int) for _ in range(PHASES)]
     for episode, query in _queries(results):
-        if (kind := group(query)) != "full pass":
+        if (kind := group(query)) != "full query":
             counts[min(PHASES - 1, PHASES * query.step // max(1, episode.steps))][kind] += 1
     return tuple(Phase(**count) for count in counts)
 
@@ -70,9 +70,9 @@ def route_times(results: Results) -> tuple[RouteTime, ...]:
     )
 
 
-def full_pass_share(results: Results) -> float | None:
+def full_query_share(results: Results) -> float | None:
     """Share of the queries that ran the whole backbone."""
-    return results.full_passes / results.queries if results.queries else None
+    return results.full_queries / results.queries if results.queries else None
 
 
 @dataclass(frozen=True)

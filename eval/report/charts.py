@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LABEL = 18  # characters a line of a run's name
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = COLOURS
 GREY = "#8c8c8c"
-GROUP_COLOURS: dict[Group, str] = {"accepted": BLUE, "partial": SKY, "rejected": VERMILION, "full pass": GREY}
+GROUP_COLOURS: dict[Group, str] = {"accepted": BLUE, "partial": SKY, "rejected": VERMILION, "full query": GREY}
 MARKERS = "osD^vP"
 
 

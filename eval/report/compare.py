@@ -16,7 +16,7 @@ Unit = Literal["%", "ms", ""]
 
 # What must be equal. The mode is what differs; `timing` and `hardware` may, and then no speed-up is given.
 SAME = (
-    *("policy", "suite", "tasks", "trials", "disturb", "backend", "precision", "backbone", "device", "protocol"),
+    *("policy", "suite", "tasks", "trials", "perturb", "backend", "precision", "backbone", "device", "protocol"),
     "backbone_precision",
     *("max_steps", "n_action_steps", "seed", "bundle_sha256", "exports_sha256", "control", "versions"),
 )
@@ -40,7 +40,7 @@ FIGURES = {
     "query_ms_p95": Figure("query p95", "ms", lambda run: (run.query_ms or {}).get("p95")),
     "displaced": Figure("episodes with a displaced target", "", lambda run: displaced(run)),
     "queries": Figure("queries", "", lambda run: run.queries),
-    "full_passes": Figure("full passes", "", lambda run: run.full_passes),
+    "full_queries": Figure("full queries", "", lambda run: run.full_queries),
     "actions_per_query": Figure("actions per query", "", lambda run: run.actions_per_query),
     "steps_per_second": Figure("steps per second, simulation included", "", lambda run: run.steps_per_second),
     "accepted": Figure("accepted", "%", lambda run: run.rsd_stats.draft_acceptance_rate),
@@ -51,7 +51,7 @@ FIGURES = {
 
 def displaced(run: Results) -> int | None:
     """The episodes whose target was displaced, of those without an error; None where none was to be."""
-    if run.settings.disturb is None:
+    if run.settings.perturb is None:
         return None
     return sum(episode.displacement is not None for episode in run.episodes if episode.error is None)
 

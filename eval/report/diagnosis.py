@@ -14,7 +14,7 @@ from rsd_trt.eval.report.breakdown import (
     agreement_by_dimension,
     agreement_by_step,
     executed,
-    full_pass_share,
+    full_query_share,
     gripper_switches,
     route_times,
     share_outside,
@@ -30,7 +30,7 @@ NARROW = 0.5  # of the training range: less is hardly moving
 BIASED = 0.25  # of the training range, between its middle and the mean action
 LOSSY = 0.01  # root mean square error of the codec, environment units: 0.5 mm under LIBERO's OSC_POSE
 FEWEST_SWITCHES, MOST_SWITCHES = 1.0, 10.0  # of the gripper in an episode: grasping is one, letting go another
-MOSTLY = 0.5  # of the queries, or of a full pass's time
+MOSTLY = 0.5  # of the queries, or of a full query's time
 UNINFORMED = 0.05  # above the chance line: less is as good as chance
 WEAK = 0.9  # agreement of a dimension or step that leaves little of a plan to be accepted
 CLOSE = 0.05  # difference of two shares of agreement that is not worth a word
@@ -156,15 +156,15 @@ def _draft_block(run: Run) -> Finding:
 
 def _time(run: Run) -> Finding:
     results = run.results
-    share = full_pass_share(results) or 0.0
+    share = full_query_share(results) or 0.0
     causes = ", ".join(f"{route} {count:,}" for route, count in results.routes.items())
     said = [f"{share:.0%} of the queries run the whole backbone (routes: {causes})"]
     times = route_times(results) if results.settings.timing == "single" else ()
     medians = {part.group: median(part.ms) for part in times}
-    full = [ms for part in times if part.group in ("rejected", "full pass") for ms in part.ms]
+    full = [ms for part in times if part.group in ("rejected", "full query") for ms in part.ms]
     ratio = medians["accepted"] / median(full) if "accepted" in medians and full else 0.0
     if ratio:
-        said.append(f"an accepted query takes {ratio:.0%} of a full pass's time")
+        said.append(f"an accepted query takes {ratio:.0%} of a full query's time")
     columns = ("route", "queries", "p50", "share of policy time") if times else ()
     rows = tuple(
         (part.group, number(len(part.ms)), number(medians[part.group], "ms"), number(part.share, "%")) for part in times

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rsd_trt.errors import missing_extra
-from rsd_trt.eval.latency.work import STAGES
+from rsd_trt.eval.profile.work import STAGES
 from rsd_trt.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rsd_trt.eval.latency.components import Timing
-    from rsd_trt.eval.latency.stages import StageTiming
+    from rsd_trt.eval.profile.components import Timing
+    from rsd_trt.eval.profile.stages import StageTiming
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's palette
 STAGE_COLOURS = dict(zip(STAGES, COLOURS, strict=True))
@@ -114,7 +114,7 @@ def draw_stages(
 def _draw_way(axes: Axes, place: int, rows: Sequence[StageTiming], ink: str, height: float = 0.6) -> None:
     """One backbone in one shape."""
     medians = {row.what: float(np.median(row.ms)) for row in rows}
-    floors = {row.what: row.floor_ms or 0.0 for row in rows}
+    floors = {row.what: row.roofline_ms or 0.0 for row in rows}
     left = 0.0
     for stage in STAGES:
         if stage in medians:
@@ -122,7 +122,7 @@ def _draw_way(axes: Axes, place: int, rows: Sequence[StageTiming], ink: str, hei
             axes.plot((left + floors[stage],) * 2, (place - height / 2, place + height / 2), color=ink, linewidth=1)
             left += medians[stage]
     whole = medians.get("baseline query")
-    if whole is not None and "chain" not in medians:
+    if whole is not None and "predict" not in medians:
         axes.barh(place, max(0.0, whole - left), height, left=left, color="#b8b8b8", label=UNDIVIDED)
     for query, marker in MARKS.items():
         if query in medians:

@@ -10,9 +10,9 @@ from typing import TypedDict
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.latency import components, stages
-from rsd_trt.eval.latency.components import TEXTBOOK, ProfileRequest, Timing
-from rsd_trt.eval.latency.stages import StageProfile, StagesRequest
+from rsd_trt.eval.profile import components, stages
+from rsd_trt.eval.profile.components import TEXTBOOK, ProfileRequest, Timing
+from rsd_trt.eval.profile.stages import StageProfile, StagesRequest
 from rsd_trt.eval.report.page import check_templates
 from rsd_trt.eval.report.plots import check_plots, latency_chart, stage_chart
 from rsd_trt.eval.report.profile_page import profile_page

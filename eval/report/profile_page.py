@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from rsd_trt import __version__
-from rsd_trt.eval.latency.stages import ORACLE, StageTiming
+from rsd_trt.eval.profile.stages import ORACLE, StageTiming
 from rsd_trt.eval.report.grids import Grid
 from rsd_trt.eval.report.page import render
 from rsd_trt.eval.report.plots import draw_stages
@@ -124,16 +124,16 @@ def _shape(name: str, rows: Sequence[StageTiming]) -> ShapePart:
 
 def _row(row: StageTiming) -> tuple[str, ...]:
     ms, outside = percentiles(row.ms), percentiles(row.outside_ms)
-    assert ms is not None and row.floor_ms is not None and row.bytes is not None and row.flops is not None
+    assert ms is not None and row.roofline_ms is not None and row.bytes is not None and row.flops is not None
     return (
         f"{row.way.name}, {row.what}",
         *(_ms(ms[key]) for key in ("p50", "p95", "p99")),
         _ms(outside["p50"] if outside else None),
         f"{row.bytes / 1e6:,.1f}",
         f"{row.flops / 1e9:,.1f}",
-        _ms(row.floor_ms),
+        _ms(row.roofline_ms),
         str(row.bound),
-        f"{ms['p50'] / row.floor_ms:.2f}",
+        f"{ms['p50'] / row.roofline_ms:.2f}",
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rsd_trt.config import MODES
 from rsd_trt.errors import UserError
-from rsd_trt.eval.latency.replay_record import Replay, ReplayRow
+from rsd_trt.eval.profile.replay_record import Replay, ReplayRow
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.compare import Comparison, SpeedUp, compare, differences
 from rsd_trt.eval.results import Results, Settings
@@ -75,11 +75,11 @@ def pair_up(runs: Sequence[tuple[Path, Results]]) -> tuple[Run, ...]:
 
 def run_names(runs: Sequence[Results]) -> list[str]:
     """The mode of each run, and whatever else it takes to tell it from the others. Where the tolerance or rate differs
-    within a mode, every run of it is named with its own; where some are disturbed, every run says whether it is."""
+    within a mode, every run of it is named with its own; where some are perturbed, every run says whether it is."""
     names: list[str] = [run.settings.mode for run in runs]
     modes, traits = list(names), [_traits(run) for run in runs]
     for trait in traits[0] if traits else ():
-        among = {"variant": modes, "disturbed": [""] * len(runs)}.get(trait, names)
+        among = {"variant": modes, "perturbed": [""] * len(runs)}.get(trait, names)
         alike = {group: {t[trait] for g, t in zip(among, traits, strict=True) if g == group} for group in among}
         told = [len(alike[group]) > 1 and bool(t[trait]) for group, t in zip(among, traits, strict=True)]
         names = [f"{n}, {t[trait]}" if tell else n for n, t, tell in zip(names, traits, told, strict=True)]
@@ -149,7 +149,7 @@ def _traits(run: Results) -> dict[str, str]:
         "actions": f"{counted(settings.n_action_steps, 'action')} a query",
         "variant": variant(settings),
         "protocol": f"protocol {settings.protocol}",
-        "disturbed": "undisturbed" if settings.disturb is None else f"disturbed with seed {settings.disturb}",
+        "perturbed": "unperturbed" if settings.perturb is None else f"perturbed with seed {settings.perturb}",
         "hardware": str(settings.hardware.get("gpu", settings.hardware.get("cpu", ""))),
         "timing": f"{settings.timing} timing",
         "workers": workers,

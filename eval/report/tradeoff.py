@@ -2,7 +2,7 @@
 
 A run's milliseconds are those of its replay or, without one, its own if each query was timed alone. Only runs that were
 timed alike (hardware, backend, backbone, precision) are set against each other. Of runs of one bundle, suite, mode,
-tolerance or rate, n_action_steps and disturbance the one with most episodes counts.
+tolerance or rate, n_action_steps and perturbation the one with most episodes counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
-from rsd_trt.eval.latency.replay_record import Replay, ReplayRow
+from rsd_trt.eval.profile.replay_record import Replay, ReplayRow
 from rsd_trt.eval.report.compare import Comparison, SpeedUp, compare, differences
 from rsd_trt.eval.report.runs import Run, replayed, variant
 from rsd_trt.eval.report.wording import listed, number
@@ -43,7 +43,7 @@ class Point:
     mode: Mode
     variant: Annotated[str, "what decides acceptance: rsd's tolerance, random's rate; empty for baseline"]
     n_action_steps: int
-    disturb: int | None
+    perturb: int | None
     episodes: int
     success: float
     success_interval: Annotated[Interval, "95%, Wilson's score"]
@@ -71,7 +71,7 @@ class SameCost:
     run: str
     mode: Mode
     n_action_steps: int
-    disturb: int | None
+    perturb: int | None
     neighbours: Annotated[tuple[Neighbour, ...], "the baseline runs that enclose the cost, the dearer one first"]
     pairs: Annotated[int, "episodes that ended without an error in all of them"]
     success: Annotated[tuple[float, float] | None, "success rates over the pairs: that baseline's, the run's"]
@@ -125,7 +125,7 @@ def check_replay(replay: Replay, runs: Sequence[Run]) -> None:
                 f"the replay times {row.results} as run {row.run}, which is none of the results given "
                 f"({', '.join(settings)}). Give its results file, or replay again"
             )
-        for name in ("mode", "n_action_steps", "disturb"):
+        for name in ("mode", "n_action_steps", "perturb"):
             if getattr(of, name) != getattr(row, name):
                 raise UserError(
                     f"the replay says of run {row.run} that its {name} is {getattr(row, name)!r}, its results "
@@ -180,9 +180,9 @@ def _sentence(row: SameCost, point: Point) -> str:
     )
 
 
-def condition(disturb: int | None) -> str:
-    """`undisturbed`, or `target displaced (seed 3)`."""
-    return "undisturbed" if disturb is None else f"target displaced (seed {disturb})"
+def condition(perturb: int | None) -> str:
+    """`unperturbed`, or `target displaced (seed 3)`."""
+    return "unperturbed" if perturb is None else f"target displaced (seed {perturb})"
 
 
 def _point(run: Run, replay: Replay | None) -> Point | str:
@@ -216,7 +216,7 @@ def _point(run: Run, replay: Replay | None) -> Point | str:
         mode=settings.mode,
         variant=variant(settings),
         n_action_steps=settings.n_action_steps,
-        disturb=settings.disturb,
+        perturb=settings.perturb,
         episodes=results.total_episodes,
         success=results.final_success_rate,
         success_interval=results.final_success_interval,
@@ -233,7 +233,7 @@ def _largest(points: Sequence[Point], results: Mapping[str, Results]) -> list[Po
     kinds: dict[tuple[object, ...], Point] = {}
     for point in points:
         settings = results[point.run].settings
-        condition = (point.suite, settings.bundle_sha256, point.disturb)
+        condition = (point.suite, settings.bundle_sha256, point.perturb)
         kind = (*condition, point.mode, point.variant, point.n_action_steps)
         kinds[kind] = max(kinds.get(kind, point), point, key=lambda p: (p.episodes, p.replayed))
     return list(kinds.values())
@@ -257,7 +257,7 @@ def _same_cost(point: Point, baselines: Sequence[Point], results: Mapping[str, R
         run=point.run,
         mode=point.mode,
         n_action_steps=point.n_action_steps,
-        disturb=point.disturb,
+        perturb=point.perturb,
         neighbours=tuple(Neighbour(n, alike[n], s, compare(results[n], mine, FREE)) for n, s in parts.items() if pairs),
         pairs=len(pairs),
         success=success,

@@ -53,17 +53,17 @@ class Panel:
 
 
 def panels(found: Tradeoff) -> tuple[Panel, ...]:
-    """The points by condition: undisturbed ones first."""
+    """The points by condition: unperturbed ones first."""
     conditions = sorted(
-        {(p.suite, p.bundle, p.disturb) for p in found.points}, key=lambda c: (*c[:2], -1 if c[2] is None else c[2])
+        {(p.suite, p.bundle, p.perturb) for p in found.points}, key=lambda c: (*c[:2], -1 if c[2] is None else c[2])
     )
     several = len({c[:2] for c in conditions}) > 1
     return tuple(
         Panel(
-            f"{suite}, {bundle}: {condition(disturb)}" if several else condition(disturb),
-            tuple(p for p in found.points if (p.suite, p.bundle, p.disturb) == (suite, bundle, disturb)),
+            f"{suite}, {bundle}: {condition(perturb)}" if several else condition(perturb),
+            tuple(p for p in found.points if (p.suite, p.bundle, p.perturb) == (suite, bundle, perturb)),
         )
-        for suite, bundle, disturb in conditions
+        for suite, bundle, perturb in conditions
     )
 
 

@@ -16,7 +16,7 @@ from typing import Annotated
 
 from rsd_trt import __version__
 from rsd_trt.errors import UserError
-from rsd_trt.eval.latency.replay_record import Replay, read_replay
+from rsd_trt.eval.profile.replay_record import Replay, read_replay
 from rsd_trt.eval.report import charts, grids
 from rsd_trt.eval.report.compare import Comparison, figures
 from rsd_trt.eval.report.conclusion import Conclusion, Target, conclude, targets

@@ -95,9 +95,9 @@ def pack(
     \b
     Example: rsd-trt pack --backbone openvla/openvla-7b --preset rvq --head best_rfsq_head.pt -o bundles/rvq
     """
+    from rsd_trt.importers.pack import PackRequest
+    from rsd_trt.importers.pack import pack as make
     from rsd_trt.jsonio import to_json
-    from rsd_trt.pack import PackRequest
-    from rsd_trt.pack import pack as make
 
     request = PackRequest(
         backbone=backbone,

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from rsd_trt.bundle import Bundle
-    from rsd_trt.flavour import Flavour
+    from rsd_trt.trt import Distribution
 
 NameT = TypeVar("NameT", bound=str)
 ExportTarget = Literal["auto", "tensorrt", "rtx", "onnx"]
@@ -78,7 +78,7 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export draft, head, decoder and the fused accept and chain to ONNX and TensorRT engines.
+    """Export draft, head, decoder and the fused propose and predict to ONNX and TensorRT engines.
 
     Writes OUT/<bundle>/ with a manifest. What is fresh is kept.
 
@@ -94,13 +94,13 @@ def export(
         engines=out,
         components=component or COMPONENTS,
         precision=precision,
-        flavour=choose_flavour(target),
+        distribution=choose_distribution(target),
         options=options,
         force=force,
         report=report,
     )
     opened = Bundle.open(bundle)
-    with BuildProgress(2 * len(request.components) * (2 if request.flavour else 1)) as progress:
+    with BuildProgress(2 * len(request.components) * (2 if request.distribution else 1)) as progress:
         outcomes = export_bundle(opened, request, progress.add, progress.step)
     rows = [
         {
@@ -121,20 +121,20 @@ def export(
     click.echo(f"manifest: {out / opened.config.name / 'manifest.json'}")
 
 
-def choose_flavour(target: ExportTarget) -> Flavour | None:
+def choose_distribution(target: ExportTarget) -> Distribution | None:
     """The TensorRT to build with; `auto` takes none, and says so, where none can build."""
     from rsd_trt import host
-    from rsd_trt.flavour import find_flavour
+    from rsd_trt.trt import find_distribution
 
     if target == "onnx":
         return None
     if target != "auto":
-        return find_flavour(target)
+        return find_distribution(target)
     candidates: tuple[Literal["tensorrt", "rtx"], ...] = ("tensorrt", "rtx") if host.gpu() else ("rtx",)
     problems = []
     for candidate in candidates:
         try:
-            return find_flavour(candidate)
+            return find_distribution(candidate)
         except UserError as error:
             problems.append(str(error))
     click.echo(f"ONNX only: {' '.join(problems)}", err=True)
@@ -191,7 +191,7 @@ def verify(
     if libero:
         raise click.UsageError("--libero shows scenes to the backbone: it needs --backbone or --sensitivity")
     from rsd_trt.bundle import Bundle
-    from rsd_trt.eval.parity import components
+    from rsd_trt.eval.verify import components
     from rsd_trt.runtime.backends import check_backend
     from rsd_trt.runtime.policy import check_device
 
@@ -220,10 +220,10 @@ def verify_backbone(
 ) -> None:
     """`rsd-trt verify --backbone` and `--sensitivity`."""
     from rsd_trt.bundle import Bundle
-    from rsd_trt.eval.parity import backbone
-    from rsd_trt.eval.parity.components import to_json
-    from rsd_trt.eval.parity.fp8_sensitivity import sensitivity
-    from rsd_trt.eval.parity.scenes import libero_observations, random_observations
+    from rsd_trt.eval.verify import backbone
+    from rsd_trt.eval.verify.components import to_json
+    from rsd_trt.eval.verify.fp8_sensitivity import sensitivity
+    from rsd_trt.eval.verify.scenes import libero_observations, random_observations
     from rsd_trt.runtime.policy import check_device
     from rsd_trt.tables import backbone_table, sensitivity_table
 

@@ -129,7 +129,7 @@ class AcceptRate(click.ParamType["float | Path | None"]):
     "--seed", type=click.IntRange(0, 2**32 - 1), default=7, show_default=True, help="Of every random generator."
 )
 @click.option(
-    "--disturb",
+    "--perturb",
     type=click.IntRange(0),
     metavar="SEED",
     help="Displace the target of libero_spatial once an episode, by 2-5 cm before the grasp: the same in every mode.",
@@ -176,7 +176,7 @@ def evaluate(
     protocol: str | None,
     max_steps: int | None,
     seed: int,
-    disturb: int | None,
+    perturb: int | None,
     precision: Precision,
     backbone: BackboneKind | None,
     backbone_precision: BackbonePrecision,
@@ -209,9 +209,9 @@ def evaluate(
         _refuse_what_is_of_a_bundle()
     if workers > 1:  # before torch is loaded: waiting threads that spin would take the cores from the simulators
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from rsd_trt.eval.rollout.request import EvalRequest
-    from rsd_trt.eval.rollout.run import evaluate as run
-    from rsd_trt.reference.scripted import scripted_expert
+    from examples.reference_policy.scripted import scripted_expert
+    from rsd_trt.eval.libero.request import EvalRequest
+    from rsd_trt.eval.libero.run import evaluate as run
 
     request = EvalRequest(
         policy=scripted_expert() if policy == "expert" else bundle,
@@ -227,7 +227,7 @@ def evaluate(
         protocol=protocol,
         max_steps=max_steps,
         seed=seed,
-        disturb=disturb,
+        perturb=perturb,
         out=out,
         workers=workers,
         timeout=timeout,

@@ -34,7 +34,7 @@ from rsd_trt.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rsd_trt.eval.latency.replay_record import Replay
+    from rsd_trt.eval.profile.replay_record import Replay
     from rsd_trt.eval.report.profile import Report
 
 # Which options mean something only beside which.
@@ -136,7 +136,7 @@ def profile(
     if not sizes:
         raise click.UsageError(f"--batch {','.join(batch)} is not a list of sizes such as 1,8")
     from rsd_trt.bundle import Bundle
-    from rsd_trt.eval.latency.shapes import Shape
+    from rsd_trt.eval.profile.shapes import Shape
     from rsd_trt.runtime.backends import check_backend
     from rsd_trt.runtime.policy import check_device
 
@@ -155,7 +155,7 @@ def profile(
     shapes = tuple(Shape(i, p) for i in views or (None,) for p in prompts or (None,))
     opened = Bundle.open(bundle)
     if replay:
-        from rsd_trt.eval.latency.replay import ReplayRequest, write_replay
+        from rsd_trt.eval.profile.replay import ReplayRequest, write_replay
         from rsd_trt.runtime.backends import Launcher, default_backbone
 
         kind = kinds[0] if kinds else default_backbone(backends[0] if "backend" in given else "graph", target)
@@ -166,8 +166,8 @@ def profile(
             record = write_replay(request, out, command, progress.advance)
         _print_replay(record, out, as_json)
         return
-    from rsd_trt.eval.latency.components import ProfileRequest
-    from rsd_trt.eval.latency.stages import StagesRequest
+    from rsd_trt.eval.profile.components import ProfileRequest
+    from rsd_trt.eval.profile.stages import StagesRequest
     from rsd_trt.eval.report.profile import write_profile
 
     components = query = None
@@ -182,8 +182,8 @@ def profile(
         query = StagesRequest(pairs, shapes, target, precision, samples, warm_up)
     report = write_profile(opened, components, query, out, command)
     if trace is not None and query is not None and report["stages"] is not None:
-        from rsd_trt.eval.latency.stages import number_of
-        from rsd_trt.eval.latency.trace import write_trace
+        from rsd_trt.eval.profile.stages import number_of
+        from rsd_trt.eval.profile.trace import write_trace
 
         ran = {(row["backbone"], row["precision"]) for row in report["stages"]["startups"]}
         pair = next(p for p in reversed(query.backbones) if (p[0], number_of(opened, p[1])) in ran)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd_trt.config import PROPRIO_DIM, BackboneConfig, LanguageConfig
+from rsd_trt.config import FEATURIZERS, PROPRIO_DIM, BackboneConfig, LanguageConfig
 from rsd_trt.models.vision import VisionTower
 
 
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
         self.vision_backbone = nn.ModuleDict(
             {
                 name: VisionTower(tower, config.image_size)
-                for name, tower in zip(("featurizer", "fused_featurizer"), config.towers, strict=True)
+                for name, tower in zip(FEATURIZERS, config.towers, strict=True)
             }
         )
         hidden = config.language.hidden

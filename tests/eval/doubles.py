@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, Dims
 from rsd_trt.errors import UserError
-from rsd_trt.eval.rollout.disturb import Offset
+from rsd_trt.eval.libero.perturb import Offset
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.plan import Query
 

@@ -7,7 +7,7 @@ import sys
 import doubles
 
 from rsd_trt.cli import main
-from rsd_trt.eval.rollout import run
+from rsd_trt.eval.libero import run
 
 if __name__ == "__main__":
     run.Simulator = doubles.world  # type: ignore[assignment,misc]

@@ -23,11 +23,11 @@ def made(mode: str = "rsd", **settings: object) -> Results:
 
 
 def with_plans(episode: Episode) -> Episode:
-    """The made-up episode with a full pass wherever the plan has run out of steps."""
+    """The made-up episode with a full query wherever the plan has run out of steps."""
     left, queries = 0, []
     for query in episode.queries:
         if query.route in ("accepted", "partial") and left < query.committed:
-            query = dataclasses.replace(query, route="exhausted", full_pass=True, prefix=1)
+            query = dataclasses.replace(query, route="exhausted", full_query=True, prefix=1)
         left = (left if query.route in ("accepted", "partial") else 8) - query.committed
         queries.append(query)
     return dataclasses.replace(episode, queries=tuple(queries))

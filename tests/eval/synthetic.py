@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rsd_trt.config import ControlConfig, Mode, Quantiles, RsdConfig
-from rsd_trt.eval.latency.replay_record import Replay, ReplayRow
+from rsd_trt.eval.profile.replay_record import Replay, ReplayRow
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
 from rsd_trt.jsonio import to_json
@@ -55,7 +55,7 @@ def settings(mode: Mode = "rsd", **changes: object) -> Settings:
         seed=7,
         bundle="made-up",
         bundle_sha256="3f2a" * 16,
-        exports_sha256={"accept": "a1" * 32, "chain": "b2" * 32},
+        exports_sha256={"propose": "a1" * 32, "predict": "b2" * 32},
         trained=True,
         backbone_blocks=32,
         levels=7,
@@ -116,13 +116,13 @@ def replay(*timed: tuple[Results, float, tuple[float, float] | None]) -> Replay:
             run=results.settings.run,
             mode=results.settings.mode,
             n_action_steps=results.settings.n_action_steps,
-            disturb=results.settings.disturb,
+            perturb=results.settings.perturb,
             backend=results.settings.backend,
             backbone=results.settings.backbone,
             precision=results.settings.precision,
             episodes=results.total_episodes,
             queries=results.queries,
-            full_passes=results.full_passes,
+            full_queries=results.full_queries,
             actions=results.steps,
             ms_per_action=ms,
             ms_per_action_interval=bounds,
@@ -200,7 +200,7 @@ def _query(
     full_ms, draft_ms = (cost * random.gamma(400, 1 / 400) for cost in costs)
     most = settings.n_action_steps
     if settings.mode == "baseline":
-        return QueryRecord(step, "full", most, full_ms, full_pass=True)
+        return QueryRecord(step, "full", most, full_ms, full_query=True)
     agreement = tuple(float(x) for x in random.binomial(112, (0.86, 0.55, 0.21)) / 112)
     shadow = settings.mode == "shadow"
     if step == 0:
@@ -219,7 +219,7 @@ def _query(
     if route == "rejected":
         committed = int(random.integers(1, most + 1))
         return QueryRecord(step, route, committed, full_ms + 1, True, prefix=0, token_agreement=agreement)
-    return QueryRecord(step, route, prefix, draft_ms, full_pass=False, prefix=prefix)
+    return QueryRecord(step, route, prefix, draft_ms, full_query=False, prefix=prefix)
 
 
 def _gap(random: np.random.Generator, settings: Settings, spread: float) -> Gap:

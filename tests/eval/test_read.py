@@ -214,7 +214,7 @@ def test_a_setting_at_its_default_does_not_name_the_run(tmp_path: Path) -> None:
     results = run("rsd")
     path = write(tmp_path / "r.json", results)
     data = json.loads(path.read_text())
-    for name in ("policy", "disturb", "accept_rate", "backbone_precision"):
+    for name in ("policy", "perturb", "accept_rate", "backbone_precision"):
         del data["settings"][name]
     for name in ("resize", "statistics"):
         del data["settings"]["control"][name]
@@ -222,7 +222,7 @@ def test_a_setting_at_its_default_does_not_name_the_run(tmp_path: Path) -> None:
     assert results.settings.run == hashlib.sha256(told).hexdigest()[:12]
     path.write_text(json.dumps(data))
     assert read_run(path) == results
-    assert run("rsd", disturb=0).settings.run != results.settings.run
+    assert run("rsd", perturb=0).settings.run != results.settings.run
 
 
 def test_a_run_whose_fields_are_out_of_range_is_not_accepted(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_run_whose_fields_are_out_of_range_is_not_accepted(tmp_path: Path) -> 
         read_run(write(tmp_path / "r.json", wrong))
 
 
-@pytest.mark.parametrize("name", ["disturbed_baseline_8_actions", "disturbed_rsd_4_actions"])
+@pytest.mark.parametrize("name", ["perturbed_baseline_8_actions", "perturbed_rsd_4_actions"])
 def test_published_results_are_still_read(name: str) -> None:
     path = Path(__file__).parents[2] / "docs" / "results" / "reference" / f"{name}.json.gz"
     results = read_run(path)  # raises where a setting that came later has changed the run's name

@@ -10,10 +10,10 @@ from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, RsdStat
 from rsd_trt.eval.summary import summarise
 
 QUERIES = (
-    QueryRecord(step=0, route="start", committed=2, ms=10.0, full_pass=True, prefix=2, token_agreement=(1.0, 0.5)),
-    QueryRecord(step=2, route="accepted", committed=2, ms=4.0, full_pass=False, prefix=3),
-    QueryRecord(step=4, route="partial", committed=1, ms=4.0, full_pass=False, prefix=1, verdict="true_accept"),
-    QueryRecord(step=5, route="rejected", committed=1, ms=12.0, full_pass=True, prefix=0, token_agreement=(0.0, 0.5)),
+    QueryRecord(step=0, route="start", committed=2, ms=10.0, full_query=True, prefix=2, token_agreement=(1.0, 0.5)),
+    QueryRecord(step=2, route="accepted", committed=2, ms=4.0, full_query=False, prefix=3),
+    QueryRecord(step=4, route="partial", committed=1, ms=4.0, full_query=False, prefix=1, verdict="true_accept"),
+    QueryRecord(step=5, route="rejected", committed=1, ms=12.0, full_query=True, prefix=0, token_agreement=(0.0, 0.5)),
 )
 
 
@@ -31,7 +31,7 @@ def test_figures_are_over_episodes_without_errors() -> None:
     assert found.rsd_stats == RsdStats(1 / 3, 1 / 3, 1 / 3)
     assert found.token_agreement == (0.5, 0.5)
     assert found.token_agreement_chance == 1 / 7
-    assert (found.queries, found.full_passes, found.steps) == (8, 4, 12)
+    assert (found.queries, found.full_queries, found.steps) == (8, 4, 12)
     assert (found.actions_per_query, found.steps_per_second) == (12 / 8, 3.0)
     assert found.routes == {"accepted": 2, "partial": 2, "rejected": 2, "start": 2}
     assert found.verdicts == {"true_accept": 2}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rsd_trt.eval.latency.components import TEXTBOOK, Timing
+from rsd_trt.eval.profile.components import TEXTBOOK, Timing
 
 
 def timing(

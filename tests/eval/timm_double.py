@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class TimmDouble(nn.Module):
-    """Without memory for its weights, as `rsd_trt.eval.parity.oracle.timm_tower` gives it."""
+    """Without memory for its weights, as `rsd_trt.eval.verify.oracle.timm_tower` gives it."""
 
     def __init__(self, config: TowerConfig, image_size: int) -> None:
         super().__init__()

@@ -22,10 +22,10 @@ from rsd_trt.errors import UserError
 from rsd_trt.export import run
 from rsd_trt.export.run import ExportRequest, Outcome, export_bundle
 from rsd_trt.export.to_engine import EngineOptions
-from rsd_trt.flavour import Flavour, Target
 from rsd_trt.host import Gpu
 from rsd_trt.manifest import MANIFEST, Batch, folder_of, freshness, read_manifest, usable
 from rsd_trt.models.signature import Exportable
+from rsd_trt.trt import Distribution, Target
 
 L4 = Gpu("NVIDIA L4", "8.9", "600.1")
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -35,10 +35,10 @@ def export(bundle: Path, engines: Path, **request: object) -> list[Outcome]:
     return export_bundle(Bundle.open(bundle), ExportRequest(engines, **request), lambda _: None, lambda *_: None)
 
 
-def flavour(target: Target = "rtx", version: str = "1.2.3") -> Flavour:
+def distribution(target: Target = "rtx", version: str = "1.2.3") -> Distribution:
     module = ModuleType("double")
     module.__version__ = version
-    return Flavour(target, module)
+    return Distribution(target, module)
 
 
 def built(outcomes: list[Outcome]) -> dict[str, str]:
@@ -103,26 +103,26 @@ def test_what_was_exported_is_in_the_manifest(bundle: Bundle, exported: Callable
 
 def test_force_builds_all_and_keeps_other_precisions(quick: None, bundle_copy: Path, tmp_path: Path) -> None:
     for precision in ("fp32", "fp16"):
-        assert built(export(bundle_copy, tmp_path, precision=precision, flavour=flavour())) == dict.fromkeys(
+        assert built(export(bundle_copy, tmp_path, precision=precision, distribution=distribution())) == dict.fromkeys(
             names(COMPONENTS, precision, ("onnx", "rtx")), "not built yet"
         )
     others = list(tmp_path.rglob("*.fp16.*"))
     assert len(others) == 4 * len(COMPONENTS)
-    outcomes = export(bundle_copy, tmp_path, force=True, flavour=flavour())
+    outcomes = export(bundle_copy, tmp_path, force=True, distribution=distribution())
     assert built(outcomes) == dict.fromkeys(names(COMPONENTS, "fp32", ("onnx", "rtx")), "--force")
     assert all(path.is_file() for path in others)
     assert_whole(bundle_copy, tmp_path, 8 * len(COMPONENTS))
 
 
 @pytest.mark.parametrize(
-    ("part", "components"), [("head", ("head", "chain")), ("draft", ("draft", "accept")), ("backbone", ())]
+    ("part", "components"), [("head", ("head", "predict")), ("draft", ("draft", "propose")), ("backbone", ())]
 )
 def test_a_changed_part_rebuilds_what_is_made_of_it(
     quick: None, bundle_copy: Path, tmp_path: Path, part: str, components: tuple[Component, ...]
 ) -> None:
-    export(bundle_copy, tmp_path, flavour=flavour())
+    export(bundle_copy, tmp_path, distribution=distribution())
     change_weight(bundle_copy, part)
-    reasons = built(export(bundle_copy, tmp_path, flavour=flavour()))
+    reasons = built(export(bundle_copy, tmp_path, distribution=distribution()))
     assert set(reasons) == names(components, "fp32", ("onnx", "rtx"))
     assert all("was built from weights" in reason for reason in reasons.values())
     assert_whole(bundle_copy, tmp_path, 4 * len(COMPONENTS))
@@ -132,7 +132,7 @@ def test_a_changed_part_rebuilds_what_is_made_of_it(
     ("change", "kinds", "reason"),
     [
         ({"options": EngineOptions(("8.9", "12.0"))}, ("rtx",), "compute_capabilities was () and is ('8.9', '12.0')"),
-        ({"flavour": flavour(version="1.3.0")}, ("rtx",), "version was '1.2.3' and is '1.3.0'"),
+        ({"distribution": distribution(version="1.3.0")}, ("rtx",), "version was '1.2.3' and is '1.3.0'"),
         ({"report": True}, ("rtx",), "decoder fp32 batch 1 (rtx) has no layer report"),
         ({"OPSET": 19}, ("onnx", "rtx"), "decoder fp32 batch 1 (onnx) has opset 18, wanted is 19"),
         ({"truncate": True}, ("onnx",), "has 3 bytes, the manifest says"),
@@ -148,7 +148,7 @@ def test_what_differs_from_the_request_is_rebuilt_with_the_reason(
     kinds: tuple[str, ...],
     reason: str,
 ) -> None:
-    request: dict[str, object] = {"components": ("decoder",), "flavour": flavour()}
+    request: dict[str, object] = {"components": ("decoder",), "distribution": distribution()}
     export(bundle_copy, tmp_path, **request)
     monkeypatch.setattr(host, "gpu", lambda: L4)
     if opset := change.pop("OPSET", None):
@@ -169,8 +169,8 @@ def test_both_flavours_side_by_side(
     quick: None, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "gpu", lambda: L4)
-    export(bundle_copy, tmp_path, components=("decoder",), flavour=flavour("rtx"))
-    outcomes = export(bundle_copy, tmp_path, components=("decoder",), flavour=flavour("tensorrt", "10.9.0"))
+    export(bundle_copy, tmp_path, components=("decoder",), distribution=distribution("rtx"))
+    outcomes = export(bundle_copy, tmp_path, components=("decoder",), distribution=distribution("tensorrt", "10.9.0"))
     assert set(built(outcomes)) == names(("decoder",), "fp32", ("tensorrt",))
     (engine,) = {outcome.artefact.engine for outcome in outcomes if outcome.built and outcome.artefact.batch == "1"}
     assert engine is not None
@@ -182,8 +182,11 @@ def test_both_flavours_side_by_side(
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"report": True, "flavour": flavour()}, "TensorRT engines need an NVIDIA GPU, and none is usable here"),
-        ({"flavour": flavour("tensorrt")}, "TensorRT builds an engine on the GPU that will run it"),
+        (
+            {"report": True, "distribution": distribution()},
+            "TensorRT engines need an NVIDIA GPU, and none is usable here",
+        ),
+        ({"distribution": distribution("tensorrt")}, "TensorRT builds an engine on the GPU that will run it"),
         ({"report": True}, "no engine is to be built. Use: --target rtx or tensorrt"),
         ({"options": EngineOptions(("8.9",))}, "no engine is to be built. Use: --target rtx or tensorrt"),
     ],
@@ -223,7 +226,7 @@ def test_a_failure_leaves_the_old_artefacts_usable(
                 path.write_bytes(b"half")
         raise failure
 
-    request: dict[str, object] = {"components": ("draft", "decoder"), "flavour": flavour()}
+    request: dict[str, object] = {"components": ("draft", "decoder"), "distribution": distribution()}
     export(bundle_copy, tmp_path, **request)
     bundle = Bundle.open(bundle_copy)
     before = read_manifest(folder_of(bundle, tmp_path), bundle)
@@ -283,15 +286,15 @@ def test_a_real_disk_that_takes_nothing_leaves_the_old_engine_usable(
 ) -> None:
     monkeypatch.setattr(run, "build_engine", lambda *_: os.urandom(100_000))
     engines = small_disk("size=1m")
-    export(bundle_copy, engines, components=("decoder",), flavour=flavour())
+    export(bundle_copy, engines, components=("decoder",), distribution=distribution())
     small_disk(options)
     with pytest.raises(UserError) as error:
-        export(bundle_copy, engines, components=("decoder",), flavour=flavour(), force=True)
+        export(bundle_copy, engines, components=("decoder",), distribution=distribution(), force=True)
     assert str(error.value) == f"{engines / 'tiny'} cannot be written: {reason}"
     for batch in ("1", "dynamic"):
         usable(Bundle.open(bundle_copy), engines, ("decoder", "fp32", batch, "rtx"))
     small_disk("remount,rw,size=1m")
-    export(bundle_copy, engines, components=("decoder",), flavour=flavour())
+    export(bundle_copy, engines, components=("decoder",), distribution=distribution())
     assert_whole(bundle_copy, engines, 4)
 
 

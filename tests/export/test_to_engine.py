@@ -16,9 +16,9 @@ from rsd_trt.config import COMPONENTS, MAX_BATCH, Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.export.run import ExportRequest, Outcome, export_bundle
 from rsd_trt.export.to_engine import EngineOptions, build_engine, check_options, layer_report
-from rsd_trt.flavour import RTX_CAPABILITIES, Flavour, Target, find_flavour
 from rsd_trt.host import Gpu
 from rsd_trt.manifest import Batch, folder_of, freshness, read_manifest
+from rsd_trt.trt import RTX_CAPABILITIES, Distribution, Target, find_distribution
 
 MAGIC = b"vtrt"  # the first bytes of a TensorRT-RTX engine
 GPU = Gpu("NVIDIA L4", "8.9", "600.1")
@@ -55,7 +55,7 @@ def rtx(
     folder = Path(shutil.copytree(exported("fp32"), tmp_path_factory.mktemp("rtx") / "engines"))
     outcomes: list[Outcome] = []
     steps: Steps = []
-    request = ExportRequest(folder, flavour=find_flavour("rtx"))
+    request = ExportRequest(folder, distribution=find_distribution("rtx"))
     export_bundle(bundle, request, outcomes.append, lambda *step: steps.append(step))
     return folder, outcomes, steps
 
@@ -72,7 +72,9 @@ def build(
 ) -> bytes:
     signature = bundle.component(component).signature
     cache = file.parent / "timing.cache"
-    return build_engine(file, signature, Flavour("rtx", module), options or EngineOptions(), cache, lambda *_: None)
+    return build_engine(
+        file, signature, Distribution("rtx", module), options or EngineOptions(), cache, lambda *_: None
+    )
 
 
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
@@ -105,8 +107,8 @@ def test_graphs_are_kept_and_engines_reported_with_their_progress(rtx: tuple[Pat
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_builds(bundle: Bundle, exported: Callable[..., Path], precision: Precision) -> None:
-    file = graph(bundle, exported(precision), "chain", precision, "dynamic")
-    assert build(bundle, file, "chain").startswith(MAGIC)
+    file = graph(bundle, exported(precision), "predict", precision, "dynamic")
+    assert build(bundle, file, "predict").startswith(MAGIC)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_half_precision_builds(bundle: Bundle, exported: Callable[..., Path], pr
     [
         ("decoder", "1", (), 0, []),
         ("decoder", "dynamic", ("8.9", "12.0"), 1, ["SM89", "SM120"]),
-        ("chain", "dynamic", (), 1, []),
+        ("predict", "dynamic", (), 1, []),
         ("decoder", "1", RTX_CAPABILITIES, 0, ["SM80", "SM86", "SM89", "SM120", "SM121"]),
     ],
 )
@@ -195,12 +197,12 @@ def test_what_the_builder_is_asked_for(
 def test_what_a_flavour_cannot_build(
     target: Target, options: EngineOptions, gpu: Gpu | None, message: str | None
 ) -> None:
-    flavour = Flavour(target, ModuleType("double"))
+    distribution = Distribution(target, ModuleType("double"))
     if message is None:
-        check_options(flavour, options, gpu)
+        check_options(distribution, options, gpu)
         return
     with pytest.raises(UserError) as error:
-        check_options(flavour, options, gpu)
+        check_options(distribution, options, gpu)
     assert str(error.value) == message
 
 
@@ -247,12 +249,12 @@ def test_tensorrt_keeps_a_timing_cache(
     file = graph(bundle, exported("fp32"), "decoder", "fp32", "1")
     signature, options = bundle.component("decoder").signature, EngineOptions(hardware_compatible=True)
     # RTX stands in for TensorRT: it has the same names.
-    assert build_engine(file, signature, Flavour("tensorrt", trt), options, cache, lambda *_: None)
+    assert build_engine(file, signature, Distribution("tensorrt", trt), options, cache, lambda *_: None)
     assert cache.is_file()
     assert cache.read_bytes() != before
 
 
 def test_a_report_needs_an_engine_that_loads() -> None:
     with pytest.raises(UserError, match=r"the engine cannot be loaded for a report: .*Assertion bufferSize") as error:
-        layer_report(b"nonsense", Flavour("rtx", trt))
+        layer_report(b"nonsense", Distribution("rtx", trt))
     assert "\n" not in str(error.value)

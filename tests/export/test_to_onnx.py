@@ -20,7 +20,7 @@ from rsd_trt.export import to_onnx
 from rsd_trt.export.to_onnx import OPSET, example_inputs, export_onnx
 from rsd_trt.manifest import Batch, folder_of, read_manifest
 from rsd_trt.models.codec import Codec, Decoder
-from rsd_trt.models.fused import ActionTransform, Chain
+from rsd_trt.models.components import ActionTransform, Predict
 from rsd_trt.models.head import build_head
 from rsd_trt.models.signature import Exportable, Signature
 from rsd_trt.runtime.ort_session import OrtSession
@@ -85,10 +85,10 @@ def test_precision_is_in_the_graph_and_argmax_reads_float32(
         kind: {types[node.input[0]] for node in model.graph.node if node.op_type in kind}
         for kind in (("MatMul", "Gemm"), ("ArgMax",))
     }
-    codec = {TensorProto.FLOAT} if component in ("decoder", "accept", "chain") else set()
+    codec = {TensorProto.FLOAT} if component in ("decoder", "propose", "predict") else set()
     weights = {WEIGHTS[precision]} if component != "decoder" else set()
     assert read["MatMul", "Gemm"] == codec | weights
-    assert read["ArgMax",] == ({TensorProto.FLOAT} if component in ("accept", "chain") else set())
+    assert read["ArgMax",] == ({TensorProto.FLOAT} if component in ("propose", "predict") else set())
 
 
 def test_large_weights_stand_beside_the_graph(
@@ -112,15 +112,17 @@ def test_large_weights_stand_beside_the_graph(
     torch.testing.assert_close(session.run(inputs), TorchSession(module).run(inputs), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("component", ["head", "chain"])
+@pytest.mark.parametrize("component", ["head", "predict"])
 def test_a_conditioned_head_gets_its_condition(
     bundle: Bundle, randomise: Callable[..., None], tmp_path: Path, component: str
 ) -> None:
     dims = bundle.config.dims
     head = build_head(HeadConfig("conditioned", feature=16, width=8, embedding=4), dims, bundle.config.hidden)
     randomise(head)
-    chain = Chain(head, Decoder(Codec(bundle.config.codec, dims), dims), ActionTransform(bundle.config.control, dims))
-    module: Exportable = {"head": head, "chain": chain}[component].eval().requires_grad_(False)
+    predict = Predict(
+        head, Decoder(Codec(bundle.config.codec, dims), dims), ActionTransform(bundle.config.control, dims)
+    )
+    module: Exportable = {"head": head, "predict": predict}[component].eval().requires_grad_(False)
     (file,) = export_onnx(module, "dynamic", tmp_path / "graph.onnx")
     assert found_ports(onnx.load(file)) == wanted_ports(module.signature, "dynamic")
     session = OrtSession(file, module.signature, CPU)
@@ -176,7 +178,7 @@ def test_a_missing_package_says_what_to_install(
 
 
 def test_example_inputs_repeat(bundle: Bundle) -> None:
-    signature = bundle.component("chain").signature
+    signature = bundle.component("predict").signature
     first, again, other = (example_inputs(signature, 2, seed) for seed in (0, 0, 1))
     assert {name: (tuple(x.shape), str(x.dtype)) for name, x in first.items()} == {
         port.name: (signature.shape(port, 2), f"torch.{port.dtype}") for port in signature.inputs

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, Mode, RsdConfig
 from rsd_trt.models.backbone import BackboneState
-from rsd_trt.models.fused import agreeing_steps, all_finite
+from rsd_trt.models.components import agreeing_steps, all_finite
 from rsd_trt.presets import preset
 from rsd_trt.runtime.forward import EagerForward
 from rsd_trt.runtime.policy import Policy
@@ -70,7 +70,7 @@ class World:
 
 @dataclass
 class Draft:
-    """The session `accept`."""
+    """The session `propose`."""
 
     world: World
 
@@ -86,7 +86,7 @@ class Draft:
 
 @dataclass
 class Main:
-    """The session `chain`. Its buffers are its own: each run overwrites them."""
+    """The session `predict`. Its buffers are its own: each run overwrites them."""
 
     world: World
     buffers: dict[str, Tensor] = field(default_factory=dict)

@@ -14,10 +14,10 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, Component
 from rsd_trt.errors import UserError
 from rsd_trt.export.to_onnx import example_inputs
-from rsd_trt.flavour import Flavour
 from rsd_trt.runtime import backends
 from rsd_trt.runtime.backends import BACKENDS, Backend, Launcher, check_backend, open_backbone
 from rsd_trt.runtime.session import TorchSession
+from rsd_trt.trt import Distribution
 
 CPU = torch.device("cpu")
 
@@ -39,14 +39,14 @@ def test_torch_runs_the_module_itself(bundle: Bundle, component: Component) -> N
         ("trt", "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),
         (
             "ort",
-            "{engines}/tiny has no accept fp32 batch 1 (onnx). "
+            "{engines}/tiny has no propose fp32 batch 1 (onnx). "
             "Build it: rsd-trt export {bundle} --precision fp32 -o {engines}",
         ),
     ],
 )
 def test_what_cannot_run_here_says_what_to_use(bundle: Bundle, tmp_path: Path, backend: Backend, message: str) -> None:
     with pytest.raises(UserError) as error:
-        Launcher(bundle, backend, CPU, engines=tmp_path).open("accept", "1")
+        Launcher(bundle, backend, CPU, engines=tmp_path).open("propose", "1")
     assert str(error.value) == message.format(engines=tmp_path, bundle=bundle.path)
 
 
@@ -66,8 +66,8 @@ def test_the_engine_is_checked_against_the_device_that_runs_it(
         return host.Gpu("second card", "12.0", "600.1")
 
     monkeypatch.setattr(host, "gpu", gpu)
-    monkeypatch.setattr(backends, "runnable_flavour", lambda gpu: Flavour("rtx", ModuleType("double")))
-    monkeypatch.setattr(Flavour, "version", "1.2.3")
+    monkeypatch.setattr(backends, "runnable_distribution", lambda gpu: Distribution("rtx", ModuleType("double")))
+    monkeypatch.setattr(Distribution, "version", "1.2.3")
     with pytest.raises(UserError, match=r"has no head fp16 batch dynamic \(rtx\)\. Build it: .* --target rtx"):
         Launcher(bundle, "trt", torch.device("cuda:1"), "fp16", tmp_path).open("head", "dynamic")
     assert asked == ["cuda:1"]

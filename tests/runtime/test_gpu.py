@@ -13,19 +13,19 @@ import torch
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import ARM_DIMS, COMPONENTS, MODES, BackboneKind, Mode
 from rsd_trt.errors import UserError
-from rsd_trt.eval.latency.components import ProfileRequest, profile
-from rsd_trt.eval.parity.backbone import BackboneParity, exact_float32, verify_backbone
-from rsd_trt.eval.parity.components import Parity, verify
-from rsd_trt.eval.parity.fp8_sensitivity import sensitivity
-from rsd_trt.eval.parity.scenes import INSTRUCTIONS, random_observations
+from rsd_trt.eval.profile.components import ProfileRequest, profile
+from rsd_trt.eval.verify.backbone import BackboneParity, exact_float32, verify_backbone
+from rsd_trt.eval.verify.components import Parity, verify
+from rsd_trt.eval.verify.fp8_sensitivity import sensitivity
+from rsd_trt.eval.verify.scenes import INSTRUCTIONS, random_observations
 from rsd_trt.export.run import ExportRequest, export_bundle
-from rsd_trt.flavour import find_flavour
 from rsd_trt.initialise import initialise
 from rsd_trt.runtime.backends import Backend, Launcher, open_forward
 from rsd_trt.runtime.graph_forward import GraphForward
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.speculate import Coin
+from rsd_trt.trt import find_distribution
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,7 +128,7 @@ def warm_forward(bundle: Bundle, rows: int) -> tuple[GraphForward, list[list[Obs
 
 @torch.inference_mode()
 def decide(forward: GraphForward, batch: list[Observation]) -> None:
-    """A rejected query, and a full pass without a draft: three decisions."""
+    """A rejected query, and a full query without a draft: three decisions."""
     forward.early(batch)
     forward.draft()
     forward.late(range(len(batch)))
@@ -190,11 +190,11 @@ def test_tensorrt_equals_pytorch_or_says_why_not(bundle: Bundle, tmp_path: Path)
     from rsd_trt import host
 
     try:
-        flavour = find_flavour()
-        flavour.check_runs_on(host.gpu())
+        distribution = find_distribution()
+        distribution.check_runs_on(host.gpu())
     except UserError as error:
         pytest.skip(f"not measured: {error}")
-    export_bundle(bundle, ExportRequest(tmp_path, flavour=flavour), lambda _: None, lambda *_: None)
+    export_bundle(bundle, ExportRequest(tmp_path, distribution=distribution), lambda _: None, lambda *_: None)
     for result in verify(bundle, ["trt"], CUDA, "fp32", tmp_path, rows=64):
         assert isinstance(result, Parity), result
         assert not result.exceeded, result

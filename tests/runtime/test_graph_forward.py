@@ -16,7 +16,7 @@ import torch
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import MODES, HeadConfig, Mode
 from rsd_trt.initialise import initialise
-from rsd_trt.models.fused_backbone import FusedBackbone
+from rsd_trt.models.fast.backbone import FusedBackbone
 from rsd_trt.runtime import graph_forward, graph_session
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.forward import EagerForward
@@ -59,8 +59,8 @@ def policies(bundle: Bundle, mode: Mode, slots: int, tail: Literal["captured", "
     """The eager policy and the one of graphs."""
     config = bundle.config
     preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), CPU)
-    eager: list[Session] = [Launcher(bundle, "torch", CPU).open(name, "dynamic") for name in ("accept", "chain")]
-    components = (bundle.component("accept"), bundle.component("chain"))
+    eager: list[Session] = [Launcher(bundle, "torch", CPU).open(name, "dynamic") for name in ("propose", "predict")]
+    components = (bundle.component("propose"), bundle.component("predict"))
     sessions = [GraphSession(component, CPU) for component in components] if tail == "captured" else eager
     coin = Coin(0.5, 0) if mode == "random" else None
     forwards = (
@@ -117,7 +117,11 @@ def check(both: list[Policy], observe: Callable[..., Observation], rows: int) ->
         seen = [observe(eager.config.control, 10 * step + row, WORDS[row]) for row in range(rows)]
         slots = list(range(rows))
         for expected, found in zip(eager.act_batch(seen, slots), graphs.act_batch(seen, slots), strict=True):
-            assert (found.route, found.prefix, found.full_pass) == (expected.route, expected.prefix, expected.full_pass)
+            assert (found.route, found.prefix, found.full_query) == (
+                expected.route,
+                expected.prefix,
+                expected.full_query,
+            )
             assert (found.token_agreement, found.verdict) == (expected.token_agreement, expected.verdict)
             np.testing.assert_allclose(found.actions, expected.actions, atol=1e-5)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, MAX_BATCH, Component
 from rsd_trt.errors import UserError
-from rsd_trt.eval.parity.components import Case, hidden_states, make_case
+from rsd_trt.eval.verify.components import Case, hidden_states, make_case
 from rsd_trt.manifest import Batch, usable
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.ort_session import OrtSession
@@ -70,21 +70,21 @@ def test_every_component_equals_pytorch_at_any_batch_size(
 
 def test_agreement_is_no_constant(case: Case, open_ort: Callable[..., Session]) -> None:
     """The inputs above try both sides of the decision."""
-    agreement = open_ort("chain").run(case.inputs["chain"])["agreement"]
+    agreement = open_ort("predict").run(case.inputs["predict"])["agreement"]
     assert agreement.any()
     assert not agreement.all()
 
 
 def test_buffers_are_reused(case: Case, open_ort: Callable[..., Session]) -> None:
-    session = open_ort("accept")
-    first = session.run(rows(case, "accept", 0, 3))
+    session = open_ort("propose")
+    first = session.run(rows(case, "propose", 0, 3))
     before = {name: value.clone() for name, value in first.items()}
-    session.run(rows(case, "accept", 0, 5))  # another size has buffers of its own
+    session.run(rows(case, "propose", 0, 5))  # another size has buffers of its own
     assert_equal(first, before)
-    second = session.run(rows(case, "accept", 3, 6))
+    second = session.run(rows(case, "propose", 3, 6))
     assert {name: x.data_ptr() for name, x in second.items()} == {name: x.data_ptr() for name, x in first.items()}
     assert not torch.equal(first["actions"], before["actions"]), "the second run did not overwrite the first"
-    inputs = rows(case, "accept", 0, 3)
+    inputs = rows(case, "propose", 0, 3)
     kept = inputs["hidden"].clone()
     assert_equal(session.run(inputs), before)
     assert torch.equal(inputs["hidden"], kept)

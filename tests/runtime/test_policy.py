@@ -42,7 +42,7 @@ def committed(query: Query) -> list[Step]:
 
 
 def textbook(script: Sequence[Frame], n_action_steps: int, refresh: int) -> list[tuple[bool, list[Step]]]:
-    """The loop of rsd in plain Python, for equality as agreement: (full pass, actions) of each query."""
+    """The loop of rsd in plain Python, for equality as agreement: (full query, actions) of each query."""
 
     def prefix(draft: Sequence[Step], plan: Sequence[Step], before: Step) -> int:
         n = 0
@@ -69,7 +69,7 @@ def test_the_loop_equals_the_textbook(script: list[Frame], n_action_steps: int, 
     policy, world = scripted(script, n_action_steps=n_action_steps, refresh=refresh)
     queries = play(policy, len(script))
     expected = textbook(script, n_action_steps, refresh)
-    assert [(query.full_pass, committed(query)) for query in queries] == expected
+    assert [(query.full_query, committed(query)) for query in queries] == expected
     for i, (full, _) in enumerate(expected):
         assert [block for frame, block in world.ran if frame == i] == list(range(1, (N if full else DRAFT_BLOCK) + 1))
 
@@ -79,7 +79,7 @@ def test_zero_tolerance_and_refresh_one_act_as_the_baseline(script: list[Frame])
     rsd, _ = scripted(script, "rsd", tolerance=(0.0,) * ARM_DIMS, refresh=1, n_action_steps=1)
     baseline, _ = scripted(script, "baseline", n_action_steps=1)
     for a, b in zip(play(rsd, len(script)), play(baseline, len(script)), strict=True):
-        assert a.full_pass
+        assert a.full_query
         assert b.route == "full"
         np.testing.assert_array_equal(a.actions, b.actions)
 
@@ -172,7 +172,7 @@ def test_shadow_acts_as_the_baseline(script: list[Frame]) -> None:
     baseline, _ = scripted(script, "baseline")
     for a, b in zip(play(shadow, len(script)), play(baseline, len(script)), strict=True):
         np.testing.assert_array_equal(a.actions, b.actions)
-        assert a.full_pass
+        assert a.full_query
     assert len(world.ran) == len(set(world.ran)) == N * len(script)
 
 
@@ -249,7 +249,7 @@ def held(plan: Sequence[Step], cursor: int) -> int:
 def control(
     script: Sequence[Frame], coin: Coin, episode: tuple[int, ...], n_action_steps: int, refresh: int
 ) -> list[tuple[bool, list[Step]]]:
-    """The loop of mode random in plain Python: (full pass, actions) of each query. The draft has no say."""
+    """The loop of mode random in plain Python: (full query, actions) of each query. The draft has no say."""
     out: list[tuple[bool, list[Step]]] = []
     plan: list[Step] = []
     cursor = accepted = 0
@@ -276,7 +276,7 @@ def test_the_control_equals_the_textbook(script: list[Frame], n_action_steps: in
     policy.reset(0, (3, 4))
     queries = play(policy, len(script))
     expected = control(script, coin, (3, 4), n_action_steps, refresh)
-    assert [(query.full_pass, committed(query)) for query in queries] == expected
+    assert [(query.full_query, committed(query)) for query in queries] == expected
     for i, (full, _) in enumerate(expected):
         assert [block for frame, block in world.ran if frame == i] == list(range(1, (N if full else DRAFT_BLOCK) + 1))
 

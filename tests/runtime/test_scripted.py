@@ -48,7 +48,7 @@ def test_each_route_runs_its_blocks() -> None:
     ]
     for route, committed, blocks in turns:
         query, ran = script.follow(route, committed)
-        assert (query.route, len(query.actions), query.full_pass) == (route, committed, blocks == WHOLE)
+        assert (query.route, len(query.actions), query.full_query) == (route, committed, blocks == WHOLE)
         assert ran == blocks
 
 

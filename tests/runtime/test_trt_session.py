@@ -18,11 +18,11 @@ import rsd_trt
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import MAX_BATCH
 from rsd_trt.errors import UserError
-from rsd_trt.flavour import Flavour
 from rsd_trt.models.signature import Signature
 from rsd_trt.runtime import trt_session
 from rsd_trt.runtime.session import Launch
 from rsd_trt.runtime.trt_session import TrtSession
+from rsd_trt.trt import Distribution
 
 CPU = torch.device("cpu")
 FILES = [Path(rsd_trt.__file__).parent / name for name in ("runtime/trt_session.py", "export/to_engine.py")]
@@ -134,7 +134,7 @@ def test_the_real_bindings_refuse_a_file_that_is_no_engine(bundle: Bundle, tmp_p
     file = tmp_path / "draft.engine"
     file.write_bytes(b"vtrt" + bytes(100))
     with pytest.raises(UserError) as error:
-        TrtSession(file, bundle.component("draft").signature, CPU, Flavour("rtx", trt))
+        TrtSession(file, bundle.component("draft").signature, CPU, Distribution("rtx", trt))
     assert str(error.value) == f"rtx {trt.__version__} cannot load {file}. Rebuild: rsd-trt export --force"
 
 
@@ -151,12 +151,12 @@ class Double:
     streams: list[int] = field(default_factory=list)
 
     @property
-    def flavour(self) -> Flavour:
+    def distribution(self) -> Distribution:
         module = ModuleType("double")
         module.__version__ = "1.2.3"
         module.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda *_: None})
         module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=self.deserialize)
-        return Flavour("rtx", module)
+        return Distribution("rtx", module)
 
     def deserialize(self, content: bytes) -> object:
         self.loaded.append(content)
@@ -187,7 +187,7 @@ class Double:
 def open_double(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[TrtSession, Double]]:
-    """open_double(ports, enqueues=True) -> a session of `accept` on the double, which captures by launching once."""
+    """open_double(ports, enqueues=True) -> a session of `propose` on the double, which captures by launching once."""
 
     def capture(launch: Launch, _device: torch.device) -> SimpleNamespace:
         launch()
@@ -196,10 +196,10 @@ def open_double(
     def make(ports: list[str] | None, enqueues: bool = True) -> tuple[TrtSession, Double]:
         monkeypatch.setattr(trt_session, "capture", capture)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
-        file = tmp_path / "accept.engine"
+        file = tmp_path / "propose.engine"
         file.write_bytes(b"an engine")
-        double = Double(bundle.component("accept").signature, ports, enqueues)
-        return TrtSession(file, double.signature, CPU, double.flavour), double
+        double = Double(bundle.component("propose").signature, ports, enqueues)
+        return TrtSession(file, double.signature, CPU, double.distribution), double
 
     return make
 
@@ -244,7 +244,7 @@ def test_an_engine_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(UserError) as error:
         open_double(ports)
-    assert str(error.value) == message.format(file=tmp_path / "accept.engine")
+    assert str(error.value) == message.format(file=tmp_path / "propose.engine")
 
 
 def test_more_rows_than_an_engine_takes_are_refused(open_double: Callable[..., tuple[TrtSession, Double]]) -> None:

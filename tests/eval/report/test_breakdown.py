@@ -15,7 +15,7 @@ from rsd_trt.eval.report.breakdown import (
     agreement_by_dimension,
     agreement_by_step,
     executed,
-    full_pass_share,
+    full_query_share,
     gripper_switches,
     phases,
     route_times,
@@ -56,16 +56,16 @@ def test_route_times_share_the_policy_time() -> None:
     found = route_times(only(*(QueryRecord(0, r, 1, ms, False) for r, ms in routes)))  # type: ignore[arg-type]
     assert [(part.group, part.ms, part.share) for part in found] == [
         ("accepted", (1.0, 3.0), 0.4),
-        ("full pass", (4.0, 2.0), 0.6),
+        ("full query", (4.0, 2.0), 0.6),
     ]
     assert route_times(only()) == ()
 
 
 def test_full_pass_share() -> None:
     assert (
-        full_pass_share(only(QueryRecord(0, "start", 1, 1.0, True), QueryRecord(1, "accepted", 1, 1.0, False))) == 0.5
+        full_query_share(only(QueryRecord(0, "start", 1, 1.0, True), QueryRecord(1, "accepted", 1, 1.0, False))) == 0.5
     )
-    assert full_pass_share(only()) is None
+    assert full_query_share(only()) is None
 
 
 def gaps(draft: list[float], main: list[float], gripper: tuple[float, float] = (0, 0)) -> QueryRecord:

@@ -255,9 +255,9 @@ def test_the_control_of_another_run_is_none() -> None:
 def test_displaced_episodes_are_counted() -> None:
     def moved(episode: Episode) -> Episode:
         offset = None if episode.trial % 2 else (0.02, 0.03)
-        return dataclasses.replace(episode, displaced_at=offset and 7, displacement=offset)
+        return dataclasses.replace(episode, perturbed_at=offset and 7, displacement=offset)
 
-    (found,) = runs(run("baseline", disturb=3, change=moved, broken=((0, 0),), **MANY))
+    (found,) = runs(run("baseline", perturb=3, change=moved, broken=((0, 0),), **MANY))
     assert (
         "; 1 episode ended in an error, counted apart; the target was displaced in 49 of them."
         in conclude([found]).sentences[0]

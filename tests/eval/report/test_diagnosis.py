@@ -135,12 +135,12 @@ def test_where_the_time_goes() -> None:
     found = finding("Where the time goes", run("baseline"), run("rsd", acceptance=0.1))
     assert found.stands_out
     assert "% of the queries run the whole backbone (routes: accepted " in found.sentence
-    assert {row[0] for row in found.rows} == {"accepted", "partial", "rejected", "full pass"}
+    assert {row[0] for row in found.rows} == {"accepted", "partial", "rejected", "full query"}
     shares = [float(row[3].rstrip("%")) for row in found.rows]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     dear = finding("Where the time goes", run("baseline"), run("rsd", acceptance=1.0, draft_ms=18.0))
     assert dear.stands_out
-    assert "an accepted query takes 86% of a full pass's time" in dear.sentence
+    assert "an accepted query takes 86% of a full query's time" in dear.sentence
 
 
 def test_batched_time_is_not_told() -> None:

@@ -14,9 +14,9 @@ from synthetic import run, write
 from rsd_trt.cli import main
 from rsd_trt.cli.measure import _sort_out
 from rsd_trt.config import DEFAULT_BUNDLE
-from rsd_trt.eval.latency import floor, replay
-from rsd_trt.eval.latency.query_times import QUERIES
-from rsd_trt.eval.latency.work import STAGES
+from rsd_trt.eval.profile import floor, replay
+from rsd_trt.eval.profile.query_times import QUERIES
+from rsd_trt.eval.profile.work import STAGES
 
 QUICK = ("--device", "cpu", "-n", 2, "--warm-up", 1)
 
@@ -92,7 +92,13 @@ def test_stages_are_timed_printed_and_written(tiny_bundle: Path, tmp_path: Path)
 def test_stages_and_components_in_one_report(tiny_bundle: Path, tmp_path: Path) -> None:
     result = profile(tiny_bundle, "--stages", "--backend", "torch", *QUICK, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    for text in ("accept + chain", "blocks <= k", "rejected query", "floors are of what was measured", "start-up of"):
+    for text in (
+        "propose + predict",
+        "blocks <= k",
+        "rejected query",
+        "floors are of what was measured",
+        "start-up of",
+    ):
         assert text in result.stdout
     report = json.loads((tmp_path / "profile.json").read_text())
     assert report["rows"] and report["stages"]["rows"]

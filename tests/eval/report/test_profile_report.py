@@ -13,8 +13,8 @@ from timings import MADE_UP
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.latency import components
-from rsd_trt.eval.latency.components import ProfileRequest, Timing
+from rsd_trt.eval.profile import components
+from rsd_trt.eval.profile.components import ProfileRequest, Timing
 from rsd_trt.eval.report.profile import write_profile
 
 REQUEST = ProfileRequest((("torch", True),), (1,), torch.device("cpu"), "fp32", Path("nowhere"), samples=3, warm_up=2)

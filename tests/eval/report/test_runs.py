@@ -58,12 +58,12 @@ def test_tolerances_are_told_apart() -> None:
     assert variant(run("rsd", rsd=dataclasses.replace(own, rule="tokens")).settings) == ""
 
 
-def test_where_some_are_disturbed_every_run_says_whether_it_is() -> None:
-    made = [run("baseline", n_action_steps=1), run("baseline", n_action_steps=2, disturb=0), run("rsd")]
+def test_where_some_are_perturbed_every_run_says_whether_it_is() -> None:
+    made = [run("baseline", n_action_steps=1), run("baseline", n_action_steps=2, perturb=0), run("rsd")]
     assert run_names(made) == [
-        "baseline, 1 action a query, undisturbed",
-        "baseline, 2 actions a query, disturbed with seed 0",
-        "rsd, undisturbed",
+        "baseline, 1 action a query, unperturbed",
+        "baseline, 2 actions a query, perturbed with seed 0",
+        "rsd, unperturbed",
     ]
 
 

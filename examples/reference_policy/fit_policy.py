@@ -1,0 +1,182 @@
+"""Backbone, head and draft: trained together first, then the draft alone on the head's own tokens."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from examples.reference_policy.data import Batches
+from examples.reference_policy.demonstrate import SCENE_DIM
+from examples.reference_policy.loop import Loop, LoopSettings
+from examples.reference_policy.measure import measure
+from examples.reference_policy.targets import corrected_targets, decode_z, layer_losses, total_loss
+from rsd_trt.config import BundleConfig
+from rsd_trt.models.backbone import Backbone, BackboneInputs
+from rsd_trt.models.codec import Codec
+from rsd_trt.models.draft import DraftModel
+from rsd_trt.models.head import build_head
+
+log = logging.getLogger(__name__)
+
+EMBEDDING_SCALE = 0.1  # of the token embeddings at the start: the blocks' outputs are small then, too
+SCENE_UNIT = 0.1  # m, of the auxiliary loss
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What the training minimises, and how."""
+
+    batch: int = 512
+    draft_weight: float = 0.3  # of the draft's loss
+    scene_weight: float = 0.3  # of the auxiliary loss
+    measure_every: float = 90.0  # s between two measurements on held-out frames
+    measured: int = 2048  # held-out frames, at the most, of those measurements
+    compiled: bool = False
+    augmented: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one pass gives."""
+
+    draft_hidden: Tensor  # [B, H], after block k
+    hidden: Tensor  # [B, H], after block N
+    draft: Tensor  # [B, C, T*D, K]
+    head: Tensor  # [B, L, T*D, K]
+
+
+class RsdModel(nn.Module):
+    """The parts that are trained, and the auxiliary outputs that only the training uses.
+
+    `scene` tells, from either hidden state, where bowl and plate are relative to the grip site: it gives the
+    vision towers something to learn in every frame, also where the expert's action is at its limit.
+    """
+
+    def __init__(self, config: BundleConfig) -> None:
+        super().__init__()
+        self.blocks, self.draft_block = config.backbone.language.blocks, config.rsd.draft_block
+        self.backbone = Backbone(config.backbone)
+        self.head = build_head(config.head, config.dims, config.hidden)
+        self.draft = DraftModel(config.draft, config.dims, config.hidden)
+        self.scene = nn.ModuleList(nn.Linear(config.hidden, SCENE_DIM) for _ in range(2))
+        with torch.no_grad():
+            self.backbone.llama.embed_tokens.weight.mul_(EMBEDDING_SCALE)
+
+    def forward(self, inputs: BackboneInputs) -> Outputs:
+        state = self.backbone.run(inputs, self.draft_block)
+        draft_hidden = self.backbone.hidden(state)
+        hidden = self.backbone.hidden(self.backbone.resume(state, self.blocks))
+        with torch.autocast(hidden.device.type, enabled=False):  # the targets depend on an exact argmax
+            draft, head = self.draft(draft_hidden.float()), self.head(hidden.float())
+        return Outputs(draft_hidden, hidden, draft, head)
+
+    def compile_blocks(self, enabled: bool = True) -> None:
+        """Compiles each kind of block once: about as fast as compiling the whole, and done in a fraction of the
+        time. `enabled=False` takes it back."""
+        towers = [block for tower in self.backbone.vision_backbone.values() for block in tower.blocks]  # type: ignore[union-attr]
+        for block in [*towers, *self.backbone.llama.layers]:
+            if enabled:
+                block.compile(dynamic=False)
+            else:
+                block._compiled_call_impl = None
+
+
+def build_model(config: BundleConfig, device: torch.device, seed: int) -> RsdModel:
+    """A model with seeded random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return RsdModel(config).to(device)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA, float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def fit_policy(
+    config: BundleConfig, codec: Codec, batches: Batches, run: Path, settings: PolicySettings, limits: LoopSettings
+) -> RsdModel:
+    """Trains backbone, head and draft together -> the averaged weights."""
+    device = batches.data.images.device
+    model = build_model(config, device, settings.seed)
+    loop = Loop("policy", run, model, limits)
+    batches.generator.manual_seed(settings.seed + loop.step)
+    if settings.compiled:
+        _compile(model, batches.inputs(batches.draw(settings.batch), settings.augmented), device)
+    table = codec.rfsq.table()
+    measured = loop.elapsed
+    for _ in loop.steps(settings.batch):
+        index = batches.draw(settings.batch)
+        inputs, actions = batches.inputs(index, settings.augmented), batches.actions(index)
+        with torch.no_grad():
+            z = codec.encoder(actions)
+        with autocast(device):
+            out = model(inputs)
+            scenes = [head(x) for head, x in zip(model.scene, (out.draft_hidden, out.hidden), strict=True)]
+        head = layer_losses(out.head, corrected_targets(z, out.head, table), config.dims.T)
+        draft = layer_losses(out.draft, corrected_targets(z, out.draft, table), config.dims.T)
+        truth = batches.data.scene[index] / SCENE_UNIT
+        scene = torch.stack([nn.functional.smooth_l1_loss(x.float(), truth) for x in scenes])
+        loss = total_loss(head) + settings.draft_weight * total_loss(draft) + settings.scene_weight * scene.mean()
+        parts = {f"head_ce{i}": value for i, value in enumerate(head)}
+        parts |= {f"draft_ce{i}": value for i, value in enumerate(draft)}
+        loop.update(loss, {"loss": loss, "scene_early": scene[0], "scene_late": scene[1], **parts})
+        if loop.elapsed - measured > settings.measure_every:
+            assert isinstance(loop.average, RsdModel)
+            report = measure(loop.average, codec, config, batches, settings.measured, settings.batch)
+            loop.record(kind="held_out", **report)
+            log.info(
+                "held out: %s", {key: report.get(key) for key in ("head_first_error", "head_gripper", "agreement")}
+            )
+            measured = loop.elapsed
+    assert isinstance(loop.average, RsdModel)
+    return loop.average
+
+
+def _compile(model: RsdModel, inputs: BackboneInputs, device: torch.device) -> None:
+    """Compiles the blocks by a first pass; where that does not work, says so and leaves them as they were."""
+    log.info("compiling the blocks; without: --no-compile")
+    model.compile_blocks()
+    try:
+        with autocast(device):
+            model(inputs).hidden.float().sum().backward()
+    except Exception:  # whatever the compiler, its back end or the driver raises
+        log.exception("the blocks cannot be compiled here: training goes on without, at about half the speed")
+        model.compile_blocks(enabled=False)
+    model.zero_grad(set_to_none=True)
+
+
+def fit_draft(
+    config: BundleConfig,
+    codec: Codec,
+    batches: Batches,
+    model: RsdModel,
+    run: Path,
+    settings: PolicySettings,
+    limits: LoopSettings,
+) -> RsdModel:
+    """Trains the draft alone, on what the head really says, and puts its averaged weights into `model`."""
+    device = batches.data.images.device
+    loop = Loop("draft", run, model.draft.requires_grad_(True).train(), limits)
+    table = codec.rfsq.table()
+    dims = (config.dims.T, config.dims.D)
+    for _ in loop.steps(settings.batch):
+        inputs = batches.inputs(batches.draw(settings.batch), settings.augmented)
+        with torch.no_grad(), autocast(device):
+            state = model.backbone.run(inputs, model.draft_block)
+            early = model.backbone.hidden(state).float()
+            hidden = model.backbone.hidden(model.backbone.resume(state, model.blocks)).float()
+        with torch.no_grad():
+            z = decode_z(model.head(hidden).argmax(-1), table, dims)
+        logits = model.draft(early)
+        losses = layer_losses(logits, corrected_targets(z, logits, table), config.dims.T)
+        loss = total_loss(losses)
+        loop.update(loss, {"loss": loss} | {f"draft_ce{i}": value for i, value in enumerate(losses)})
+    model.draft.load_state_dict(loop.average.state_dict())
+    model.draft.requires_grad_(False).eval()
+    return model

@@ -1,0 +1,1 @@
+"""OpenVLA's Hugging Face folders and the original experiment's checkpoints as bundles."""

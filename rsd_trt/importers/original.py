@@ -1,0 +1,226 @@
+"""The original RSD experiment's `.pt` files: drafts, heads and codecs, with dimensions read from their shapes."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rsd_trt.config import CodecConfig, Dims, DraftConfig, HeadConfig
+from rsd_trt.errors import UserError, reason
+from rsd_trt.importers.archive import check_archive
+from rsd_trt.jsonio import named
+from rsd_trt.weights import Entry
+
+WRAPPINGS = ("model_state_dict", "model")  # the keys under which a checkpoint may hold its state dict
+PREFIX = "module."  # of every key, when the model was wrapped for training on several GPUs
+
+Part = Literal["draft", "head", "codec", "proprio_projector"]
+MARKS: dict[Part, str] = {  # a key that only this part has
+    "draft": r"input_projection\.weight",
+    "head": r"feature_proj\.0\.weight|classification_heads\.0\.6\.weight",
+    "codec": r"encoder\.0\.weight",
+    "proprio_projector": r"fc2\.weight",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state dict, the file that it is from, and the configuration that was saved with it."""
+
+    file: Path
+    part: Part
+    state: Mapping[str, Tensor]
+    config: Mapping[str, object]
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The shapes, as those of a safetensors file."""
+        return {
+            key: Entry(self.file, tuple(value.shape), "F32" if value.is_floating_point() else "I64")
+            for key, value in self.state.items()
+        }
+
+    def size(self, key: str, axis: int) -> int:
+        """The length of a tensor's axis.
+
+        Raises:
+            UserError: there is no such tensor or axis.
+        """
+        value = self.state.get(key)
+        if value is None:
+            raise UserError(f"{self.file} is no {self.part}: it has no {key}")
+        if axis >= value.ndim:
+            raise UserError(f"{self.file}: {key} is {list(value.shape)}, which has no axis {axis}")
+        return value.shape[axis]
+
+    def count(self, pattern: str) -> int:
+        """How many numbers the group of `pattern` takes among the keys: 8 for layer_heads.0 to layer_heads.7."""
+        return len({match[1] for key in self.state if (match := re.match(pattern, key))})
+
+
+def read_checkpoint(file: Path, part: Part) -> Checkpoint:
+    """Reads a file of tensors and plain values; runs no code from it.
+
+    Raises:
+        UserError: it cannot be read, holds no state dict, is another part, or has numbers that are not finite.
+    """
+    if not file.exists():
+        raise UserError(f"{file} is missing")
+    if not file.is_file():
+        raise UserError(f"{file} is no regular file")
+    try:
+        check_archive(file)
+        # Mapped: a storage is a piece of the file, so that none can be larger than that, or take memory of its own.
+        data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        found = f" ({named(culprit[1])})" if culprit else ""
+        raise UserError(
+            f"{file} is damaged or holds more than ordinary tensors and plain values{found}, and loading that could "
+            f"run code. Save the weights alone: torch.save(model.state_dict(), FILE)"
+        ) from None
+    except Exception as error:  # a damaged file makes torch and its unpickler raise nearly anything
+        raise UserError(f"{file} cannot be read as a checkpoint of PyTorch 1.6 or later: {reason(error)}") from None
+    top = data if isinstance(data, Mapping) else {}
+    wrapped = next((top[key] for key in WRAPPINGS if isinstance(top.get(key), Mapping)), top)
+    state = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
+    if not state or len(state) != len(wrapped):
+        raise UserError(f"{file} holds no state dict, neither bare nor under {' or '.join(WRAPPINGS)}")
+    if all(key.startswith(PREFIX) for key in state):
+        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    kind = next((kind for kind, mark in MARKS.items() if any(re.fullmatch(mark, key) for key in state)), None)
+    if kind != part:
+        raise UserError(f"{file} is {f'a {kind}' if kind else 'of an unknown kind'}, not a {part}")
+    shown, size = sum(value.nbytes for value in state.values()), file.stat().st_size
+    if shown > size:  # a view that repeats its storage shows any shape, and takes its memory when it is copied
+        raise UserError(f"{file} has {size} bytes, its tensors would take {shown}. Save them as clones: they overlap")
+    for key, value in state.items():
+        check_finite(file, key, value.float() if value.dtype == torch.float64 else value)  # as it will be saved
+    config = top.get("config")
+    return Checkpoint(file, part, state, config if isinstance(config, Mapping) else {})
+
+
+def check_finite(file: Path, key: str, value: Tensor) -> None:
+    """Raises UserError if a tensor holds NaN or infinity."""
+    if value.is_floating_point() and not (finite := torch.isfinite(value)).all():
+        bad = value.numel() - int(finite.sum())
+        raise UserError(f"{file}: {named(key)} has {bad} of {value.numel()} numbers that are NaN or infinite")
+
+
+def draft_config(draft: Checkpoint) -> DraftConfig:
+    """RFSQDraftModelWithProjection's sizes."""
+    return DraftConfig(
+        width=draft.size("input_projection.weight", 0),
+        mlp_width=draft.size("decoder.decoder_layer.linear1.weight", 0),
+        positions=draft.size("decoder.position_encoding", 1),
+    )
+
+
+def head_config(head: Checkpoint) -> HeadConfig:
+    """Which of the three heads it is (RFSQHead, ConditionedRFSQHead, RFSQClassificationHead), and its sizes."""
+    if "classification_heads.0.0.weight" in head.state:
+        return HeadConfig(kind="classification", width=head.size("classification_heads.0.0.weight", 0))
+    feature = head.size("feature_proj.0.weight", 0)
+    width = head.size("layer_heads.0.0.weight", 0)
+    if "token_embedding.weight" not in head.state:
+        return HeadConfig(kind="rfsq", feature=feature, width=width)
+    embedding = head.size("token_embedding.weight", 1)
+    return HeadConfig(kind="conditioned", feature=feature, width=width, embedding=embedding)
+
+
+def codec_config(codec: Checkpoint, scale: Literal["plain", "layernorm"] | None) -> CodecConfig:
+    """ActionRFSQAE's width, and its scale: what `use_layernorm` of the saved configuration says.
+
+    Raises:
+        UserError: neither the file nor `scale` says which, or they differ.
+    """
+    saved = codec.config.get("use_layernorm")
+    found: Literal["plain", "layernorm"] | None = scale
+    if isinstance(saved, bool):
+        found = "layernorm" if saved else "plain"
+        if scale not in (None, found):
+            raise UserError(f"{codec.file} was saved with use_layernorm {saved}: --codec-scale {scale} does not fit")
+    if found is None:
+        raise UserError(
+            f"{codec.file} does not say whether it normalises residuals (use_layernorm). "
+            f"Say it: --codec-scale layernorm or --codec-scale plain"
+        )
+    return CodecConfig(width=codec.size("encoder.0.weight", 0), scale=found)
+
+
+def hidden_width(checkpoint: Checkpoint) -> int:
+    """How many numbers of a hidden state a draft or a head reads."""
+    first = ("input_projection.weight", "feature_proj.0.weight", "classification_heads.0.0.weight")
+    return checkpoint.size(next((key for key in first if key in checkpoint.state), first[0]), 1)
+
+
+def fit(parts: Mapping[Part, Checkpoint], steps: int) -> Dims:
+    """The dimensions that draft, head and codec share. What no file says is as usual; no file says the number of steps.
+
+    Raises:
+        UserError: two files that do not fit each other, or a chunk of another length.
+    """
+    usual = Dims()
+    draft, head, codec = parts.get("draft"), parts.get("head"), parts.get("codec")
+    conditioned = head if head and "token_embedding.weight" in head.state else None
+    latent = codec.size("encoder.2.weight", 0) if codec else usual.D
+    layers = _same(
+        "RFSQ layers",
+        [(codec, lambda c: c.count(r"rfsq\.layers\.(\d+)\.")), (head, lambda h: h.count(r"\w+_heads\.(\d+)\."))],
+        usual.L,
+    )
+    levels = _same(
+        "levels",
+        [
+            (codec, lambda c: c.size("rfsq.layers.0.boundaries", 0)),
+            (conditioned, lambda h: h.size("token_embedding.weight", 0)),
+        ],
+        usual.K,
+    )
+    for classifier in (draft, head):
+        if classifier and (logits := _logits(classifier)) != steps * latent * levels:
+            others, rest = divmod(logits, max(1, latent * levels))
+            hint = "" if rest else f". For chunks of {others} steps: --chunk {others}"
+            raise UserError(
+                f"{classifier.file} gives {logits} logits a layer; {steps} steps of {latent} latent dimensions with "
+                f"{levels} levels are {steps * latent * levels}{hint}"
+            )
+    drafted = draft.count(r"classification_heads\.(\d+)\.") if draft else None
+    read = _condition(conditioned, steps * latent) if conditioned else None
+    if draft and conditioned and drafted != read:
+        raise UserError(f"{conditioned.file} is conditioned on {read} layers, {draft.file} gives {drafted}")
+    coarse = drafted or read or min(usual.C, layers)
+    actions = codec.size("encoder.0.weight", 1) if codec else usual.A
+    return Dims(T=steps, A=actions, D=latent, L=layers, C=coarse, K=levels)
+
+
+def _logits(checkpoint: Checkpoint) -> int:
+    """What the last matrix of the first classifier gives."""
+    weights = (key for key in checkpoint.state if re.fullmatch(r"\w+_heads\.0\.\d\.weight", key))
+    return checkpoint.size(max(weights, default="classification_heads.0.3.weight"), 0)
+
+
+def _condition(head: Checkpoint, tokens: int) -> int:
+    """How many layers of `tokens` tokens a conditioned head reads."""
+    inputs, width = head.size("token_proj.0.weight", 1), tokens * head.size("token_embedding.weight", 1)
+    if width == 0 or inputs % width:
+        raise UserError(f"{head.file}: token_proj reads {inputs} numbers, which are no multiple of a layer's {width}")
+    return inputs // width
+
+
+def _same(what: str, sources: list[tuple[Checkpoint | None, Callable[[Checkpoint], int]]], usual: int) -> int:
+    """The number that all files have; `usual` if there is no file."""
+    found = [(source.file, read(source)) for source, read in sources if source]
+    for file, number in found[1:]:
+        if number != found[0][1]:
+            raise UserError(f"{found[0][0]} has {found[0][1]} {what}, {file} has {number}: they do not fit together")
+    return found[0][1] if found else usual

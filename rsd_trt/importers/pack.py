@@ -1,0 +1,193 @@
+"""Other people's files as a bundle: a backbone from a Hugging Face folder, and draft, head and codec from `.pt` files.
+
+Everything is checked before anything is written, and a bundle appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rsd_trt.bundle import (
+    bundle_name,
+    outline,
+    write_config,
+    write_part,
+)
+from rsd_trt.config import (
+    OWN_FOLDER,
+    BundleConfig,
+    CodecConfig,
+    ControlConfig,
+    Dims,
+    DraftConfig,
+    HeadConfig,
+    Preset,
+    RsdConfig,
+    WeightFile,
+    WeightsFolder,
+)
+from rsd_trt.errors import UserError
+from rsd_trt.files import check_disk, new_folder
+from rsd_trt.importers.openvla import PROPRIO, OpenVLAFolder, find_folder, read_folder
+from rsd_trt.importers.original import (
+    Checkpoint,
+    Part,
+    check_finite,
+    codec_config,
+    draft_config,
+    fit,
+    head_config,
+    hidden_width,
+    read_checkpoint,
+)
+from rsd_trt.presets import conventions
+from rsd_trt.prompts import BOS, TOKENIZER, encode, read_tokenizer
+from rsd_trt.weights import check_keys, describe_file, open_tensors
+
+
+@dataclass(frozen=True)
+class PackRequest:
+    """What `rsd-trt pack` is told."""
+
+    backbone: str  # a folder, or a Hugging Face repository
+    preset: Preset
+    out: Path
+    draft: Path | None = None
+    head: Path | None = None
+    codec: Path | None = None
+    statistics: str | None = None  # the data set that actions and proprioception are normalised by
+    draft_block: int | None = None  # None: the last block, which the original experiment's drafts read
+    codec_scale: Literal["plain", "layernorm"] | None = None  # None: what the file says
+    chunk: int = Dims().T  # steps
+    copy: bool = False
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` made."""
+
+    bundle: str
+    preset: str
+    statistics: str | None
+    parts: tuple[str, ...]
+    backbone: str  # where its weights are
+    bytes: int  # of the backbone's weights
+    not_read: tuple[str, ...]  # `.pt` files that lie in the backbone's folder and are no part of the bundle
+
+
+def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None) -> Packed:
+    """Makes a bundle at `request.out`. `on_file` is called before each shard, all of which is read.
+
+    Raises:
+        UserError: a file that is missing, damaged or of another kind; parts that do not fit each other; statistics that
+            are to be chosen; or `request.out` exists.
+    """
+    with new_folder(request.out) as folder:
+        source = read_folder(find_folder(request.backbone))
+        files: dict[Part, Path | None] = {"draft": request.draft, "head": request.head, "codec": request.codec}
+        parts = {part: read_checkpoint(file, part) for part, file in files.items() if file}
+        config = configuration(request, source, parts)
+        projector = None
+        found = dict(source.found)
+        if config.backbone.proprio and not source.config.proprio:
+            projector = read_checkpoint(source.proprio_projector(), "proprio_projector")
+            found |= {PROPRIO + key: entry for key, entry in projector.entries.items()}
+        check_keys(outline(config, "backbone"), found, source.path)
+        for part, checkpoint in parts.items():
+            check_keys(outline(config, part), checkpoint.entries, checkpoint.file)
+        _check_tokenizer(source, config)
+        if request.copy:
+            check_disk(request.out, sum(shard.stat().st_size for shard in source.shards))
+        weights = []
+        for shard in source.shards:
+            on_file(shard)
+            weights.append(_check_shard(shard, source))
+            if request.copy:
+                shutil.copyfile(shard, folder / shard.name)
+        where = OWN_FOLDER if request.copy else str(source.path)
+        write_config(folder, dataclasses.replace(config, backbone_weights=WeightsFolder(where, tuple(weights))))
+        shutil.copyfile(source.path / TOKENIZER, folder / TOKENIZER)
+        for part, checkpoint in parts.items():
+            write_part(folder, part, {key: value.float().clone() for key, value in checkpoint.state.items()})
+        if projector:
+            write_part(folder, "backbone", {PROPRIO + key: value for key, value in projector.state.items()})
+    used = {projector.file} if projector else set()
+    return Packed(
+        str(request.out),
+        request.preset,
+        config.control.statistics,
+        ("backbone", *parts),
+        str(request.out) if request.copy else str(source.path),
+        sum(file.bytes for file in weights),
+        tuple(file.name for file in sorted(source.path.glob("*.pt")) if file not in used),
+    )
+
+
+def configuration(request: PackRequest, source: OpenVLAFolder, parts: Mapping[Part, Checkpoint]) -> BundleConfig:
+    """The packed bundle's configuration, but for the files of its backbone.
+
+    Raises:
+        UserError: parts that do not fit each other, or statistics that are missing or to be chosen.
+    """
+    hidden = source.config.language.hidden
+    for reader in (parts[part] for part in parts if part != "codec"):
+        if (width := hidden_width(reader)) != hidden:
+            raise UserError(
+                f"{reader.file} reads a hidden state of {width} numbers, the backbone of {source.path} gives {hidden}"
+            )
+    dims = fit(parts, request.chunk)
+    blocks = source.config.language.blocks
+    return BundleConfig(
+        name=bundle_name(request.out) or request.preset,
+        trained=True,
+        backbone=dataclasses.replace(source.config, proprio=request.preset == "openvla-oft"),
+        rsd=RsdConfig(
+            draft_block=blocks if request.draft_block is None else request.draft_block,
+            n_action_steps=min(RsdConfig(draft_block=blocks).n_action_steps, dims.T),
+        ),
+        dims=dims,
+        draft=draft_config(parts["draft"]) if "draft" in parts else DraftConfig(),
+        head=head_config(parts["head"]) if "head" in parts else HeadConfig(),
+        codec=codec_config(parts["codec"], request.codec_scale) if "codec" in parts else CodecConfig(),
+        control=_control(request, source),
+    )
+
+
+def _control(request: PackRequest, source: OpenVLAFolder) -> ControlConfig:
+    """The preset's conventions with the data set's statistics."""
+    control = dataclasses.replace(conventions(request.preset), resize=source.resize)
+    if request.preset == "rvq":
+        if request.statistics is not None:
+            raise UserError("preset rvq takes actions as the environment does: leave out --statistics")
+        return control
+    name, actions = source.quantiles(request.statistics, "action")
+    proprio = source.quantiles(name, "proprio")[1] if request.preset == "openvla-oft" else None
+    return dataclasses.replace(control, statistics=name, action_quantiles=actions, proprio_quantiles=proprio)
+
+
+def _check_tokenizer(source: OpenVLAFolder, config: BundleConfig) -> None:
+    """Raises UserError unless the tokenizer begins with BOS and the backbone has an embedding for every token."""
+    file, vocab = source.path / TOKENIZER, config.backbone.language.vocab
+    tokenizer = read_tokenizer(source.path)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab:
+        raise UserError(f"{file} has the token {largest}, the backbone has embeddings of 0 to {vocab - 1} only")
+    if (suffix := config.control.suffix_token) is not None and suffix >= vocab:
+        raise UserError(
+            f"the preset's prompt ends with token {suffix}, the backbone has embeddings of 0 to {vocab - 1}"
+        )
+    if encode(tokenizer, "a")[0] != tokenizer.token_to_id(BOS):
+        raise UserError(f"{file} does not put {BOS} in front of the prompt, as OpenVLA's does")
+
+
+def _check_shard(shard: Path, source: OpenVLAFolder) -> WeightFile:
+    """What the bundle records about a shard, of which every number that is used has to be finite."""
+    with open_tensors(shard) as tensors:
+        for key in (key for key, entry in source.found.items() if entry.file == shard):
+            check_finite(shard, key, tensors.get_tensor(key))
+    return describe_file(shard)

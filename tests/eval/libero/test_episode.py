@@ -1,0 +1,130 @@
+"""The episode loop on doubles: when it renders, when it ends, and the pictures that it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from doubles import World
+from numpy.typing import NDArray
+from PIL import Image
+
+from rsd_trt.config import Dims
+from rsd_trt.errors import UserError
+from rsd_trt.eval.libero.episode import Assignment, Finished, run_episode, write_strip, write_video
+from rsd_trt.eval.libero.perturb import Perturbation
+
+
+class Until(World):
+    """Solved at step `solved_at`."""
+
+    solved_at = 10**6
+
+    def step(self, action: NDArray[np.float32], render: bool) -> bool:
+        super().step(action, render)
+        return len(self.rendered) == self.solved_at
+
+
+def run(
+    simulator: World,
+    max_steps: int = 10,
+    failures: Path | None = None,
+    videos: Path | None = None,
+    perturbation: Perturbation | None = None,
+    looks: bool = True,
+) -> tuple[Finished, list[int]]:
+    asked: list[int] = []
+
+    def act(_: World, step: int) -> NDArray[np.float32]:
+        asked.append(step)
+        return np.full((4, Dims.A), step, np.float32)
+
+    return run_episode(simulator, Assignment(0, 0, max_steps, failures, videos, perturbation), act, looks), asked
+
+
+def test_renders_only_before_queries() -> None:
+    simulator = Until(0)
+    finished, asked = run(simulator)
+    assert simulator.rendered == [False, False, False, True, False, False, False, True, False, True]
+    assert (finished.success, asked) == (False, [0, 4, 8])
+    assert finished.actions[:, 0].tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+    assert finished.seconds > 0
+
+
+def test_renders_nothing_for_who_does_not_look() -> None:
+    simulator = Until(0)
+    run(simulator, looks=False)
+    assert not any(simulator.rendered)
+
+
+@pytest.mark.parametrize("step", [0, 6])
+def test_the_target_is_displaced_once_before_its_step(step: int) -> None:
+    """In the middle of a chunk, too; by the first candidate that there is room for."""
+    simulator = Until(0)
+    finished, _ = run(simulator, perturbation=Perturbation(step, ((-0.03, 0.0), (0.02, 0.01), (0.04, 0.0))))
+    assert simulator.displaced == [(step, (0.02, 0.01))]
+    assert finished.displacement == (0.02, 0.01)
+
+
+@pytest.mark.parametrize("perturbation", [None, Perturbation(10, ((0.02, 0.0),)), Perturbation(2, ((-0.02, 0.0),))])
+def test_nothing_is_displaced(perturbation: Perturbation | None) -> None:
+    """Nothing is asked for, the episode ends before, there is no room."""
+    simulator = Until(0)
+    finished, _ = run(simulator, perturbation=perturbation)
+    assert (simulator.displaced, finished.displacement) == ([], None)
+
+
+def test_success_ends_the_episode_inside_a_chunk() -> None:
+    simulator = Until(0)
+    simulator.solved_at = 6
+    finished, _ = run(simulator)
+    assert (finished.success, finished.actions.shape) == (True, (6, Dims.A))
+    assert len(simulator.rendered) == 6
+
+
+def test_a_failure_leaves_a_film_strip_and_a_success_does_not(tmp_path: Path) -> None:
+    run(Until(0), max_steps=40, failures=tmp_path)
+    with Image.open(tmp_path / "task0_trial0.jpg") as strip:
+        assert strip.size == (6 * 8, 8)  # from the first frame to the last
+        assert abs(int(strip.getpixel((1, 1))[0])) < 4  # type: ignore[index]
+        assert abs(int(strip.getpixel((46, 6))[0]) - 40) < 4  # type: ignore[index]
+    solved = Until(0)
+    solved.solved_at = 5
+    run(solved, failures=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_short_episode_has_a_short_strip(tmp_path: Path) -> None:
+    write_strip(tmp_path / "a.jpg", [np.zeros((8, 8, 3), np.uint8)] * 2)
+    with Image.open(tmp_path / "a.jpg") as strip:
+        assert strip.size == (2 * 8, 8)
+
+
+def test_a_video_renders_every_step(tmp_path: Path) -> None:
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    simulator = Until(0, side=64)
+    simulator.solved_at = 5
+    run(simulator, videos=tmp_path)
+    assert simulator.rendered == [True] * 5
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "task0_trial0_success.mp4"))
+    assert next(reader)["size"] == (64, 64)
+    assert sum(1 for _ in reader) == 6
+
+
+def test_write_video_makes_h264(tmp_path: Path) -> None:
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    frames = [np.full((64, 64, 3), i * 10, np.uint8) for i in range(20)]
+    path = tmp_path / "a" / "video.mp4"
+    write_video(path, frames)
+    reader = imageio_ffmpeg.read_frames(str(path))
+    meta = next(reader)
+    assert (meta["codec"], meta["size"], meta["fps"]) == ("h264", (64, 64), 20.0)
+    assert sum(1 for _ in reader) == 20
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        run(Until(0), failures=tmp_path / "file" / "failures")

@@ -1,0 +1,178 @@
+"""`rsd-trt eval` and `compare` on real LIBERO episodes with an untrained bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from rsd_trt.cli import main
+from rsd_trt.errors import UserError
+from rsd_trt.eval.libero.perturb import draw
+from rsd_trt.eval.read import read_run
+from rsd_trt.eval.report.compare import compare
+
+EPISODE = ("--tasks", "3", "--trials", "1", "--max-steps", "8", "--n-action-steps", "2")
+
+
+def rsd_trt(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.libero
+def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden.safetensors"
+    extra = {
+        "random": ("--accept-rate", tmp_path / "libero_spatial_rsd_results.json"),
+        "shadow": ("--record-hidden", hidden),
+    }
+    for mode in ("baseline", "rsd", "random", "shadow"):
+        arguments = ("--mode", mode, "--out", tmp_path, "--json", *extra.get(mode, ()))
+        result = rsd_trt("eval", tiny_bundle, *arguments, *EPISODE)
+        assert result.exit_code == 0, result.output
+        summary = json.loads(result.stdout)
+        assert summary == json.loads((tmp_path / f"libero_spatial_{mode}_results.json").read_text())
+        assert (summary["total_episodes"], summary["errors"], summary["steps"]) == (1, 0, 8)
+        assert summary["settings"]["protocol"] == "oft"
+        assert summary["use_speculative_decoding"] == (mode == "rsd")
+        assert sum(summary["routes"].values()) == summary["queries"]
+    states = load_file(hidden)
+    assert states["prefix"].shape == states["final"].shape == (summary["queries"], 32)
+    for pair in (("baseline", "rsd"), ("random", "rsd")):
+        result = rsd_trt("compare", *(tmp_path / f"libero_spatial_{mode}_results.json" for mode in pair), "--json")
+        assert result.exit_code == 0, result.output
+        assert set(json.loads(result.stdout)["figures"]) == set(pair)
+
+
+@pytest.mark.libero
+def test_two_simulators_give_what_one_gives(tiny_bundle: Path, tmp_path: Path) -> None:
+    found = []
+    for workers in (1, 2):
+        options = ("--tasks", "0,4", "--trials", "2", "--max-steps", "6", "--workers", workers, "--out", tmp_path / "x")
+        result = rsd_trt("eval", tiny_bundle, "--json", "--fresh", *options)
+        assert result.exit_code == 0, result.output
+        results = json.loads(result.stdout)
+        assert (results["settings"]["timing"] == "single") == (results["query_ms"] is not None) == (workers == 1)
+        for episode in results["episodes"]:
+            del episode["seconds"], episode["run"]
+            for query in episode["queries"]:
+                del query["ms"]
+        found.append(results["episodes"])
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+
+
+@pytest.mark.libero
+def test_the_shipped_policy_solves_its_task(tmp_path: Path) -> None:
+    result = rsd_trt("eval", "--tasks", "0", "--trials", "1", "--n-action-steps", "8", "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert results["settings"]["trained"]
+    assert results["total_successes"] == 1
+
+
+@pytest.mark.libero
+def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("eval", tiny_bundle, "--mode", "baseline", "--out", tmp_path, *EPISODE)
+    first = rsd_trt(*arguments, "--video")
+    assert first.exit_code == 0, first.output
+    assert "UNTRAINED" in first.stdout
+    videos = list((tmp_path / "videos" / "libero_spatial_baseline").iterdir())
+    assert [video.name for video in videos] == ["task3_trial0_failure.mp4"]
+    episodes = tmp_path / "libero_spatial_baseline_episodes.jsonl"
+    before = episodes.read_text()
+    assert rsd_trt(*arguments).exit_code == 0
+    assert episodes.read_text() == before
+    refused = rsd_trt(*arguments, "--seed", 8)
+    assert refused.exit_code == 1
+    assert "seed is 7 there and 8 here" in refused.stderr
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "10"), "libero_spatial has tasks 0..9, not 10"),
+        (("--trials", "51"), "libero_spatial has 50 initial states for task 0, not 51"),
+        (("--suite", "libero_space"), "did you mean"),
+        (("--backend", "tensor"), "backend 'tensor' is unknown"),
+        (("--device", "cuda:9"), "device 'cuda:9' cannot be used"),
+        (("--n-action-steps", "9"), "a chunk has 1..8 steps"),
+    ],
+)
+def test_bad_requests_are_one_line(tiny_bundle: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = rsd_trt("eval", tiny_bundle, "--out", tmp_path, *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.libero
+def test_the_expert_succeeds_perturbed_or_not(tmp_path: Path) -> None:
+    found = {}
+    for name, extra in (("calm", ()), ("perturbed", ("--perturb", "0"))):
+        out = tmp_path / name
+        arguments = ("eval", "--policy", "expert", "--out", out, "--tasks", "2", "--trials", "1", *extra)
+        result = rsd_trt(*arguments, "--json")
+        assert result.exit_code == 0, result.output
+        found[name] = read_run(out / "libero_spatial_expert_results.json")
+        assert found[name].total_successes == 1
+        assert (found[name].queries, found[name].avg_inference_time_ms, found[name].query_ms) == (0, None, None)
+        assert not (out / "failures").exists()
+        refused = rsd_trt(*arguments, "--perturb", "5")
+        assert refused.exit_code == 1
+        assert "perturb is" in refused.stderr
+    (calm,), (perturbed,) = found["calm"].episodes, found["perturbed"].episodes
+    drawn = draw(0, 2, 0)
+    assert (calm.perturbed_at, calm.displacement) == (None, None)
+    assert (perturbed.perturbed_at, perturbed.displacement in drawn.offsets) == (drawn.step, True)
+    assert calm.actions != perturbed.actions
+    with pytest.raises(UserError, match="perturb is None and 0"):
+        compare(found["calm"], found["perturbed"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mode", "rsd"), "--policy expert runs no bundle: leave out '--mode'"),
+        (("--n-action-steps", "2"), "leave out '--n-action-steps'"),
+        (("bundles/mine",), "leave out '[BUNDLE]'"),
+    ],
+)
+def test_the_expert_runs_no_bundle(arguments: tuple[str, ...], message: str) -> None:
+    result = rsd_trt("eval", "--policy", "expert", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.libero
+def test_the_expert_and_the_disturbance_know_one_suite(tiny_bundle: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--policy", "expert"), "--policy expert knows libero_spatial only, not libero_goal"),
+        ((tiny_bundle, "--perturb", "0"), "--perturb displaces the bowl of libero_spatial"),
+    ):
+        result = rsd_trt("eval", *arguments, "--suite", "libero_goal", "--out", tmp_path)
+        assert result.exit_code == 1
+        assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_are_recorded_in_shadow_mode_only(tiny_bundle: Path, tmp_path: Path) -> None:
+    result = rsd_trt("eval", tiny_bundle, "--mode", "rsd", "--record-hidden", tmp_path / "h")
+    assert result.exit_code == 2
+    assert "--record-hidden needs --mode shadow" in result.stderr
+
+
+def test_without_libero_the_install_line_is_told(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "libero", None)
+    monkeypatch.setitem(sys.modules, "libero.libero", None)
+    result = rsd_trt("eval", tiny_bundle, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "LIBERO is not installed. Install it: pip install 'rsd-trt[libero]'" in result.stderr

@@ -1,0 +1,43 @@
+"""The stages of a query on a GPU: captured graphs, the device's own clock, and what is left of the host's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.eval.profile.clock import Clock
+from rsd_trt.eval.profile.query_times import QUERIES
+from rsd_trt.eval.profile.shapes import Shape
+from rsd_trt.eval.profile.stages import ORACLE, StagesRequest, profile_stages
+from rsd_trt.eval.profile.work import STAGES
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = torch.device("cuda")
+
+
+def test_every_backbone_is_timed_stage_by_stage(bundle: Bundle) -> None:
+    kinds = (("eager", "bundle"), ("graph", "bundle"), ("compiled", "bundle"))
+    request = StagesRequest(kinds, (Shape(1, 28), Shape(2, 40)), CUDA, "fp32", samples=5, warm_up=3)
+    found = profile_stages(bundle, request)
+    for row in found.rows:
+        assert row.ms or row.way.backbone == ORACLE, row
+        captured = row.what in QUERIES and row.way.backbone in ("graph", "compiled")
+        assert len(row.outside_ms) == (5 if captured else 0), row
+    assert {row.what for row in found.rows} == {*STAGES, *QUERIES}
+    assert found.machine.bytes_per_s > 1e11
+
+
+def test_the_devices_time_is_without_the_hosts() -> None:
+    x = torch.randn(2048, 2048, device=CUDA)
+
+    def run() -> None:
+        for _ in range(20):
+            x @ x
+
+    clock = Clock(CUDA)
+    for _ in range(3):
+        clock.queued(run)
+    busy = min(ms for _ in range(5) if (ms := clock.queued(run)) is not None)
+    assert 0 < busy <= min(clock.wall(run) for _ in range(5))
+    assert clock.queued(lambda: x.sum().item()) is None
