@@ -6,14 +6,15 @@ import gzip
 import math
 import zlib
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
-from rsd_trt.errors import UserError
-from rsd_trt.eval.results import SCHEMA_VERSION, Results
+from msgspec.structs import replace
+
+from rsd_trt.errors import UserError, named, shown
+from rsd_trt.eval.results import Results
 from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.summary import summarise
-from rsd_trt.jsonio import from_json, named, parse, shown, to_json
+from rsd_trt.records import from_text, parse, to_json
 
 MAX_BYTES = 1 << 29  # of a results file
 MAX_RATIO = 100  # by which it may have been compressed (ours are by 10 to 40): a small file may not fill the memory
@@ -71,16 +72,13 @@ def read_results(path: Path) -> Results:
         raise UserError(f"{path} cannot be read: {error}") from None
     if len(text) > most:
         raise UserError(f"{path} holds more than {most:,} bytes: no results file does")
-    data = parse(text, str(path))
-    if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
-        raise UserError(f"{path} is not a results file of rsd-trt eval")
-    version = data.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema_version {shown(version)}, this version reads {SCHEMA_VERSION}: "
-            + ("update rsd-trt" if isinstance(version, int) and version > SCHEMA_VERSION else "evaluate again")
-        )
-    return from_json(Results, data, str(path))
+    try:
+        return from_text(Results, text, str(path))
+    except UserError:
+        data = parse(text, str(path))
+        if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
+            raise UserError(f"{path} is not a results file of rsd-trt eval") from None
+        raise
 
 
 def _check_figure(path: Path, name: str, value: object, found: object) -> None:

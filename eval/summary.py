@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rsd_trt.eval.results import Episode, QueryRecord, Results, RsdStats, Settings, TaskResult, Throughput
+from rsd_trt.eval.results import (
+    SCHEMA_VERSION,
+    Episode,
+    QueryRecord,
+    Results,
+    RsdStats,
+    Settings,
+    TaskResult,
+    Throughput,
+)
 from rsd_trt.eval.statistics import percentiles, wilson
-from rsd_trt.runtime.speculate import Acceptance
+from rsd_trt.runtime.speculate import Checks
 
 
 def summarise(
@@ -24,9 +33,6 @@ def summarise(
     steps, seconds = sum(e.steps for e in done), sum(e.seconds for e in done)
     successes = sum(e.success for e in done)
     single = settings.timing == "single"
-    acceptance = Acceptance()
-    for query in queries:
-        acceptance.add(query.route)
     return Results(
         task_suite=settings.suite,
         use_speculative_decoding=settings.mode == "rsd",
@@ -36,11 +42,11 @@ def summarise(
         final_success_interval=wilson(successes, len(done)),
         errors=len(episodes) - len(done),
         avg_inference_time_ms=sum(q.ms for q in queries) / steps if steps and queries and single else None,
-        rsd_stats=RsdStats(**acceptance.rates()),
+        rsd_stats=RsdStats(**Checks.of(query.route for query in queries).rates()),
         routes=dict(sorted(Counter(query.route for query in queries).items())),
-        verdicts=dict(sorted(Counter(query.verdict for query in queries if query.verdict).items())),
+        judgements=dict(sorted(Counter(query.judgement for query in queries if query.judgement).items())),
         token_agreement=_token_agreement(queries),
-        token_agreement_chance=1 / settings.levels,
+        token_agreement_chance=1 / settings.bundle.levels if settings.bundle else None,
         query_ms=percentiles([query.ms for query in queries]) if single else None,
         queries=len(queries),
         full_queries=sum(query.full_query for query in queries),
@@ -53,6 +59,7 @@ def summarise(
         settings=settings,
         episodes=tuple(sorted(episodes, key=lambda e: e.key)),
         command=command,
+        schema_version=SCHEMA_VERSION,
     )
 
 

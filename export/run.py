@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import logging
 import re
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from msgspec.structs import asdict
 
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
@@ -27,10 +27,10 @@ from rsd_trt.export.to_onnx import OPSET, export_onnx
 from rsd_trt.files import locked
 from rsd_trt.manifest import (
     Artefact,
+    ArtefactKind,
     Batch,
     EngineBuild,
     File,
-    Kind,
     Manifest,
     folder_of,
     freshness,
@@ -135,7 +135,7 @@ class Exporter:
         build: Callable[[Path], list[Path]],
     ) -> Outcome:
         """The artefact as it is if it is fresh, else built and in the manifest."""
-        kind: Kind = "onnx" if engine is None else self.request.distribution.target  # type: ignore[union-attr]
+        kind: ArtefactKind = "onnx" if engine is None else self.request.distribution.target  # type: ignore[union-attr]
         current = self.manifest.find(component, self.request.precision, batch, kind)
         reason = self._stale(current, engine)
         if current is not None and reason is None:
@@ -155,7 +155,7 @@ class Exporter:
                 inputs=tuple(signature.describe(port) for port in signature.inputs),
                 outputs=tuple(signature.describe(port) for port in signature.outputs),
                 opset=OPSET,
-                torch=torch.__version__,
+                torch=str(torch.__version__),
                 build_seconds=round(time.perf_counter() - started, 3),
                 date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 engine=engine,
@@ -185,7 +185,7 @@ class Exporter:
             return f"{artefact.name} has no layer report"
         differences = [
             f"{key} was {getattr(built, key)!r} and is {value!r}"
-            for key, value in dataclasses.asdict(wanted).items()
+            for key, value in asdict(wanted).items()
             if getattr(built, key) != value and key != "driver"
         ]
         return "; ".join(differences) or None

@@ -46,8 +46,8 @@ def check_options(distribution: Distribution, options: EngineOptions, gpu: Gpu |
     """Raises UserError for what this distribution cannot build here."""
     if distribution.target == "tensorrt" and gpu is None:
         raise UserError(
-            "TensorRT builds an engine on the GPU that will run it, and none is usable here. "
-            "Build ahead of time: --target rtx"
+            "TensorRT builds an engine on the GPU that will run it, and none is usable here",
+            "Build ahead of time: --target rtx",
         )
     if distribution.target == "tensorrt" and options.compute_capabilities:
         raise UserError("--compute-capability is for --target rtx: TensorRT builds for the GPU at hand")
@@ -97,12 +97,12 @@ def build_engine(
         cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
         if not config.set_timing_cache(cache, ignore_mismatch=False):  # it is of another GPU or another TensorRT
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    serialised = builder.build_serialized_network(network, config)
+    if serialised is None:
         raise UserError(f"{distribution.target} {distribution.version} cannot build {onnx}: {'; '.join(messages[-3:])}")
     if distribution.target == "tensorrt":
         write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
-    return bytes(plan)
+    return bytes(serialised)
 
 
 def layer_report(engine: bytes, distribution: Distribution) -> str:

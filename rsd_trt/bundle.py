@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.config import FORMAT_VERSION, BundleConfig, Component, Precision
+from rsd_trt.config import BundleConfig, Component, Precision, torch_dtype
 from rsd_trt.errors import UserError
 from rsd_trt.files import new_folder, own
-from rsd_trt.jsonio import from_json, parse, to_json
 from rsd_trt.prompts import TOKENIZER, read_tokenizer
+from rsd_trt.records import checked, read_record, to_json, to_text
 from rsd_trt.weights import Entry, check_folder, check_keys, contents, fill, sha256, without_unused
 
 if TYPE_CHECKING:
@@ -58,18 +58,10 @@ class Bundle:
         Raises:
             UserError: no bundle there, or a configuration that does not fit this version.
         """
-        file = path / CONFIG
         try:
-            text = own(file).read_text("utf-8")
+            return cls(path, read_record(BundleConfig, path / CONFIG))
         except FileNotFoundError:
-            raise UserError(f"{path} is not a bundle ({CONFIG} is missing). Make one: rsd-trt init {path}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from None
-        data = parse(text, str(file))
-        version = data.get("format_version") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise UserError(f"{file} has format_version {version}, this version reads {FORMAT_VERSION}: update rsd-trt")
-        return cls(path, from_json(BundleConfig, data, str(file)))
+            raise UserError(f"{path} is not a bundle ({CONFIG} is missing)", f"Make one: rsd-trt init {path}") from None
 
     def file(self, part: str) -> Path:
         """The bundle's own weights of one of `PARTS`."""
@@ -121,11 +113,9 @@ class Bundle:
 
     def backbone(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Backbone:
         """The backbone; without a `dtype`, in that of its configuration."""
-        import torch
-
         from rsd_trt.models.backbone import Backbone
 
-        return self._load("backbone", Backbone, dtype or getattr(torch, self.config.backbone.dtype), device)
+        return self._load("backbone", Backbone, dtype or torch_dtype(self.config.backbone.precision), device)
 
     def draft(self, device: torch.device | str = "cpu") -> DraftModel:
         """The draft model, in float32."""
@@ -172,12 +162,10 @@ class Bundle:
         `precision` is that of draft and head. The codec stays in float32: its finest scales are below what half
         precision resolves.
         """
-        import torch
-
         from rsd_trt.models.codec import Decoder
         from rsd_trt.models.components import Predict, Propose
 
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        dtype = torch_dtype(precision)
         if name == "draft":
             return self.draft(device).to(dtype)
         if name == "head":
@@ -268,8 +256,12 @@ def save(path: Path, config: BundleConfig, parts: dict[str, nn.Module], tokenize
 
 
 def write_config(folder: Path, config: BundleConfig) -> None:
-    """Writes the configuration of a bundle that is being made."""
-    (folder / CONFIG).write_text(json.dumps(to_json(config), indent=2) + "\n", "utf-8")
+    """Writes the configuration of a bundle that is being made.
+
+    Raises:
+        UserError: it could not be read again.
+    """
+    (folder / CONFIG).write_text(to_text(checked(config, CONFIG), indent=2), "utf-8")
 
 
 def write_part(folder: Path, part: str, state: Mapping[str, Tensor]) -> None:

@@ -1,30 +1,36 @@
-"""Every number and convention of a policy, as frozen dataclasses.
+"""Every number and convention of a policy, as frozen records.
 
-This is the only place where a dimension is written. A bundle's `config.json` is one `BundleConfig`.
+A dimension of robots, chunks and tokens is written here and nowhere else; `presets` has the sizes of whole models.
+Bounds stand beside the fields, and are checked where a file is read. A bundle's `config.json` is one `BundleConfig`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from rsd_trt.errors import UserError
-from rsd_trt.jsonio import shown
+from msgspec import Meta, field
+from msgspec.structs import replace
 
-FORMAT_VERSION = 1
+from rsd_trt.errors import UserError, shown
+from rsd_trt.records import Natural, Positive, Record
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION: Literal[1] = 1
 PROPRIO_DIM = 8  # end-effector position 3, axis-angle 3, gripper joints 2
 FEATURIZERS = ("featurizer", "fused_featurizer")  # the vision towers, side by side, as OpenVLA names them
 TOWERS = len(FEATURIZERS)
 MAX_SIZE = 1 << 18  # of any width, vocabulary or picture: a hostile configuration may not fill the memory,
 MAX_COUNT = 1 << 10  # nor keep anyone busy with building blocks, layers, steps or levels one by one
 MAX_PIXELS = 1 << 12  # a side
-COUNTS = ("blocks", "heads", "prefix_tokens", "T", "A", "D", "L", "C", "K")
 MAX_TOLERANCE = 2.0  # environment units: the whole range of an action
 MAX_BATCH = 64  # rows that engines with a dynamic batch take
 ARM_DIMS = 6  # dx dy dz droll dpitch dyaw; the gripper is the action dimension behind them
+ACTION_DIMS = ARM_DIMS + 1
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "reference"  # the policy that is shipped with the toolkit
@@ -32,118 +38,128 @@ DEFAULT_ENGINES = Path("engines")
 OWN_FOLDER = "."  # of weights that were copied into their bundle
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+Backend = Literal["torch", "graph", "ort", "trt"]
 Mode = Literal["baseline", "rsd", "shadow", "random"]
 PolicyKind = Literal["bundle", "expert"]
+PerturbKind = Literal["displace", "late", "moving", "harmless", "frozen"]
 Size = Literal["tiny", "reference", "openvla-7b"]
 Component = Literal["draft", "head", "decoder", "propose", "predict"]
-Precision = Literal["fp32", "fp16", "bf16"]  # of draft and head
+Precision = Literal["fp32", "fp16", "bf16", "fp8"]  # what numbers are stored and multiplied in; fp8 is E4M3
 BackboneKind = Literal["eager", "graph", "compiled"]  # PyTorch; CUDA graphs; CUDA graphs of what torch.compile made
-BackbonePrecision = Literal["bundle", "bf16", "fp8"]
+BackbonePrecision = Literal["bundle"] | Precision  # bundle: what its weights are stored in
 Preset = Literal["openvla", "openvla-oft", "rvq"]
 Resize = Literal["resize-naive", "letterbox"]  # the names are OpenVLA's
+Rotation = Literal["shortest", "robosuite"]  # of q and -q, the one with w >= 0; q as it is (OpenVLA-OFT)
+BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
+PERTURBATIONS: tuple[PerturbKind, ...] = typing.get_args(PerturbKind)
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
 POLICIES: tuple[PolicyKind, ...] = typing.get_args(PolicyKind)
 SIZES: tuple[Size, ...] = typing.get_args(Size)
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 BACKBONES: tuple[BackboneKind, ...] = typing.get_args(BackboneKind)
-BACKBONE_PRECISIONS: tuple[BackbonePrecision, ...] = typing.get_args(BackbonePrecision)
-PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # that draft and head are run in
+BACKBONE_PRECISIONS: tuple[BackbonePrecision, ...] = ("bundle", "bf16", "fp8")  # that the backbone is run in
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
 
+Width = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
+Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+Pixels = Annotated[int, Meta(ge=1, le=MAX_PIXELS)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Rgb = tuple[float, float, float]
+ByArmDim = Annotated[  # how far two actions may differ, by arm dimension
+    tuple[Annotated[float, Meta(ge=0, le=MAX_TOLERANCE)], ...], Meta(min_length=ARM_DIMS, max_length=ARM_DIMS)
+]
 
-@dataclass(frozen=True)
-class Dims:
+
+class Dims(Record, frozen=True):
     """The dimensions that draft, head and codec share, under the symbols that the tensors are described with."""
 
-    T: int = 8  # steps of an action chunk
-    A: int = 7  # action dimensions: dx dy dz droll dpitch dyaw gripper
-    D: int = 16  # latent dimensions of a step
-    L: int = 8  # RFSQ layers
-    C: int = 3  # coarse layers, those that the draft guesses
-    K: int = 7  # levels of a layer
+    T: Count = 8  # steps of an action chunk
+    A: Count = ACTION_DIMS  # action dimensions: dx dy dz droll dpitch dyaw gripper
+    D: Count = 16  # latent dimensions of a step
+    L: Count = 8  # RFSQ layers
+    C: Count = 3  # coarse layers, those that the draft guesses
+    K: Annotated[int, Meta(ge=2, le=MAX_COUNT)] = 7  # levels of a layer
 
 
-@dataclass(frozen=True)
-class TowerConfig:
+class TowerConfig(Record, frozen=True):
     """One vision transformer. OpenVLA's two towers (DINOv2 with registers, SigLIP) differ in these fields only."""
 
-    width: int
-    blocks: int  # blocks that run: the features are the last one's output, without a final norm
-    heads: int
-    mlp_width: int
-    patch: int  # pixels
-    prefix_tokens: int  # class and register tokens, dropped from the features
+    width: Width
+    blocks: Count  # blocks that run: the features are the last one's output, without a final norm
+    heads: Count
+    mlp_width: Width
+    patch: Width  # pixels
+    prefix_tokens: Annotated[int, Meta(ge=0, le=MAX_COUNT)]  # class and register tokens, dropped from the features
     layer_scale: bool
-    mean: tuple[float, float, float]  # per RGB channel, of pixels in [0, 1]
-    std: tuple[float, float, float]
+    mean: Rgb  # per RGB channel, of pixels in [0, 1]
+    std: Rgb
     gelu: Literal["exact", "tanh"] = "exact"
 
 
-@dataclass(frozen=True)
-class LanguageConfig:
+class LanguageConfig(Record, frozen=True):
     """Llama blocks, under the names of the Llama paper's parts."""
 
-    hidden: int  # H, the backbone's width
-    intermediate: int  # SwiGLU width
-    blocks: int  # N
-    heads: int
-    vocab: int
+    hidden: Width  # H, the backbone's width
+    intermediate: Width  # SwiGLU width
+    blocks: Count  # N
+    heads: Count
+    vocab: Width
     rms_eps: float = 1e-6
     rope_theta: float = 10000.0
 
 
-@dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(Record, frozen=True):
     """Two vision towers, a projector and Llama blocks: the architecture of OpenVLA."""
 
-    towers: tuple[TowerConfig, ...]
+    towers: Annotated[tuple[TowerConfig, ...], Meta(min_length=TOWERS, max_length=TOWERS)]
     language: LanguageConfig
-    image_size: int  # pixels a side, of every tower's input
+    image_size: Pixels  # pixels a side, of every tower's input
     proprio: bool = False  # one more embedding, made from the robot's own state
     dtype: Literal["float32", "bfloat16"] = "float32"
 
+    @property
+    def precision(self) -> Precision:
+        """What its weights are stored in."""
+        return "fp32" if self.dtype == "float32" else "bf16"
 
-@dataclass(frozen=True)
-class DraftConfig:
+
+class DraftConfig(Record, frozen=True):
     """The draft: one transformer layer and a classifier for each coarse RFSQ layer."""
 
-    width: int = 512
-    mlp_width: int = 2048
-    positions: int = 256  # rows of the position encoding on disk; the sequence has length 1
+    width: Width = 512
+    mlp_width: Width = 2048
+    positions: Width = 256  # rows of the position encoding on disk; the sequence has length 1
 
 
-@dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Record, frozen=True):
     """The main head. `rfsq` and `conditioned` share the feature layer; `classification` has none."""
 
     kind: Literal["rfsq", "classification", "conditioned"] = "rfsq"
-    feature: int = 1024
-    width: int = 512  # hidden width of a layer's classifier (`classification`: of its first stage)
-    embedding: int = 64  # of a condition token (`conditioned` only)
+    feature: Width = 1024
+    width: Width = 512  # hidden width of a layer's classifier (`classification`: of its first stage)
+    embedding: Width = 64  # of a condition token (`conditioned` only)
 
 
-@dataclass(frozen=True)
-class CodecConfig:
+class CodecConfig(Record, frozen=True):
     """The RFSQ autoencoder. Only `static` and `plain` codes can be decoded without loss from tokens alone."""
 
-    width: int = 64
+    width: Width = 64
     scale: Literal["static", "plain", "layernorm"] = "static"
 
 
-@dataclass(frozen=True)
-class RsdConfig:
+class RsdConfig(Record, frozen=True):
     """How much the draft is trusted. Compared actions are in environment units, [-1, 1] of the controller."""
 
-    draft_block: int  # k, the block after which the draft reads; k = N is the textbook form
-    n_action_steps: int = 4  # actions committed by a query at the most
+    draft_block: Count  # k, the block after which the draft reads; k = N is the textbook form
+    n_action_steps: Count = 4  # actions committed by a query at the most
     rule: Literal["actions", "tokens"] = "actions"
-    tolerance: tuple[float, ...] = (0.1,) * ARM_DIMS  # 0.1 is 5 mm and 0.05 rad under LIBERO's OSC_POSE
-    token_share: float = 0.7  # of equal coarse tokens, for the rule `tokens`
-    refresh: int = 8  # every refresh-th query at the latest is a full query
+    tolerance: ByArmDim = (0.1,) * ARM_DIMS  # 0.1 is 5 mm and 0.05 rad under LIBERO's OSC_POSE
+    token_share: Share = 0.7  # of equal coarse tokens, for the rule `tokens`
+    refresh: Positive = 8  # every refresh-th query at the latest is a full query
 
 
-@dataclass(frozen=True)
-class Quantiles:
+class Quantiles(Record, frozen=True):
     """1% and 99% quantiles of training data; `mask` is true where a dimension is normalised."""
 
     q01: tuple[float, ...]
@@ -151,24 +167,26 @@ class Quantiles:
     mask: tuple[bool, ...]
 
 
-@dataclass(frozen=True)
-class ControlConfig:
+class ControlConfig(Record, frozen=True):
     """Every convention between the policy and the robot, stated once. Nothing is guessed from a path."""
 
-    cameras: tuple[str, ...] = ("agentview_image", "robot0_eye_in_hand_image")
-    camera_size: int = 256  # pixels a side, as rendered
+    cameras: Annotated[tuple[str, ...], Meta(min_length=1)] = ("agentview_image", "robot0_eye_in_hand_image")
+    camera_size: Pixels = 256  # pixels a side, as rendered
     rotate_images: bool = True  # by 180 degrees, as OpenVLA's LIBERO data is
-    center_crop: float = 1.0  # share of the image's area that is kept
+    center_crop: Share = 1.0  # share of the image's area that is kept
     resize: Resize = "resize-naive"  # the same for square cameras, and no others exist
     prompt: str = "In: What action should the robot take to {instruction}?\nOut:"
     lowercase: bool = True  # the instruction, before it goes into the prompt
-    suffix_token: int | None = None  # appended when the prompt's last token is another
+    suffix_token: Annotated[int, Meta(ge=0, le=MAX_SIZE)] | None = (
+        None  # appended when the prompt's last token is another
+    )
+    rotation: Rotation = "shortest"  # of the hand, in the state: which axis-angle of a quaternion
     gripper: Literal["env", "openvla"] = "env"  # env: -1 open, +1 close; openvla: 1 open, 0 close
     statistics: str | None = None  # the data set that the quantiles are of
     action_quantiles: Quantiles | None = None
     proprio_quantiles: Quantiles | None = None
-    settle_steps: int = 10  # idle steps before the first query, not counted
-    max_steps: dict[str, int] = field(
+    settle_steps: Annotated[int, Meta(ge=0, le=MAX_SIZE)] = 10  # idle steps before the first query, not counted
+    max_steps: dict[str, Width] = field(
         default_factory=lambda: {
             "libero_spatial": 220,
             "libero_object": 280,
@@ -179,12 +197,11 @@ class ControlConfig:
     )
 
 
-@dataclass(frozen=True)
-class WeightFile:
+class WeightFile(Record, frozen=True):
     """A safetensors file as it was when the bundle was packed."""
 
     name: str  # a plain name, in the folder
-    bytes: int
+    bytes: Natural
     sample_sha256: str  # of the size, the header and samples of the rest: compared by every load
     sha256: str  # of the whole file: compared by `rsd-trt info --hash`
 
@@ -195,8 +212,7 @@ class WeightFile:
         )
 
 
-@dataclass(frozen=True)
-class WeightsFolder:
+class WeightsFolder(Record, frozen=True):
     """Weights of the backbone that stay where they are: the shards of a Hugging Face folder."""
 
     folder: str  # absolute, or OWN_FOLDER: they were copied into the bundle
@@ -209,8 +225,7 @@ class WeightsFolder:
         )
 
 
-@dataclass(frozen=True)
-class BundleConfig:
+class BundleConfig(Record, frozen=True):
     """A policy: what every part is shaped like, and how it is driven."""
 
     name: str
@@ -224,15 +239,11 @@ class BundleConfig:
     control: ControlConfig = ControlConfig()
     backbone_weights: WeightsFolder | None = None  # beside or instead of backbone.safetensors
     training_actions: Quantiles | None = None  # of the training data's actions, in environment units: for diagnosis
-    format_version: int = FORMAT_VERSION
+    format_version: Literal[1] = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        """Raises UserError: sizes that do not fit each other."""
         dims, rsd, blocks = self.dims, self.rsd, self.backbone.language.blocks
-        _require(
-            self.format_version == FORMAT_VERSION,
-            f"format_version {self.format_version} is not {FORMAT_VERSION}, which this version reads",
-        )
-        self._require_sizes()
         for tower in self.backbone.towers:
             _require(
                 self.backbone.image_size % tower.patch == 0 and tower.width % tower.heads == 0,
@@ -246,41 +257,22 @@ class BundleConfig:
             language.hidden % (2 * language.heads) == 0,
             f"language.hidden {language.hidden} must be an even multiple of language.heads {language.heads}",
         )
-        _require(0 < rsd.draft_block <= blocks, f"rsd.draft_block {rsd.draft_block} is not in 1..{blocks}")
+        _require(rsd.draft_block <= blocks, f"rsd.draft_block {rsd.draft_block} is not in 1..{blocks}")
         _require(
-            0 < rsd.n_action_steps <= dims.T,
+            rsd.n_action_steps <= dims.T,
             f"rsd.n_action_steps {rsd.n_action_steps} is not in 1..{dims.T}, the steps of a chunk",
         )
-        _require(rsd.refresh >= 1, f"rsd.refresh {rsd.refresh} must be at least 1")
-        _require(
-            len(rsd.tolerance) == ARM_DIMS and all(0 <= x <= MAX_TOLERANCE for x in rsd.tolerance),
-            f"rsd.tolerance {shown(rsd.tolerance)} must be {ARM_DIMS} numbers in 0..{MAX_TOLERANCE:g}, one for each "
-            "arm dimension",
-        )
-        _require(0 < rsd.token_share <= 1, f"rsd.token_share {rsd.token_share} is not in (0, 1]")
+        _require(dims.A == ACTION_DIMS, f"dims.A {dims.A} must be {ACTION_DIMS}: six of the arm, one gripper")
         _require(dims.C <= dims.L, f"dims.C {dims.C} is more than dims.L {dims.L}")
-        _require(dims.A == ARM_DIMS + 1, f"dims.A {dims.A} must be {ARM_DIMS + 1}: six of the arm, one gripper")
         control = self.control
         _require(
             self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() and self.name[0] not in ".-",
             f"name {shown(self.name)} must be letters, digits, '-', '_' and '.': it names the folder of the exports",
         )
-        for name, low, value, high in (
-            ("control.camera_size", 1, control.camera_size, MAX_PIXELS),
-            ("control.settle_steps", 0, control.settle_steps, MAX_SIZE),
-            ("backbone.image_size", 1, self.backbone.image_size, MAX_PIXELS),
-        ):
-            _require(low <= value <= high, f"{name} {value} is not in {low}..{high}")
-        _require(
-            all(0 < steps <= MAX_SIZE for steps in control.max_steps.values()),
-            f"control.max_steps {list(control.max_steps.values())[:8]} must be in 1..{MAX_SIZE}",
-        )
-        _require(0 < control.center_crop <= 1, f"control.center_crop {control.center_crop} is not in (0, 1]")
         _require(
             control.camera_size**2 * control.center_crop >= 1,
             f"control.center_crop {control.center_crop} leaves no pixel of {control.camera_size} a side",
         )
-        _require(bool(control.cameras), "control.cameras is empty; name at least one camera")
         _require("{instruction}" in control.prompt, f"control.prompt {shown(control.prompt)} lacks {{instruction}}")
         for name, quantiles, size in (
             ("control.action_quantiles", control.action_quantiles, dims.A),
@@ -289,25 +281,6 @@ class BundleConfig:
         ):
             lengths = {len(quantiles.q01), len(quantiles.q99), len(quantiles.mask)} if quantiles else {size}
             _require(lengths == {size}, f"{name} has lists of {sorted(lengths)} numbers, not {size}")
-
-    def _require_sizes(self) -> None:
-        towers = self.backbone.towers
-        _require(len(towers) == TOWERS, f"backbone.towers has {len(towers)} entries, not {TOWERS}")
-        sections = {
-            "dims": self.dims,
-            "backbone": self.backbone,
-            **{f"backbone.towers[{i}]": tower for i, tower in enumerate(towers)},
-            "backbone.language": self.backbone.language,
-            "draft": self.draft,
-            "head": self.head,
-            "codec": self.codec,
-        }
-        least = {"dims.K": 2} | {f"backbone.towers[{i}].prefix_tokens": 0 for i in range(TOWERS)}
-        for section, config in sections.items():
-            for name, value in vars(config).items():
-                key = f"{section}.{name}"
-                low, high = least.get(key, 1), MAX_COUNT if name in COUNTS else MAX_SIZE
-                _require(type(value) is not int or low <= value <= high, f"{key} {value} is not in {low}..{high}")
 
     @property
     def hidden(self) -> int:
@@ -332,9 +305,17 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """PyTorch's type of a precision."""
+    import torch
+
+    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+    return types[precision]
+
+
 def with_protocol(control: ControlConfig, name: str) -> ControlConfig:
     """`control` under the named protocol."""
-    return dataclasses.replace(control, **vars(PROTOCOLS[name]))
+    return replace(control, **vars(PROTOCOLS[name]))
 
 
 def protocol_name(control: ControlConfig) -> str:

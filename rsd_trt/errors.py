@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import sys
 from collections.abc import Iterable
 
 MOST_SHOWN = 400  # characters of a library's error
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlist, _SHOWN.maxdict = 3, 200, 200, 12, 12
 
 
 class UserError(Exception):
@@ -38,6 +41,17 @@ def reason(error: BaseException) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def shown(value: object) -> str:
+    """A value that came from a file, for a message: short, on one line, whatever it is."""
+    return _SHOWN.repr(value)
+
+
+def named(key: object) -> str:
+    """A key that came from a file, for a message: as it is, if that is short and can be printed."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= 80 else shown(text)
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest option, else the list of all options."""
     names = sorted(options)
@@ -47,7 +61,7 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 def missing_extra(package: str, extra: str) -> Unavailable:
     """The error for an optional dependency that is not installed."""
-    return Unavailable(f"{package} is not installed. Install it: pip install 'rsd-trt[{extra}]'")
+    return Unavailable(f"{package} is not installed", f"Install it: pip install 'rsd-trt[{extra}]'")
 
 
 def out_of_memory(error: BaseException) -> UserError | None:
@@ -61,6 +75,6 @@ def out_of_memory(error: BaseException) -> UserError | None:
     facts = [f"{wanted[1]} more were needed" if wanted else "", f"{free[1]} are free" if free else ""]
     told = ", ".join(filter(None, facts))
     return UserError(
-        f"the GPU's memory is full{': ' * bool(told)}{told}. End what else uses it (nvidia-smi), or take fewer "
-        "--workers, a smaller --batch, or --device cpu"
+        f"the GPU's memory is full{': ' * bool(told)}{told}",
+        "End what else uses it (nvidia-smi), or take fewer --workers, a smaller --batch, or --device cpu",
     )

@@ -20,9 +20,9 @@ def own(path: Path) -> Path:
         UserError: with what to do.
     """
     if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link, which may lead anywhere. Put the file itself in its place")
+        raise UserError(f"{path} is a symbolic link, which may lead anywhere", "Put the file itself in its place")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file. Put the file itself in its place")
+        raise UserError(f"{path} is no regular file", "Put the file itself in its place")
     return path
 
 

@@ -6,34 +6,32 @@ never used twice, so that a new manifest, renamed into place, switches from the 
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
+from msgspec.structs import replace
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import Component, Precision
-from rsd_trt.errors import UserError
-from rsd_trt.files import own
+from rsd_trt.errors import UserError, shown
 from rsd_trt.host import Gpu
-from rsd_trt.jsonio import from_json, parse, shown
+from rsd_trt.records import Natural, Record, read_record, write_record
 from rsd_trt.weights import sha256
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 REMEDY = "rsd-trt export --force"
 
 Batch = Literal["1", "dynamic"]
-Kind = Literal["onnx", "tensorrt", "rtx"]
+ArtefactKind = Literal["onnx", "tensorrt", "rtx"]
 
 
-@dataclass(frozen=True)
-class File:
+class File(Record, frozen=True):
     """A file of an artefact, beside the manifest."""
 
     name: str
-    bytes: int
+    bytes: Natural
     sha256: str
 
     @classmethod
@@ -41,8 +39,7 @@ class File:
         return cls(path.name, path.stat().st_size, sha256(path))
 
 
-@dataclass(frozen=True)
-class EngineBuild:
+class EngineBuild(Record, frozen=True):
     """What an engine is bound to. Without `compute_capabilities` it is portable among those that RTX supports."""
 
     version: str  # of TensorRT or TensorRT-RTX
@@ -53,19 +50,18 @@ class EngineBuild:
     driver: str | None
 
 
-@dataclass(frozen=True)
-class Artefact:
+class Artefact(Record, frozen=True):
     """An ONNX graph or an engine of one component."""
 
     component: Component
     precision: Precision
     batch: Batch
-    kind: Kind
-    files: tuple[File, ...]  # the graph or engine first, then external weights
+    kind: ArtefactKind
+    files: Annotated[tuple[File, ...], Meta(min_length=1)]  # the graph or engine first, then external weights
     weights_sha256: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    opset: int
+    opset: Natural
     torch: str
     build_seconds: float
     date: str  # UTC, ISO 8601
@@ -77,38 +73,34 @@ class Artefact:
         return f"{self.component} {self.precision} batch {self.batch} ({self.kind})"
 
     @property
-    def key(self) -> tuple[Component, Precision, Batch, Kind]:
+    def key(self) -> tuple[Component, Precision, Batch, ArtefactKind]:
         return self.component, self.precision, self.batch, self.kind
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Record, frozen=True):
     """All artefacts of a bundle, by key."""
 
     bundle: str
     artefacts: tuple[Artefact, ...] = ()
-    schema_version: int = field(default=SCHEMA_VERSION)
+    schema_version: Literal[1] = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise UserError(
-                f"the engine manifest has schema {self.schema_version}, this version reads {SCHEMA_VERSION}"
-            )
+        """Raises UserError: an engine without its build, or a file outside the folder."""
         for artefact in self.artefacts:
-            if not artefact.files or (artefact.engine is None) != (artefact.kind == "onnx"):
-                raise UserError(f"the engine manifest is incomplete: {artefact.name} lacks its files or its build")
+            if (artefact.engine is None) != (artefact.kind == "onnx"):
+                raise UserError(f"the engine manifest is incomplete: {artefact.name} lacks its build")
             for file in artefact.files:
                 if Path(file.name).name != file.name or file.name in ("", ".", ".."):
                     raise UserError(f"the engine manifest names a file outside its folder: {shown(file.name)}")
 
-    def find(self, component: Component, precision: Precision, batch: Batch, kind: Kind) -> Artefact | None:
+    def find(self, component: Component, precision: Precision, batch: Batch, kind: ArtefactKind) -> Artefact | None:
         key = (component, precision, batch, kind)
         return next((artefact for artefact in self.artefacts if artefact.key == key), None)
 
     def replacing(self, artefact: Artefact) -> Manifest:
         """With `artefact` in place of the one that has its key."""
         others = tuple(a for a in self.artefacts if a.key != artefact.key)
-        return dataclasses.replace(self, artefacts=tuple(sorted((*others, artefact), key=lambda a: a.key)))
+        return replace(self, artefacts=tuple(sorted((*others, artefact), key=lambda a: a.key)))
 
 
 def folder_of(bundle: Bundle, engines: Path) -> Path:
@@ -122,25 +114,17 @@ def read_manifest(folder: Path, bundle: Bundle) -> Manifest:
     Raises:
         UserError: it cannot be read, or is of another schema.
     """
-    file = folder / MANIFEST
     try:
-        return from_json(Manifest, parse(own(file).read_text("utf-8"), str(file)), str(file))
+        return read_record(Manifest, folder / MANIFEST)
     except FileNotFoundError:
         return Manifest(bundle.config.name)
     except UserError as error:
-        raise UserError(f"{error}. Rebuild: {REMEDY}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}. Rebuild: {REMEDY}") from None
+        raise UserError(str(error), f"Rebuild: {REMEDY}") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replaces the folder's manifest in one step. The caller holds the folder's lock."""
-    temporary = folder / f".{MANIFEST}"
-    try:
-        temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", "utf-8")
-        temporary.replace(folder / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_record(folder / MANIFEST, manifest)
 
 
 def freshness(
@@ -183,7 +167,7 @@ def freshness(
 def usable(
     bundle: Bundle,
     engines: Path,
-    key: tuple[Component, Precision, Batch, Kind],
+    key: tuple[Component, Precision, Batch, ArtefactKind],
     version: str | None = None,
     gpu: Gpu | None = None,
 ) -> tuple[Artefact, Path]:
@@ -198,8 +182,8 @@ def usable(
     remedy = f"rsd-trt export {bundle.path} --precision {precision}{target} -o {engines}"
     artefact = read_manifest(folder, bundle).find(*key)
     if artefact is None:
-        raise UserError(f"{folder} has no {component} {precision} batch {key[2]} ({kind}). Build it: {remedy}")
+        raise UserError(f"{folder} has no {component} {precision} batch {key[2]} ({kind})", f"Build it: {remedy}")
     ok, reason = freshness(artefact, folder, bundle, version, gpu)
     if not ok:
-        raise UserError(f"{reason}. Rebuild: {remedy}")
+        raise UserError(reason, f"Rebuild: {remedy}")
     return artefact, folder / artefact.files[0].name

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.errors import UserError, reason
-from rsd_trt.jsonio import parse, shown
+from rsd_trt.errors import UserError, reason, shown
+from rsd_trt.records import parse
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -31,11 +31,12 @@ class Distribution:
     def check_runs_on(self, gpu: Gpu | None) -> None:
         """Raises Unavailable unless this distribution runs on `gpu`."""
         if gpu is None:
-            raise Unavailable("TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort")
+            raise Unavailable("TensorRT engines need an NVIDIA GPU, and none is usable here", "Use: --backend ort")
         if self.target == "rtx" and gpu.compute_capability not in RTX_CAPABILITIES:
             raise Unavailable(
                 f"TensorRT-RTX {self.version} runs on compute capability {', '.join(RTX_CAPABILITIES)}; "
-                f"{gpu.name} has {gpu.compute_capability}. Use: --backend ort, or pip install 'rsd-trt[trt]'"
+                f"{gpu.name} has {gpu.compute_capability}",
+                "Use: --backend ort, or pip install 'rsd-trt[trt]'",
             )
 
 
@@ -53,7 +54,7 @@ def find_distribution(target: Target | None = None) -> Distribution:
         except ImportError as error:
             problems.append(f"{MODULES[name]} cannot be imported ({error})")
     extras = " or ".join(f"'rsd-trt[{EXTRAS[name]}]'" for name in wanted)
-    raise Unavailable(f"{'; '.join(problems)}. Install it: pip install {extras}")
+    raise Unavailable("; ".join(problems), f"Install it: pip install {extras}")
 
 
 def runnable_distribution(gpu: Gpu | None) -> Distribution:
@@ -72,5 +73,5 @@ def runnable_distribution(gpu: Gpu | None) -> Distribution:
             distribution.check_runs_on(gpu)
             return distribution
         except Unavailable as error:
-            problems.append(str(error))
-    raise Unavailable(" ".join(problems))
+            problems.append(error)
+    raise Unavailable("; ".join(problem.message for problem in problems), problems[0].remedy)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from rsd_trt.config import FEATURIZERS, OWN_FOLDER, BackboneConfig, WeightFile, WeightsFolder
 from rsd_trt.errors import UserError, reason
+from rsd_trt.errors import named as printable
 from rsd_trt.files import own
-from rsd_trt.jsonio import named as printable
 
 if TYPE_CHECKING:
     from typing import TypeVar
@@ -109,7 +109,7 @@ def check_keys(module: nn.Module, found: Mapping[str, Entry], where: Path) -> No
         if key in found and ("F" in found[key].dtype) != wanted[key].is_floating_point()
     ]
     problems = [
-        f"{kind}: {listed(keys)}"
+        f"{kind}: {first_few(keys)}"
         for kind, keys in (
             ("missing", sorted(expected.keys() - found.keys())),
             ("unexpected", [named(key) for key in sorted(found.keys() - expected.keys())]),
@@ -122,7 +122,7 @@ def check_keys(module: nn.Module, found: Mapping[str, Entry], where: Path) -> No
         raise UserError(f"{where} does not fit the configuration; {'; '.join(problems)}")
 
 
-def listed(names: list[str]) -> str:
+def first_few(names: list[str]) -> str:
     """`a, b, c`; of more than ten, the first ten and how many more there are."""
     more = len(names) - LISTED_KEYS
     return ", ".join(names[:LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
@@ -233,15 +233,16 @@ def check_folder(weights: WeightsFolder, folder: Path, whole: bool = False) -> t
         if weights.folder == OWN_FOLDER:
             own(file)
         if not file.is_file():
-            raise UserError(f"{file} is missing: the bundle refers to it. {remedy}")
+            raise UserError(f"{file} is missing: the bundle refers to it", remedy)
         if (size := file.stat().st_size) != record.bytes:
-            raise UserError(f"{file} has {size} bytes, the bundle was packed with {record.bytes}. {remedy}")
+            raise UserError(f"{file} has {size} bytes, the bundle was packed with {record.bytes}", remedy)
         checks: list[tuple[str, Callable[[Path], str], str]] = [("samples", sample_sha256, record.sample_sha256)]
         checks += [("content", sha256, record.sha256)] if whole else []
         for what, digest, expected in checks:
             if (actual := digest(file)) != expected:
                 raise UserError(
                     f"{file} has changed: sha256 of its {what} is {actual[:8]}, the bundle was packed with "
-                    f"{expected[:8]}. {remedy}"
+                    f"{expected[:8]}",
+                    remedy,
                 )
     return tuple(folder / record.name for record in weights.files)

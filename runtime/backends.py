@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import logging
 import time
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from rsd_trt import host
 from rsd_trt.bundle import PARTS, Bundle
-from rsd_trt.config import BACKBONES, DEFAULT_ENGINES, BackboneKind, BackbonePrecision, Component, Precision
+from rsd_trt.config import (
+    BACKBONE_PRECISIONS,
+    BACKBONES,
+    BACKENDS,
+    DEFAULT_ENGINES,
+    PRECISIONS,
+    BackboneKind,
+    BackbonePrecision,
+    Backend,
+    Component,
+    Precision,
+    torch_dtype,
+)
 from rsd_trt.errors import Unavailable, UserError, did_you_mean
 from rsd_trt.manifest import Batch, usable
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.runtime.forward import EagerForward, Forward
 from rsd_trt.runtime.preprocess import Preprocessor
-from rsd_trt.runtime.session import Session, TorchSession
+from rsd_trt.runtime.session import GraphSession, Session, TorchSession
 from rsd_trt.trt import runnable_distribution
 
 if TYPE_CHECKING:
@@ -28,9 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["torch", "graph", "ort", "trt"]
 FP8_CAPABILITY = (8, 9)  # of the first GPUs with E4M3 matrix products
-BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,17 @@ class Launcher:
     bundle: Bundle
     backend: Backend
     device: torch.device
-    precision: Precision = "fp32"
+    precision: Precision = "fp32"  # of draft and head
     engines: Path = DEFAULT_ENGINES
     cuda_graph: bool = True  # `ort` alone can do without
-    opened: dict[str, str] = field(default_factory=dict)  # sha256 of every export that a session was opened on
+
+    def __post_init__(self) -> None:
+        """Raises UserError: a precision that draft and head are not run in."""
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision {self.precision!r} is unknown{did_you_mean(self.precision, PRECISIONS)}")
 
     def open(self, component: Component, batch: Batch) -> Session:
-        """A session for one row, or for any number of them.
+        """A session for a batch of one, or of any size.
 
         Raises:
             UserError: the backend cannot run here, or its artefact is missing or not fresh; with the remedy.
@@ -56,24 +69,20 @@ class Launcher:
             return TorchSession(self.bundle.component(component, device, precision))
         if self.backend == "graph":
             if device.type != "cuda":
-                raise Unavailable(f"backend graph needs a CUDA device, not {device}. Use: --backend torch or ort")
-            from rsd_trt.runtime.graph_session import GraphSession
-
+                raise Unavailable(f"backend graph needs a CUDA device, not {device}", "Use: --backend torch or ort")
             return GraphSession(self.bundle.component(component, device, precision), device)
         signature = self.bundle.component(component).signature
         if self.backend == "ort":
             from rsd_trt.runtime.ort_session import OrtSession
 
             artefact, file = usable(self.bundle, self.engines, (component, precision, batch, "onnx"))
-            self.opened[component] = artefact.files[0].sha256
-            return OrtSession(file, signature, device, self.cuda_graph)
+            return OrtSession(file, signature, device, self.cuda_graph, artefact.files[0].sha256)
         from rsd_trt.runtime.trt_session import TrtSession
 
         gpu = host.gpu(str(device)) if device.type == "cuda" else None
         distribution = runnable_distribution(gpu)
         key = (component, precision, batch, distribution.target)
         artefact, file = usable(self.bundle, self.engines, key, distribution.version, gpu)
-        self.opened[component] = artefact.files[0].sha256
         return TrtSession(file, signature, device, distribution, artefact.files[0].sha256)
 
 
@@ -85,7 +94,7 @@ def check_backend(name: str) -> Backend:
 
 
 def default_backbone(backend: Backend, device: torch.device) -> BackboneKind:
-    """`eager` with the backend `torch`, its slow twin, and on the CPU; else `graph`."""
+    """`eager` with the backend `torch` and on the CPU; else `graph`."""
     return "eager" if backend == "torch" or device.type != "cuda" else "graph"
 
 
@@ -118,14 +127,23 @@ def open_backbone(
     """
     if kind not in BACKBONES:
         raise UserError(f"backbone {kind!r} is unknown{did_you_mean(kind, BACKBONES)}")
+    if precision not in BACKBONE_PRECISIONS:
+        raise UserError(f"backbone precision {precision!r} is unknown{did_you_mean(precision, BACKBONE_PRECISIONS)}")
+    if precision == "fp8" and kind != "compiled":
+        raise UserError(
+            f"backbone precision fp8 does not go with --backbone {kind}: only what is compiled is faster than bf16",
+            "Use: --backbone compiled",
+        )
     if kind != "eager" and device.type != "cuda":
-        raise Unavailable(f"backbone {kind} needs a CUDA device, not {device}. Use: --backbone eager")
+        raise Unavailable(f"backbone {kind} needs a CUDA device, not {device}", "Use: --backbone eager")
     if kind == "compiled" and find_spec("triton") is None:
-        raise Unavailable("backbone compiled needs Triton, which PyTorch for CUDA brings along. Use: --backbone graph")
+        raise Unavailable(
+            "backbone compiled needs Triton, which PyTorch for CUDA brings along", "Use: --backbone graph"
+        )
     if precision == "fp8":
-        check_fp8(bundle, kind, device)
-    dtype = bundle.config.backbone.dtype if precision == "bundle" else "bfloat16"
-    backbone = bundle.backbone(device, getattr(torch, dtype))
+        check_fp8(bundle, device)
+    weights: Precision = bundle.config.backbone.precision if precision == "bundle" else "bf16"
+    backbone = bundle.backbone(device, torch_dtype(weights))
     if kind == "eager":
         return backbone
     from rsd_trt.models.fast.backbone import FusedBackbone
@@ -154,10 +172,8 @@ def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbon
     return GraphForward(config, backbone, propose, predict, preprocess)
 
 
-def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
+def check_fp8(bundle: Bundle, device: torch.device) -> None:
     """Raises UserError unless the backbone's matrix products can be computed in E4M3."""
-    if kind == "eager":
-        raise UserError("backbone precision fp8 needs --backbone graph or compiled: eager is the reference")
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise Unavailable(f"backbone precision fp8 needs compute capability 8.9 or later, {device} has {capability}")
     from rsd_trt.models.fast.products import ALIGNMENT
@@ -166,5 +182,28 @@ def check_fp8(bundle: Bundle, kind: BackboneKind, device: torch.device) -> None:
     if language.hidden % ALIGNMENT or language.intermediate % ALIGNMENT:
         raise UserError(
             f"backbone precision fp8 needs widths that are multiples of {ALIGNMENT}: hidden is {language.hidden}, "
-            f"intermediate {language.intermediate}. Use: --backbone-precision bf16"
+            f"intermediate {language.intermediate}",
+            "Use: --backbone-precision bf16",
         )
+
+
+def check_device(device: str) -> torch.device:
+    """`cpu`, `cuda`, `cuda:N`, or `auto` (CUDA if there is one) as a device that works.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+        if target.type not in ("cpu", "cuda"):
+            raise UserError(f"device {device!r} is not supported", "Use: --device cpu or cuda")
+        torch.zeros(1, device=target)
+        if target.type == "cuda" and target.index is not None:
+            torch.cuda.set_device(target)  # graphs are captured, and engines loaded, on the current device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}", "Try: --device cpu"
+        ) from None
+    return target

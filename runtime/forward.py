@@ -1,21 +1,20 @@
-"""What a query computes, apart from what it decides, and its slow twin in eager PyTorch.
+"""What a query computes, apart from what it decides, and its plain form in eager PyTorch.
 
 A query is one forward, in two parts. `early` runs from the image to block k, the draft and its coarse actions;
-`late` goes on from there to block N, the main head and its plan. Between them the policy decides, on the host.
+`late` goes on from there to block N, the main head and its chunk. Between them the policy decides, on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsd_trt.config import BundleConfig
+from rsd_trt.config import BundleConfig, Component
 from rsd_trt.models.backbone import Backbone, BackboneState
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor
@@ -32,17 +31,14 @@ class Draft:
     finite: Flags  # [B]: logits and actions
     hidden_finite: Flags  # [B]: the hidden state after block k
 
-    def rows(self, rows: Sequence[int]) -> Draft:
-        """Some rows of the batch, in their order."""
-        if len(rows) == len(self.finite):
-            return self
-        index = np.array(rows)
-        return Draft(self.tokens[index], self.actions[index], self.finite[index], self.hidden_finite[index])
+    def at(self, index: Sequence[int]) -> Draft:
+        """Those of some places in the batch, in their order."""
+        return self if len(index) == len(self.finite) else Draft(*(x[list(index)] for x in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class Main:
-    """The main head's plan for a batch, on the host."""
+    """The main head's chunk for a batch, on the host."""
 
     tokens: Tokens  # [B, T, D, L]
     actions: Actions  # [B, T, A]
@@ -50,19 +46,16 @@ class Main:
     finite: Flags  # [B]: logits and actions
     hidden_finite: Flags  # [B]: the hidden state after block N
 
-    def rows(self, rows: Sequence[int]) -> Main:
-        """Some rows of the batch, in their order."""
-        if len(rows) == len(self.finite):
-            return self
-        index = np.array(rows)
-        values = (self.tokens, self.actions, self.agreement, self.finite, self.hidden_finite)
-        return Main(*(value[index] for value in values))
+    def at(self, index: Sequence[int]) -> Main:
+        """Those of some places in the batch, in their order."""
+        return self if len(index) == len(self.finite) else Main(*(x[list(index)] for x in vars(self).values()))
 
 
 class Forward(Protocol):
     """Computes queries. What it gives belongs to it: the next query may overwrite it."""
 
     device: torch.device
+    sessions: Mapping[Component, Session]  # what runs `propose` and `predict`
 
     def early(self, observations: Sequence[Observation]) -> None:
         """Enqueues preprocessing, vision, the blocks up to k, the draft and the decoding of its tokens."""
@@ -72,8 +65,8 @@ class Forward(Protocol):
         """What `early` gave; waits for it."""
         ...
 
-    def late(self, rows: Sequence[int], drafted: bool = True) -> None:
-        """Enqueues, once after `early` and for some of its rows, the blocks after k, the head and the decoding.
+    def late(self, index: Sequence[int], drafted: bool = True) -> None:
+        """Enqueues, once after `early` and for some places in its batch, the blocks after k, the head and the decoding.
 
         drafted: a conditioned head is fed the draft's tokens; else zeros.
         """
@@ -107,8 +100,7 @@ class EagerForward:
         self._config = config
         self._blocks = config.backbone.language.blocks
         self._backbone = backbone
-        self._propose = propose
-        self._predict = predict
+        self.sessions: Mapping[Component, Session] = {"propose": propose, "predict": predict}
         self._preprocess = preprocess
         self._tolerance = torch.tensor(config.rsd.tolerance, device=self.device)
         self._early: tuple[BackboneState, Tensor, Tensors]
@@ -117,34 +109,37 @@ class EagerForward:
     def early(self, observations: Sequence[Observation]) -> None:
         state = self._backbone.run(self._preprocess(observations), until=self._config.rsd.draft_block)
         hidden = self._backbone.hidden(state).float()
-        self._early = state, hidden, self._propose.run({"hidden": hidden})
+        self._early = state, hidden, self.sessions["propose"].run({"hidden": hidden})
 
     def draft(self) -> Draft:
         _, hidden, out = self._early
-        return Draft(*(on_host(x) for x in (out["tokens"], out["actions"], out["finite"], finite_rows(hidden))))
+        return Draft(*(on_host(x) for x in (out["tokens"], out["actions"], out["finite"], finite_states(hidden))))
 
-    def late(self, rows: Sequence[int], drafted: bool = True) -> None:
+    def late(self, index: Sequence[int], drafted: bool = True) -> None:
         state, _, out = self._early
         tokens, actions = out["tokens"], out["actions"]
-        if len(rows) < len(state.last):
-            index = torch.tensor(rows, device=self.device)
-            state, tokens, actions = state.rows(index), tokens[index], actions[index]
-        self._finish(state, actions, tokens if drafted else None)
+        if len(index) < len(state.last):
+            some = torch.tensor(index, device=self.device)
+            state, tokens, actions = state.at(some), tokens[some], actions[some]
+        inputs = self._inputs(state, actions, tokens if drafted else None)
+        self._main = inputs["hidden"], self.sessions["predict"].run(inputs)
 
     def whole(self, observations: Sequence[Observation]) -> None:
         state = self._backbone.run(self._preprocess(observations), until=self._blocks)
         dims = self._config.dims
-        self._finish(state, torch.zeros(len(observations), dims.T, dims.A, device=self.device), None)
+        inputs = self._inputs(state, torch.zeros(len(observations), dims.T, dims.A, device=self.device), None)
+        self._main = inputs["hidden"], self.sessions["predict"].run(inputs)
 
     def main(self) -> Main:
         hidden, out = self._main
         tokens, actions, agreement, finite = (out[name] for name in ("tokens", "actions", "agreement", "finite"))
-        return Main(*(on_host(x) for x in (tokens, actions, agreement, finite, finite_rows(hidden))))
+        return Main(*(on_host(x) for x in (tokens, actions, agreement, finite, finite_states(hidden))))
 
     def hidden(self) -> tuple[Tensor, Tensor]:
         return self._early[1], self._main[0]
 
-    def _finish(self, state: BackboneState, coarse_actions: Tensor, condition: Tensor | None) -> None:
+    def _inputs(self, state: BackboneState, coarse_actions: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
+        """What `predict` reads, once the backbone has run to its end."""
         dims = self._config.dims
         hidden = self._backbone.hidden(self._backbone.resume(state, until=self._blocks)).float()
         inputs = {"hidden": hidden, "coarse_actions": coarse_actions, "tolerance": self._tolerance}
@@ -152,7 +147,7 @@ class EagerForward:
             shape = (len(hidden), dims.T, dims.D, dims.C)
             zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
             inputs["condition"] = zeros if condition is None else condition
-        self._main = hidden, self._predict.run(inputs)
+        return inputs
 
 
 def on_host(x: Tensor) -> NDArray[Any]:
@@ -161,6 +156,6 @@ def on_host(x: Tensor) -> NDArray[Any]:
     return array
 
 
-def finite_rows(hidden: Tensor) -> Tensor:
-    """Which rows [B, H] hold neither NaN nor infinity -> [B] bool."""
+def finite_states(hidden: Tensor) -> Tensor:
+    """Which hidden states [B, H] hold neither NaN nor infinity -> [B] bool."""
     return torch.isfinite(hidden).all(1)

@@ -25,8 +25,16 @@ class OrtSession(BufferedSession):
         Unavailable: ONNX Runtime is not installed, cannot run the graph, or did not take the provider asked for.
     """
 
-    def __init__(self, onnx: Path, signature: Signature, device: torch.device, cuda_graph: bool = True) -> None:
-        super().__init__(signature, device)
+    def __init__(
+        self,
+        onnx: Path,
+        signature: Signature,
+        device: torch.device,
+        cuda_graph: bool = True,
+        sha256: str | None = None,
+    ) -> None:
+        """sha256: of the file, as the caller has checked it."""
+        super().__init__(signature, device, sha256)
         cuda = device.type == "cuda"
         try:
             import onnxruntime
@@ -38,7 +46,8 @@ class OrtSession(BufferedSession):
         if provider not in onnxruntime.get_available_providers():
             raise Unavailable(
                 f"onnxruntime {onnxruntime.__version__} has no {provider} (it has "
-                f"{', '.join(onnxruntime.get_available_providers())}). {remedy}"
+                f"{', '.join(onnxruntime.get_available_providers())})",
+                remedy,
             )
         self.cuda_graph = cuda and cuda_graph
         self.stream = torch.cuda.Stream(device) if cuda else None
@@ -63,7 +72,7 @@ class OrtSession(BufferedSession):
             raise Unavailable(f"onnxruntime {onnxruntime.__version__} cannot run {onnx}: {error}") from None
         active = self.session.get_providers()[0]
         if active != provider:
-            raise Unavailable(f"onnxruntime took {active} instead of {provider}, which cannot be loaded. {remedy}")
+            raise Unavailable(f"onnxruntime took {active} instead of {provider}, which cannot be loaded", remedy)
         self.new_run_options = onnxruntime.RunOptions
 
     def prepare(self, buffers: Buffers, batch: int) -> Launch:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig
+from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig, torch_dtype
 from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import BackboneInputs
 from rsd_trt.prompts import encode
@@ -35,7 +35,7 @@ class Preprocessor:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.device = device
-        self.dtype: torch.dtype = dtype or getattr(torch, backbone.dtype)
+        self.dtype = dtype or torch_dtype(backbone.precision)
         self._mean = self._channels([tower.mean for tower in backbone.towers])
         self._std = self._channels([tower.std for tower in backbone.towers])
         self._prompts: dict[str, list[int]] = {}
@@ -51,8 +51,8 @@ class Preprocessor:
         images = np.stack([observation.images for observation in observations])  # [B, cameras, S, S, 3]
         prompts = [self.prompt_tokens(observation.instruction) for observation in observations]
         tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)] = torch.tensor(prompt)
         return BackboneInputs(
             pixels=self.pixels(torch.from_numpy(images).to(self.device)),
             tokens=tokens.to(self.device),

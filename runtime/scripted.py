@@ -7,13 +7,13 @@ from typing import Literal
 
 from rsd_trt.config import BundleConfig
 from rsd_trt.errors import PolicyFault
+from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.forward import Forward
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.plan import Plan, Query
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.speculate import Actions, Route, Tokens
 
-TESTED: tuple[Route, ...] = ("accepted", "partial", "rejected")
+CHECKED: tuple[Route, ...] = ("accepted", "partial", "rejected")
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Decision:
 
 
 class ScriptedPolicy(Policy):
-    """One slot in mode `baseline` or `rsd`. All that `Policy` computes is computed, on the device and on the host;
-    what follows from it is replaced by the decision that is given.
+    """One environment in mode `baseline` or `rsd`. All that `Policy` computes is computed, on the device and on the
+    host; what follows from it is replaced by the decision that is given.
 
     Non-obvious: decisions must be such as a policy makes, in their order: an episode begins with a full query, and no
-    more actions of a plan are accepted than it has steps left.
+    more actions of a chunk are accepted than it has steps left.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class ScriptedPolicy(Policy):
             raise ValueError(f"{decision} cannot be followed: {query.route}, {len(query.actions)} came of it")
         return query
 
-    def _forced(self, plans: list[Plan]) -> list[Route | None]:
-        super()._forced(plans)
+    def _forced(self, chunks: list[Chunk]) -> list[Route | None]:
+        super()._forced(chunks)
         route = self._decision.route
-        return [None if route in TESTED else route]
+        return [None if route in CHECKED else route]
 
-    def _confirmed(self, plan: Plan, tokens: Tokens, actions: Actions) -> int:
-        super()._confirmed(plan, tokens, actions)
+    def _prefix(self, chunk: Chunk, tokens: Tokens, actions: Actions) -> int:
+        super()._prefix(chunk, tokens, actions)
         return 0 if self._decision.route == "rejected" else self._decision.committed
 
-    def _counts(self, rows: int, prefixes: list[int] | None) -> list[int]:
-        super()._counts(rows, prefixes)
-        return [self._decision.committed]
+    def _count(self, prefix: int | None) -> int:
+        super()._count(prefix)
+        return self._decision.committed

@@ -1,4 +1,4 @@
-"""One protocol for every way of running a part, its reference implementation, and what the fast ones share."""
+"""One protocol for every way of running a component, PyTorch eager and as CUDA graphs, and what the fast ones share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rsd_trt.models.classifiers import stacked
 from rsd_trt.models.signature import BATCH, Exportable, Signature
 
 Tensors = Mapping[str, Tensor]
@@ -19,6 +20,7 @@ class Session(Protocol):
     """Runs one component."""
 
     signature: Signature
+    sha256: str | None  # of the exported file that it runs; None where there is none
 
     def run(self, inputs: Tensors) -> dict[str, Tensor]:
         """Inputs and outputs by port name, on the session's device.
@@ -29,7 +31,9 @@ class Session(Protocol):
 
 
 class TorchSession:
-    """Eager PyTorch: the slow twin that every other backend is checked against."""
+    """Eager PyTorch: what every other backend is compared with by `rsd-trt verify`."""
+
+    sha256: str | None = None
 
     def __init__(self, module: Exportable) -> None:
         self.module = module
@@ -38,9 +42,7 @@ class TorchSession:
     def run(self, inputs: Tensors) -> dict[str, Tensor]:
         check_inputs(self.signature, inputs)
         with torch.inference_mode():
-            outputs = self.module(*(inputs[port.name] for port in self.signature.inputs))
-        values = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {port.name: value for port, value in zip(self.signature.outputs, values, strict=True)}
+            return by_name(self.module, inputs)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,13 @@ class Buffers:
 class BufferedSession(ABC):
     """A session that launches on fixed buffers: allocated and prepared at a batch size's first run, reused after.
 
-    Subclasses implement `prepare`, which returns what launches one batch size.
+    Subclasses implement `prepare`, which returns what launches one batch size, and own what a launch needs.
     """
 
-    def __init__(self, signature: Signature, device: torch.device) -> None:
+    def __init__(self, signature: Signature, device: torch.device, sha256: str | None = None) -> None:
         self.signature = signature
         self.device = device
+        self.sha256 = sha256
         self._prepared: dict[int, tuple[Buffers, Launch]] = {}
 
     def run(self, inputs: Tensors) -> dict[str, Tensor]:
@@ -96,8 +99,31 @@ class Launch(Protocol):
     def __call__(self) -> None: ...
 
 
+class GraphSession(BufferedSession):
+    """The PyTorch module with its classifiers stacked, as one CUDA graph for each batch size."""
+
+    def __init__(self, module: Exportable, device: torch.device) -> None:
+        super().__init__(module.signature, device)
+        self.module = stacked(module)
+
+    def prepare(self, buffers: Buffers, batch: int) -> Launch:
+        def launch() -> None:
+            # What the captured run writes to is at a fixed address too: the outputs need no copy.
+            buffers.outputs.update(by_name(self.module, buffers.inputs))
+
+        with torch.inference_mode():
+            return capture(launch, self.device).replay
+
+
+def by_name(module: Exportable, inputs: Tensors) -> dict[str, Tensor]:
+    """Runs a module on inputs by port name -> its outputs, by port name."""
+    outputs = module(*(inputs[port.name] for port in module.signature.inputs))
+    values = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {port.name: value for port, value in zip(module.signature.outputs, values, strict=True)}
+
+
 def batch_size(signature: Signature, inputs: Tensors) -> int:
-    """The rows of a run's inputs."""
+    """The batch of a run's inputs."""
     return next(len(inputs[port.name]) for port in signature.inputs if port.dims[0] == BATCH)
 
 
@@ -122,6 +148,7 @@ def capture(
 ) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `launch`, after runs that let it allocate and choose kernels.
 
+    The graph keeps nothing alive but memory from its own pool: what `launch` reads and writes is the caller's to keep.
     pool: of memory, which graphs that never run at the same time may share.
     """
     stream = torch.cuda.Stream(device)

@@ -13,12 +13,15 @@ from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.session import BufferedSession, Buffers, Launch, capture
 from rsd_trt.trt import Distribution
 
+REBUILD = "Rebuild: rsd-trt export --force"
+
 
 class TrtSession(BufferedSession):
     """Runs an engine on torch tensors by address, from a CUDA graph for each batch size.
 
     An engine is code: with a `sha256`, the very bytes that are loaded are checked, whatever lay there before. The
-    caller has checked the GPU.
+    caller has checked the GPU. A CUDA graph knows an execution context's memory by address only: the session keeps the
+    contexts as long as the graphs.
 
     Raises:
         UserError: the engine cannot be loaded, is not the one asked for, or its ports are not the signature's.
@@ -32,12 +35,13 @@ class TrtSession(BufferedSession):
         distribution: Distribution,
         sha256: str | None = None,
     ) -> None:
-        super().__init__(signature, device)
+        super().__init__(signature, device, sha256)
+        self.contexts: list[object] = []
         content = engine.read_bytes()
         if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
             raise UserError(
-                f"{engine} was exchanged while it was loaded: its sha256 is {found[:8]}, checked was {sha256[:8]}. "
-                "Rebuild: rsd-trt export --force"
+                f"{engine} was exchanged while it was loaded: its sha256 is {found[:8]}, checked was {sha256[:8]}",
+                REBUILD,
             )
         trt = distribution.module
         self.logger = trt.Logger(trt.Logger.ERROR)
@@ -45,23 +49,22 @@ class TrtSession(BufferedSession):
         self.runtime.engine_host_code_allowed = True  # version-compatible engines bring their own runtime
         self.engine = self.runtime.deserialize_cuda_engine(content)
         if self.engine is None:
-            raise UserError(
-                f"{distribution.target} {distribution.version} cannot load {engine}. Rebuild: rsd-trt export --force"
-            )
+            raise UserError(f"{distribution.target} {distribution.version} cannot load {engine}", REBUILD)
         ports = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         wanted = [port.name for port in (*signature.inputs, *signature.outputs)]
         if sorted(ports) != sorted(wanted):
-            raise UserError(f"{engine} has the ports {ports}, not {wanted}. Rebuild: rsd-trt export --force")
+            raise UserError(f"{engine} has the ports {ports}, not {wanted}", REBUILD)
 
     def prepare(self, buffers: Buffers, batch: int) -> Launch:
         context = self.engine.create_execution_context()
         if context is None:
             raise UserError(
-                "TensorRT cannot make an execution context: out of GPU memory? Free some, or use --backend ort"
+                "TensorRT cannot make an execution context, perhaps for want of GPU memory",
+                "Free some, or use --backend ort",
             )
         for name, tensor in buffers.inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
-                raise UserError(f"the engine does not take {batch} rows in {name}; exports take 1..{MAX_BATCH}")
+                raise UserError(f"the engine does not take a batch of {batch} in {name}; exports take 1..{MAX_BATCH}")
         for name, tensor in {**buffers.inputs, **buffers.outputs}.items():
             context.set_tensor_address(name, tensor.data_ptr())
 
@@ -69,4 +72,5 @@ class TrtSession(BufferedSession):
             if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
                 raise RuntimeError("TensorRT could not enqueue the engine")
 
+        self.contexts.append(context)
         return capture(launch, self.device).replay

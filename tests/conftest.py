@@ -20,7 +20,7 @@ from torch import nn
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, Precision
-from rsd_trt.initialise import initialise
+from rsd_trt.presets import initialise
 from rsd_trt.runtime.observation import Observation
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -31,16 +31,16 @@ Reader = Callable[[bytes], object]
 
 def bundle_config(folder: Path) -> tuple[bytes, Reader]:
     from rsd_trt.bundle import Bundle
-    from rsd_trt.jsonio import to_json
     from rsd_trt.presets import preset
+    from rsd_trt.records import to_json
 
     file = folder / "config.json"
     return json.dumps(to_json(preset("tiny", "x"))).encode(), lambda data: (file.write_bytes(data), Bundle.open(folder))
 
 
 def manifest(folder: Path) -> tuple[bytes, Reader]:
-    from rsd_trt.jsonio import from_json, parse
     from rsd_trt.manifest import Manifest
+    from rsd_trt.records import from_json, parse
 
     file = {"name": "x.engine", "bytes": 1, "sha256": "0"}
     build = {"version": "10", "onnx_sha256": "0", "flags": ["a"], "compute_capabilities": ["8.9"]}
@@ -57,7 +57,7 @@ def results(folder: Path) -> tuple[bytes, Reader]:
     import synthetic
 
     from rsd_trt.eval.read import read_results
-    from rsd_trt.jsonio import to_json
+    from rsd_trt.records import to_json
 
     valid = to_json(synthetic.run("shadow", tasks=(0,), trials=1, max_steps=20))
     file = folder / "results.json"
@@ -69,7 +69,7 @@ def hugging_face(folder: Path) -> tuple[bytes, Reader]:
     from openvla_folder import CONFIG, HIDDEN, PATCH, PROCESSOR, VOCAB
 
     from rsd_trt.importers.openvla_config import EMBEDDING, FEATURIZERS, backbone_config
-    from rsd_trt.jsonio import parse
+    from rsd_trt.records import parse
     from rsd_trt.weights import Entry
 
     file = folder / "config.json"
@@ -88,9 +88,9 @@ def hugging_face(folder: Path) -> tuple[bytes, Reader]:
 
 def tokenizer(folder: Path) -> tuple[bytes, Reader]:
     """How far its steps may blow text up: the library itself is not written in Python."""
-    from rsd_trt.initialise import byte_tokenizer
-    from rsd_trt.jsonio import parse
+    from rsd_trt.presets import byte_tokenizer
     from rsd_trt.prompts import growth
+    from rsd_trt.records import parse
 
     return byte_tokenizer().to_str().encode(), lambda data: growth(parse(data, "tokenizer.json"))
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 120  # a mutant that loops is killed, and counts so
 TESTS = {
     "rsd_trt.runtime.speculate": ("tests/runtime/test_speculate.py", "tests/runtime/test_policy.py"),
-    "rsd_trt.runtime.plan": ("tests/runtime/test_plan.py", "tests/runtime/test_policy.py"),
+    "rsd_trt.runtime.chunk": ("tests/runtime/test_chunk.py", "tests/runtime/test_policy.py"),
     "rsd_trt.eval.statistics": ("tests/eval/test_statistics.py", "tests/eval/report/test_compare.py"),
 }
 # By how the mutated line begins: why no test can tell.
@@ -38,7 +38,7 @@ EQUIVALENT = {
     "number: def bootstrap_share(": "any seed does",
     "number: def sign_flip(": "any seed does",
     "comparison: reached += int((np.abs(sums) >= ": "no sum is exactly the slack away",
-    "comparison: return bool(np.random.default_rng([COIN_STREAM": "no draw is exactly the rate, but 0, once in 2^53",
+    "comparison: return bool(np.random.default_rng([STREAM": "no draw is exactly the rate, but 0, once in 2^53",
     "truth: @dataclass(frozen=True)": "whether a record can be changed changes no figure",
     "number: columns = np.asarray([(*a, *b)": "any negative size is inferred",
     "number: columns = np.asarray([row for row": "any negative size is inferred",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rsd_trt.initialise import byte_tokenizer
+from rsd_trt.presets import byte_tokenizer
 
 IMAGE, PATCH, HIDDEN, VOCAB, BLOCKS, LANGUAGE_HEADS = 28, 14, 32, 29872, 3, 4
 HEADS = 16  # of both towers

@@ -36,7 +36,7 @@ import rsd_trt
 package = Path(rsd_trt.__file__).parent
 for path in sorted(package.glob("**/*.py")) + [p for l in package.iterdir() if l.is_symlink() for p in l.glob("*.py")]:
     parts = path.relative_to(package).with_suffix("").parts
-    if parts == ("models", "kernels") and importlib.util.find_spec("triton") is None:
+    if parts == ("models", "fast", "kernels") and importlib.util.find_spec("triton") is None:
         continue
     importlib.import_module(".".join(("rsd_trt", *(part for part in parts if part != "__init__"))))
 from rsd_trt.cli import main

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 from collections.abc import Callable
@@ -11,17 +10,17 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from msgspec import structs
 from torch import nn
 
 from rsd_trt.bundle import CONFIG, PARTS, TOKENIZER, Bundle, save
+from rsd_trt.cli.info import describe
 from rsd_trt.errors import UserError
-from rsd_trt.info import describe
-from rsd_trt.initialise import byte_tokenizer, initialise
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.draft import DraftModel
 from rsd_trt.models.head import RFSQHead
-from rsd_trt.presets import preset
+from rsd_trt.presets import byte_tokenizer, initialise, preset
 
 FILES = {CONFIG, TOKENIZER, *(f"{part}.safetensors" for part in PARTS)}
 CONFIGURATION = preset("tiny", "tiny")
@@ -60,8 +59,8 @@ def change_keys(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -
 def test_a_round_trip_is_exact_to_the_bit(dtype: str, randomise: Callable[..., None], tmp_path: Path) -> None:
     parts = modules(randomise)
     parts["backbone"].to(getattr(torch, dtype))
-    backbone = dataclasses.replace(CONFIGURATION.backbone, dtype=dtype)  # type: ignore[arg-type]
-    config = dataclasses.replace(CONFIGURATION, backbone=backbone)
+    backbone = structs.replace(CONFIGURATION.backbone, dtype=dtype)  # type: ignore[arg-type]
+    config = structs.replace(CONFIGURATION, backbone=backbone)
     saved = save(tmp_path / "a" / "b", config, parts, byte_tokenizer())
     assert {file.name for file in saved.path.iterdir()} == FILES
     opened = Bundle.open(tmp_path / "a" / "b")

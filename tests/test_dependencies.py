@@ -45,12 +45,12 @@ def test_every_dependency_is_justified_with_its_licence() -> None:
 def test_nothing_is_imported_that_is_not_declared() -> None:
     found: set[str] = set()
     own = {path.stem for path in ROOT.glob("tests/**/*.py")}
-    for folder in ("rsd_trt", "export", "runtime", "eval", "reference", "tests", "docs"):
+    for folder in ("rsd_trt", "export", "runtime", "eval", "examples", "tests", "docs"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 found |= {name.partition(".")[0] for name in names}
     known = {name.replace("onnxruntime-gpu", "onnxruntime") for name in declared()}
-    foreign = found - set(sys.stdlib_module_names) - own - {"rsd_trt", "", "__future__"}
+    foreign = found - set(sys.stdlib_module_names) - own - {"rsd_trt", "examples", "", "__future__"}
     assert {IMPORTED_AS.get(name, name) for name in foreign} - known <= BROUGHT | UNDECLARED

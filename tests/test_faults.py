@@ -32,8 +32,8 @@ from rsd_trt.eval.libero.pool import Meter, run_episodes
 from rsd_trt.eval.report.write import write_report
 from rsd_trt.manifest import read_manifest
 from rsd_trt.runtime.backends import Launcher
+from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.plan import Query
 
 FULL = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.25 GiB is free."
@@ -70,13 +70,13 @@ class Cramped(Reader):
         self.error = error or torch.OutOfMemoryError(FULL)
         self.tensors: list[weakref.ref[Tensor]] = []  # of the forwards that did not fit
 
-    def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
+    def act_batch(self, observations: Sequence[Observation], environments: Sequence[int]) -> list[Query]:
         assert not any(tensor() is not None for tensor in self.tensors), "the memory of a broken forward is not free"
-        if len(slots) > (self.most if len(self.batches) < 3 else self.later):
+        if len(environments) > (self.most if len(self.batches) < 3 else self.later):
             tensor = torch.zeros(1)
             self.tensors.append(weakref.ref(tensor))
             raise type(self.error)(*self.error.args)
-        return super().act_batch(observations, slots)
+        return super().act_batch(observations, environments)
 
 
 @pytest.mark.parametrize(

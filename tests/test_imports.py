@@ -16,13 +16,13 @@ import rsd_trt
 PACKAGE = Path(rsd_trt.__file__).parent
 # A module imports from its own line and the lines above it. Stages of one line do not import each other.
 LAYERS = (
-    {"__init__", "errors", "config", "files", "isolated", "jsonio", "host"},
+    {"__init__", "errors", "config", "files", "isolated", "records", "host"},
     {"models"},
     {"prompts", "weights"},
     {"bundle", "trt", "manifest"},
-    {"presets", "initialise", "info"},
+    {"presets"},
     {"importers", "export", "runtime"},
-    {"eval", "checks", "doctor", "tables"},
+    {"eval", "tables"},
     {"cli"},
 )
 APART = {"export", "runtime"}
@@ -30,9 +30,8 @@ APART = {"export", "runtime"}
 EVAL_LAYERS = ("eval", "libero", "verify", "profile", "report")
 EVAL_APART = {"libero", "profile"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
-WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "trt", "host", "info", "initialise"}
-WITHOUT_TORCH |= {"jsonio", "manifest", "importers", "presets", "tables", "weights"}
-WITHOUT_TORCH |= {"checks", "doctor", "isolated", "prompts"}
+WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "trt", "host"}
+WITHOUT_TORCH |= {"isolated", "records", "manifest", "presets", "prompts", "weights"}
 
 
 def python_files() -> Iterator[Path]:

@@ -9,7 +9,7 @@ import pytest
 from hostile import SECONDS, memory, within
 
 from rsd_trt.errors import UserError
-from rsd_trt.initialise import byte_tokenizer
+from rsd_trt.presets import byte_tokenizer
 from rsd_trt.prompts import MOST_TOKENS, TOKENIZER, encode, growth, read_tokenizer
 
 PROMPT = "In: What action should the robot take to pick up the black bowl?\nOut:"

@@ -1,98 +1,142 @@
-"""The tables of the README and of the model card are made from the published results."""
+"""The tables of the README and of the model card say what the published reports and records say.
+
+`python tests/test_readme_tables.py` writes them anew. Each stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from rsd_trt.eval.profile.replay_record import read_replay
+from rsd_trt.eval.table import Column, Measured, Table
+
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGES = (ROOT / "README.md", ROOT / "examples" / "reference_policy" / "README.md")
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+LAUNCHES = ("draft + head + decoder, with host decisions", "propose + predict")
+STAGES = ("preprocess", "vision", "blocks <= k", "blocks > k")
+QUERIES = ("accepted query", "rejected query", "baseline query")
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    """docs/results/tables.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "docs" / "results" / "tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def reference(steps: tuple[int, ...] = (1, 2, 4, 8)) -> str:
+    """The runs of the published report with so many actions a query; without columns for specialists."""
+    report = (RESULTS / "reference" / "report.md").read_text("utf-8")
+    lines: list[str] = []
+    for n in steps:
+        table = report.split(f"### {n} action{'s' if n > 1 else ''} a query\n\n")[1].split("\n\n")[0].splitlines()
+        cells = [line.strip("| ").split(" | ") for line in table]
+        told = [i for i, head in enumerate(cells[0]) if re.match("run|success|time per|speed-up|full|accepted", head)]
+        rows = [f"| {' | '.join(row[i] for i in told)} |" for row in cells]
+        lines += rows[2:] if lines else rows
+    return "\n".join(lines)
 
 
-def test_the_pages_say_what_the_results_say(tables: ModuleType) -> None:
-    pages = [page.read_text("utf-8") for page in tables.PAGES]
-    assert all(f"<!-- table: {name} -->" in "".join(pages) for name in tables.TABLES)
-    assert [tables.fill(page) for page in pages] == pages, "python docs/results/tables.py"
+def components() -> str:
+    """What a rejected query launches beside the backbone, batch 1."""
+    record = read("h200/components.json")
+    rows = [row for row in record["rows"] if row["batch"] == 1 and row["what"] in LAUNCHES and row["ms"]]
+    title = f"launch, batch 1, {device(record)}, {rows[0]['precision']}, n = {rows[0]['ms']['n']}"
+    columns = (Column(title), *(Column(p, "ms") for p in ("p50", "p95", "p99")), Column("speed-up", "x"))
+    values = ((row["ms"]["p50"], row["ms"]["p95"], row["ms"]["p99"], row["speedup"]) for row in rows)
+    names = (f"{row['what']}: {row['variant']}" for row in rows)
+    return Table("", columns, tuple((name, *of) for name, of in zip(names, values, strict=True))).markdown()
 
 
-def test_a_changed_figure_changes_the_table(
-    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
+def stages() -> str:
+    """p50 of the stages and of whole queries."""
+    record = read("h200/stages.json")
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in record.get("stages", record)["rows"]:
+        if row["ms"] is not None:
+            key = (row["images"], row["prompt_tokens"], row["backbone"], row["precision"])
+            found.setdefault(key, {})[row["what"]] = row
+    first, rows = min(found)[:2], []
+    for (images, prompt, backbone, precision), of in sorted(found.items(), key=lambda item: item[0][:2]):
+        if (images, prompt) != first and backbone in ("eager", "graph"):
+            continue
+        whole, p50 = of["baseline query"], {what: row["ms"]["p50"] for what, row in of.items()}
+        overhead = whole.get("host_overhead_ms", whole.get("outside_ms"))
+        name = f"{images} image{'s' if images > 1 else ''}, {prompt} tokens: {backbone} {precision}"
+        figures = (whole["ms"]["p99"], whole["times_roofline"], overhead and overhead["p50"], whole["speedup"])
+        rows.append((name, *map(p50.get, (*STAGES, *QUERIES)), *figures))
+    n = next(iter(found.values()))["baseline query"]["ms"]["n"]
+    columns = (
+        *(Column(f"p50, batch 1, {device(record)}, n = {n}"), *(Column(what, "ms") for what in (*STAGES, *QUERIES))),
+        *(Column("its p99", "ms"), Column("its p50 / roofline bound", "x"), Column("host overhead", "ms")),
+        Column("over timm + transformers", "x"),
+    )
+    return Table("", columns, tuple(rows)).markdown()
+
+
+def replay() -> str:
+    """Whose decisions cost what by whose clock."""
+    record = read_replay(RESULTS / "h200" / "replay.json")
+    title = f"decisions of ..., clock of {record.bundle}, {record.rows[0].backbone}, {record.hardware['gpu']}"
+    columns = (
+        *(Column(title), Column("queries replayed"), Column("episodes"), Column("queries"), Column("full queries")),
+        *(Column("time per action (95%)", "ms"), Column("speed-up (95%)", "x")),
+    )
+    rows = tuple(
+        (
+            *(f"{row.decisions_of}, {row.results.removesuffix('.json.gz')}", sum(row.route_queries.values())),
+            *(row.episodes, row.queries, row.full_queries, Measured(row.ms_per_action, row.ms_per_action_interval)),
+            Measured(row.speedup, row.speedup_interval),
+        )
+        for row in record.rows
+    )
+    return Table("", columns, rows).markdown()
+
+
+def read(name: str) -> dict[str, Any]:
+    """A record."""
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text("utf-8"))
+    return found
+
+
+def device(record: dict[str, Any]) -> str:
+    """The GPU's name, else the processor's."""
+    return str(record["hardware"].get("gpu", record["hardware"]["cpu"]))
+
+
+TABLES = {
+    "reference": reference,
+    "reference-1": lambda: reference((1,)),
+    "components": components,
+    "stages": stages,
+    "replay": replay,
+}
+
+
+def fill(text: str) -> str:
+    """The text with every table made anew."""
+    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=("README", "model card"))
+def test_the_pages_say_what_the_results_say(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert BLOCK.search(text)
+    assert fill(text) == text, "python tests/test_readme_tables.py"
+
+
+def test_every_table_stands_on_a_page() -> None:
+    named = {match[2] for page in PAGES for match in BLOCK.finditer(page.read_text("utf-8"))}
+    assert named == set(TABLES)
+
+
+def test_a_changed_figure_changes_the_table() -> None:
+    readme = PAGES[0].read_text("utf-8")
     stale = readme.replace("| 0.201 |", "| 0.101 |")
-    assert stale != readme
-    assert tables.fill(stale) == readme
-    (tmp_path / "README.md").write_text(stale, "utf-8")
-    monkeypatch.setattr(tables, "PAGES", (tmp_path / "README.md",))
-    monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
-    assert tables.main() == 1
-    monkeypatch.setattr("sys.argv", ["tables.py"])
-    assert tables.main() == 0
-    assert (tmp_path / "README.md").read_text("utf-8") == readme
+    assert stale != readme and fill(stale) == readme
 
 
-def test_an_unknown_table_is_an_error(tables: ModuleType) -> None:
-    with pytest.raises(KeyError, match="stage"):
-        tables.fill("<!-- table: stage -->\n<!-- end -->")
-
-
-def stage(what: str, backbone: str, p50: float, **more: object) -> dict[str, Any]:
-    row = {"what": what, "backbone": backbone, "precision": "bf16", "images": 1, "prompt_tokens": 28}
-    ms = {"n": 300, "p50": p50, "p99": p50 + 1}
-    return {**row, "ms": ms, "outside_ms": None, "times_roofline": 1.5, "speedup": None, **more}
-
-
-def test_stages_are_of_all_backbones_in_the_first_shape_and_of_the_fastest_in_the_others(tables: ModuleType) -> None:
-    rows = [
-        stage("vision", "timm + transformers", 17, speedup=1.0),
-        stage("baseline query", "timm + transformers", 47, speedup=1.0),
-        stage("vision", "graph", 3),
-        stage("blocks <= k", "graph", 1.5),
-        stage("accepted query", "graph", 4),
-        stage("baseline query", "graph", 8, outside_ms={"p50": 0.25}, speedup=5.875),
-        stage("baseline query", "compiled", 0, ms=None),
-        stage("baseline query", "compiled", 12, images=2),
-        stage("baseline query", "graph", 16, images=2),
-    ]
-    found = tables.stages({"hardware": {"cpu": "x", "gpu": "a GPU"}, "stages": {"rows": rows}})
-    assert found == [
-        "| p50 ms, batch 1, a GPU, n = 300 | preprocess | vision | blocks &le; k | blocks > k | accepted query "
-        "| rejected query | baseline query | its p99 | its floor | outside the GPU | over timm + transformers |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-        "| 1 image, 28 tokens: timm + transformers bf16 | | 17.00 | | | | | 47.00 | 48.00 | 1.50x | | 1.00x |",
-        "| 1 image, 28 tokens: graph bf16 | | 3.00 | 1.50 | | 4.00 | | 8.00 | 9.00 | 1.50x | 0.25 | 5.88x |",
-        "| 2 images, 28 tokens: compiled bf16 | | | | | | | 12.00 | 13.00 | 1.50x | | |",
-    ]
-
-
-def test_a_replay_names_decisions_and_clock(tables: ModuleType) -> None:
-    row = {"decisions_of": "reference", "n_action_steps": 1, "episodes": 50, "queries": 4000, "backbone": "graph"}
-    row |= {
-        "full_queries": 4000,
-        "ms_per_action": 8.0,
-        "backbone_precision": "fp8",
-        "route_queries": {"a": 90, "b": 10},
-    }
-    baseline = {**row, "mode": "baseline", "ms_per_action_interval": None, "speedup": None, "speedup_interval": None}
-    rsd = {**baseline, "mode": "rsd", "results": "rsd_1_action.json.gz", "full_queries": 1500, "ms_per_action": 5.0}
-    rsd |= {"ms_per_action_interval": [4.9, 5.1], "speedup": 1.6, "speedup_interval": [1.55, 1.65]}
-    found = tables.replay({"bundle": "7b", "hardware": {"cpu": "x"}, "rows": [baseline, rsd]})
-    assert "decisions of ..., clock of 7b, graph fp8, x" in found[0]
-    assert found[2:] == [
-        "| reference, baseline, 1 action | 100 | 50 | 4,000 | 4,000 | 8.00 | |",
-        "| reference, rsd, tolerance 0.1, 1 action | 100 | 50 | 4,000 | 1,500 | 5.00 (4.90 to 5.10) "
-        "| 1.60x (1.55x to 1.65x) |",
-    ]
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(fill(page.read_text("utf-8")), "utf-8")

@@ -39,7 +39,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *targets: Target) -> None:
         (("tensorrt",), "tensorrt", "tensorrt"),
     ],
 )
-def test_the_flavour_asked_for_or_the_first_one_installed(
+def test_the_distribution_asked_for_or_the_first_one_installed(
     installed: tuple[Target, ...], asked: Target | None, found: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, *installed)
@@ -68,7 +68,7 @@ def test_the_flavour_asked_for_or_the_first_one_installed(
         ),
     ],
 )
-def test_a_missing_flavour_says_what_to_install(
+def test_a_missing_distribution_says_what_to_install(
     installed: tuple[Target, ...], asked: Target | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, *installed)
@@ -93,7 +93,7 @@ def test_a_missing_flavour_says_what_to_install(
         ("tensorrt", None, "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),
     ],
 )
-def test_where_a_flavour_runs(target: Target, gpu: Gpu | None, message: str | None) -> None:
+def test_where_a_distribution_runs(target: Target, gpu: Gpu | None, message: str | None) -> None:
     module = ModuleType("double")
     module.__version__ = "1.2.3"  # type: ignore[attr-defined]
     distribution = Distribution(target, module)
@@ -118,7 +118,7 @@ def test_where_a_flavour_runs(target: Target, gpu: Gpu | None, message: str | No
         (("rtx",), HOPPER, "TensorRT-RTX 1.2.3 runs on compute capability 8.0, "),
     ],
 )
-def test_the_first_flavour_that_runs_on_the_gpu_is_taken(
+def test_the_first_distribution_that_runs_on_the_gpu_is_taken(
     installed: tuple[Target, ...], gpu: Gpu | None, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, *installed)

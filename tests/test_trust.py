@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import hashlib
 import json
@@ -15,14 +14,15 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import synthetic
 import torch
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 
 from rsd_trt.bundle import Bundle, copy_with
 from rsd_trt.errors import UserError
 from rsd_trt.eval.read import read_results
-from rsd_trt.jsonio import from_json, to_json
 from rsd_trt.manifest import Manifest, read_manifest
 from rsd_trt.models.signature import Port, Signature
+from rsd_trt.records import from_json, to_json
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.trt_session import TrtSession
 from rsd_trt.trt import Distribution
@@ -62,7 +62,7 @@ def test_a_pipe_keeps_nobody_waiting(name: str, bundle_copy: Path) -> None:
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "con\n", "-rf", ".hidden"])
 def test_a_bundles_name_is_a_name(name: str, bundle: Bundle) -> None:
     with pytest.raises(UserError, match="it names the folder of the exports"):
-        dataclasses.replace(bundle.config, name=name)
+        structs.replace(bundle.config, name=name)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", ".", ""])
@@ -134,9 +134,9 @@ def test_weights_of_another_kind_of_number(dtype: torch.dtype, name: str, bundle
 
 
 def test_a_hidden_pixel_is_no_picture(bundle: Bundle) -> None:
-    control = dataclasses.replace(bundle.config.control, center_crop=1e-300)
+    control = structs.replace(bundle.config.control, center_crop=1e-300)
     with pytest.raises(UserError, match="leaves no pixel"):
-        dataclasses.replace(bundle.config, control=control)
+        structs.replace(bundle.config, control=control)
 
 
 @pytest.mark.parametrize("swap", [False, True])

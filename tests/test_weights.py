@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from safetensors.torch import save_file
 from torch import nn
 
 from rsd_trt import weights
 from rsd_trt.config import WeightFile, WeightsFolder
 from rsd_trt.errors import UserError
-from rsd_trt.jsonio import from_json
+from rsd_trt.records import from_json
 from rsd_trt.weights import check_folder, contents, describe_file, fill
 
 
@@ -173,4 +173,4 @@ def test_a_folder_is_absolute_or_the_bundle() -> None:
     for folder in (".", "/x/y"):
         assert WeightsFolder(folder, (record,)).folder == folder
     with pytest.raises(UserError, match="must be an absolute path"):
-        dataclasses.replace(WeightsFolder(".", (record,)), folder="../x")
+        structs.replace(WeightsFolder(".", (record,)), folder="../x")

@@ -21,8 +21,6 @@ SHIPPED = (
     "rsd_trt/eval/report/templates/report.html.jinja",
     "rsd_trt/eval/report/templates/report.md.jinja",
     "rsd_trt/eval/report/templates/report.css",
-    "rsd_trt/eval/report/templates/profile.html.jinja",
-    "rsd_trt/eval/report/templates/macros.html.jinja",
     "rsd_trt/export/to_onnx.py",
     "rsd_trt/runtime/policy.py",
     *(f"rsd_trt/bundles/reference/{part}.safetensors" for part in ("backbone", "draft", "head", "codec")),

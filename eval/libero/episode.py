@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.errors import UserError, missing_extra
-from rsd_trt.eval.libero.perturb import Offset, Perturbation
+from rsd_trt.eval.libero.course import Course, Event, Perturbation
 from rsd_trt.files import replacing
 from rsd_trt.isolated import end_with_parent
 from rsd_trt.runtime.observation import Observation
@@ -31,7 +31,7 @@ class Environment(Protocol):
 
     def reset(self, trial: int, render: bool) -> None: ...
     def step(self, action: NDArray[np.float32], render: bool) -> bool: ...
-    def displace(self, candidates: Iterable[Offset]) -> Offset | None: ...
+    def perturbed(self, perturbation: Perturbation) -> Course: ...
     def observation(self) -> Observation: ...
     def frame(self) -> NDArray[np.uint8]: ...
     def close(self) -> None: ...
@@ -68,7 +68,7 @@ class Finished:
     success: bool
     actions: NDArray[np.float32]  # [steps, A], executed
     seconds: float
-    displacement: Offset | None = None  # of the target, at the step that the assignment asked for
+    event: Event | None = None  # what the assignment's perturbation did
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def run_episode(
     it `looks` at them, and for all when a video is wanted.
     """
     started = time.perf_counter()
-    every_step, perturbation = assignment.videos is not None, assignment.perturbation
+    every_step = assignment.videos is not None
     simulator.reset(assignment.trial, render=looks or every_step)
-    displacement: Offset | None = None
+    course = simulator.perturbed(assignment.perturbation) if assignment.perturbation is not None else None
     frames = [simulator.frame()]
     executed: list[NDArray[np.float32]] = []
     success = False
@@ -109,15 +109,16 @@ def run_episode(
         actions = act(simulator, len(executed))[: assignment.max_steps - len(executed)]
         for i, action in enumerate(actions):
             rendered = every_step or (looks and i == len(actions) - 1)
-            if perturbation is not None and len(executed) == perturbation.step:
-                displacement = simulator.displace(perturbation.offsets)
+            if course is not None:
+                course.before_step(len(executed), action)
             success = simulator.step(action, render=rendered)
             executed.append(action)
             if rendered:
                 frames.append(simulator.frame())
             if success:
                 break
-    finished = Finished(success, np.array(executed, np.float32), time.perf_counter() - started, displacement)
+    event = None if course is None else course.event
+    finished = Finished(success, np.array(executed, np.float32), time.perf_counter() - started, event)
     name = f"task{assignment.task}_trial{assignment.trial}"
     try:
         if assignment.videos is not None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from pathlib import Path
 
-from rsd_trt.errors import UserError
+from msgspec.structs import replace
+
+from rsd_trt.errors import UserError, shown
 from rsd_trt.eval.results import Episode, Settings
 from rsd_trt.files import write_atomically
-from rsd_trt.jsonio import from_json, named, shown, to_json
+from rsd_trt.records import differing, from_text, parse, to_json, to_text, write_record
 
 
 class EpisodeLog:
@@ -27,7 +27,7 @@ class EpisodeLog:
         settings_file = folder / f"{name}_settings.json"
         if fresh or not (self.path.exists() or settings_file.exists()):
             self.path.unlink(missing_ok=True)
-            write_atomically(settings_file, json.dumps(to_json(settings), indent=1) + "\n")
+            write_record(settings_file, settings)
             write_atomically(self.path, "")
         else:
             self._check_settings(settings_file)
@@ -40,9 +40,9 @@ class EpisodeLog:
 
     def append(self, episode: Episode) -> None:
         """Stores an episode for good: it is on the disk when this returns. If that fails, the file is as before."""
-        episode = dataclasses.replace(episode, run=self.settings.run)
+        episode = replace(episode, run=self.settings.run)
         with self.path.open("ab", buffering=0) as stream:  # a buffer would try again when it is closed
-            end, rest = stream.tell(), memoryview(_line(episode))
+            end, rest = stream.tell(), memoryview(to_text(episode, indent=0).encode())
             try:
                 while rest:
                     rest = rest[stream.write(rest) :]
@@ -56,11 +56,15 @@ class EpisodeLog:
         if not path.exists():
             raise UserError(f"{self.path} has no {path.name} beside it: whose episodes are they? Start over: --fresh")
         try:
-            stored = json.loads(path.read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not a settings file ({error}). Start over: --fresh") from None
-        if difference := _differences(stored, to_json(self.settings)):
-            raise UserError(f"{path} is of another run: {difference}. Another --out, or start over: --fresh")
+            stored = parse(path.read_bytes(), str(path))
+        except UserError as error:
+            raise UserError(f"{error}. Start over: --fresh") from None
+        if differences := [
+            f"{key or 'its first line'} is {shown(there)} there and {shown(here)} here"
+            for key, here, there in differing(to_json(self.settings), stored)
+        ]:
+            told = ", ".join(differences)
+            raise UserError(f"{path} is of another run: {told}. Another --out, or start over: --fresh")
 
     def _resume(self) -> None:
         data = self.path.read_bytes() if self.path.exists() else b""
@@ -69,9 +73,9 @@ class EpisodeLog:
         for number, line in enumerate(whole.splitlines(), start=1):
             where = f"{self.path}, line {number}"
             try:
-                episode = from_json(Episode, json.loads(line), where)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where} is not an episode ({error}). Start over: --fresh") from None
+                episode = from_text(Episode, line, where)
+            except UserError as error:
+                raise UserError(f"{error}. Start over: --fresh") from None
             if episode.run != self.settings.run:
                 raise UserError(
                     f"{where} is of run {episode.run or '(none)'}, not {self.settings.run}: runs are mixed. "
@@ -87,19 +91,3 @@ class EpisodeLog:
             self.episodes[episode.key] = episode
         if whole != data:
             write_atomically(self.path, whole.decode("utf-8"))
-
-
-def _line(episode: Episode) -> bytes:
-    return (json.dumps(dataclasses.asdict(episode)) + "\n").encode()
-
-
-def _differences(stored: object, wanted: object, path: str = "") -> str:
-    """Every setting that differs, by its path and with both values; empty when none does."""
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        keys = {**wanted, **stored}
-        found = (
-            _differences(stored.get(key), wanted.get(key), f"{path}.{named(key)}" if path else named(key))
-            for key in keys
-        )
-        return ", ".join(text for text in found if text)
-    return "" if stored == wanted else f"{path or 'its first line'} is {shown(stored)} there and {shown(wanted)} here"

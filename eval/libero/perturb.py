@@ -1,125 +1,94 @@
-"""The perturbation of an episode: the target is displaced on its support, once, before any hand has reached it.
-
-When and by how much is drawn from (seed, task, trial) alone, so that it is the same for every policy and mode. It
-happens between two control steps: the next observation shows it. Candidates are tried in the order in which they were
-drawn, and whether there is room for one depends on the scene, not on who acts. It does not happen at all where
-the hand is at the target by then, or where no candidate has room.
-"""
+"""What `--perturb` asks for: a kind of perturbation, its seed, and how much of it."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rsd_trt.errors import UserError
+from rsd_trt.config import PERTURBATIONS, PerturbKind
+from rsd_trt.errors import UserError, did_you_mean
+from rsd_trt.eval.libero.course import Perturbation
+from rsd_trt.eval.libero.harmless import draw_frozen, draw_harmless
+from rsd_trt.eval.libero.target import SUITE, draw_displace, draw_late, draw_moving
 
-if TYPE_CHECKING:
-    from mujoco import MjData, MjModel
-    from robosuite.utils.binding_utils import MjSim
+Dose = tuple[float, float]
 
-Offset = tuple[float, float]  # m, along x and y of the world
-
-SUITE = "libero_spatial"  # the one whose target is known
-TARGET = "akita_black_bowl_1"
-HAND = "gripper0_grip_site"
-ROBOT = ("robot0", "gripper0", "mount0")  # what the names of its bodies start with
-
-STEPS = (5, 15)  # the displacement comes before one of these steps; at full speed the first touch is later
-DISPLACEMENT = (0.02, 0.05)  # m
-CLEARANCE = 0.07  # m between grip site and target, at least
-TRIES = 8
-PENETRATION = 0.002  # m that the target may be deeper in its support than before
-REST = 0.4  # s that the displaced target is watched
-STIRRED, TURNED = 0.004, 0.1  # m and rad that it may move meanwhile
+DOSES: dict[PerturbKind, Dose] = {  # those that have one, and what it is where none is given
+    "late": (0.02, 0.08),  # m that the target slides
+    "moving": (0.02, 0.10),  # m/s
+}
+MAX_DOSE = 0.2
+STREAMS: dict[PerturbKind, int] = {"late": 1, "moving": 2, "harmless": 3, "frozen": 4}
+SLIDE_ROOM = {3: 0.05, 4: 0.05, 5: 0.0}  # m of a path on cookie box, in drawer, on ramekin; the other tasks have more
+NO_TRACK = (3, 5)  # tasks without room to move to and fro
 
 
 @dataclass(frozen=True)
-class Perturbation:
-    """What is to happen to the target in an episode."""
+class PerturbSpec:
+    """A kind of perturbation: what happens in an episode is drawn from its seed, the task and the trial alone."""
 
-    step: int  # whose action is the first to meet the displaced target
-    offsets: tuple[Offset, ...]  # the first one that there is room for is taken
+    kind: PerturbKind
+    seed: int
+    dose: Dose | None = None  # the range that the kind's dose is drawn from; None: its usual one
 
+    @classmethod
+    def parse(cls, text: str) -> PerturbSpec:
+        """`KIND:SEED`, `KIND:SEED:LOW-HIGH`, or `SEED` for a displacement.
 
-def draw(seed: int, task: int, trial: int) -> Perturbation:
-    """The perturbation of an episode."""
-    random = np.random.default_rng([seed, task, trial])
-    return Perturbation(int(random.integers(*STEPS)), tuple(offsets(random)))
+        Raises:
+            UserError: an unknown kind, no seed, or a dose that the kind has not.
+        """
+        kind, *rest = text.split(":") if ":" in text else ("displace", text)
+        if kind not in PERTURBATIONS:
+            raise UserError(f"perturbation {kind!r} is unknown{did_you_mean(kind, PERTURBATIONS)}")
+        if len(rest) > 2 or not (rest[0].isascii() and rest[0].isdigit()):
+            raise UserError(f"perturbation {text!r} is not KIND:SEED or KIND:SEED:LOW-HIGH, as in late:7:0.02-0.05")
+        return cls(kind, int(rest[0]), _dose(kind, rest[1]) if len(rest) == 2 else None)
 
+    def __str__(self) -> str:
+        dose = "" if self.dose is None else f":{self.dose[0]:g}-{self.dose[1]:g}"
+        return f"{self.kind}:{self.seed}{dose}"
 
-def offsets(random: np.random.Generator) -> Iterator[Offset]:
-    """`TRIES` displacements of `DISPLACEMENT` in any direction, drawn one by one as they are asked for."""
-    for _ in range(TRIES):
-        angle, distance = random.uniform(0.0, 2 * np.pi), random.uniform(*DISPLACEMENT)
-        yield float(distance * np.cos(angle)), float(distance * np.sin(angle))
+    def draw(self, task: int, trial: int) -> Perturbation:
+        """The perturbation of an episode."""
+        key = (self.seed, task, trial)
+        if self.kind == "displace":
+            return draw_displace(np.random.default_rng(key))
+        random = np.random.default_rng([*key, STREAMS[self.kind]])
+        if self.kind == "late":
+            return draw_late(key, random, self.dose or DOSES["late"])
+        if self.kind == "moving":
+            return draw_moving(key, random, self.dose or DOSES["moving"])
+        return draw_harmless(random) if self.kind == "harmless" else draw_frozen(random)
 
+    def check(self, suite: str, tasks: Sequence[int]) -> None:
+        """Raises UserError unless it can happen in the suite's tasks."""
+        if suite != SUITE:
+            raise UserError(f"--perturb displaces the bowl of {SUITE}; it has no target for {suite}")
+        if cramped := [task for task in tasks if not self.has_room(task)]:
+            left = ",".join(str(task) for task in tasks if task not in cramped)
+            raise UserError(
+                f"--perturb {self} moves the target, and tasks {', '.join(map(str, cramped))} have no room for that. "
+                f"Leave them out: --tasks {left or '0-2,6-9'}"
+            )
 
-def check_target(suite: str) -> None:
-    """Raises UserError unless the suite's target is known."""
-    if suite != SUITE:
-        raise UserError(f"--perturb displaces the bowl of {SUITE}; it has no target for {suite}")
-
-
-def displace(physics: MjSim, candidates: Iterable[Offset]) -> Offset | None:
-    """Displaces the target by the first candidate with which it comes to rest there, on what it stood on.
-
-    None if no candidate is like that, or the robot is at the target: then it is where it was. Candidates are tried on
-    a copy of the simulation's data, in which everything but the target holds still.
-    """
-    import mujoco
-
-    model, data = physics.model._model, physics.data._data
-    target = physics.model.body_name2id(f"{TARGET}_main")
-    if np.linalg.norm(data.xpos[target] - physics.data.get_site_xpos(HAND)) < CLEARANCE:
-        return None
-    supports, depth = _touching(model, data, target)
-    if any(physics.model.body_id2name(body).startswith(ROBOT) for body in supports):
-        return None
-    joint = f"{TARGET}_joint0"
-    start, stop = physics.model.get_joint_qpos_addr(joint)
-    before = data.qpos[start:stop].copy()
-    for dx, dy in candidates:
-        trial = copy.copy(data)
-        trial.qpos[start : start + 2] += dx, dy
-        mujoco.mj_forward(model, trial)
-        bodies, deepest = _touching(model, trial, target)
-        if bodies and bodies <= supports and deepest <= depth + PENETRATION and _rests(model, trial, target):
-            before[:2] += dx, dy
-            physics.data.set_joint_qpos(joint, before)
-            physics.forward()
-            return dx, dy
-    return None
+    def has_room(self, task: int) -> bool:
+        """Whether the task has room for it in most of its scenes. Where a single one has none, nothing happens."""
+        if self.kind == "late":
+            return SLIDE_ROOM.get(task, MAX_DOSE) >= (self.dose or DOSES["late"])[1]
+        return self.kind != "moving" or task not in NO_TRACK
 
 
-def _touching(model: MjModel, data: MjData, target: int) -> tuple[set[int], float]:
-    """The bodies that touch the target, and how deep (m) it is in the one that it is deepest in."""
-    found: set[int] = set()
-    deepest = 0.0
-    for contact in data.contact:
-        bodies = {int(model.geom_bodyid[contact.geom1]), int(model.geom_bodyid[contact.geom2])}
-        if target in bodies:
-            found |= bodies - {target}
-            deepest = max(deepest, -float(contact.dist))
-    return found, deepest
-
-
-def _rests(model: MjModel, data: MjData, target: int) -> bool:
-    """Whether the target stays in its place for `REST` while all else holds still; `data` is changed."""
-    import mujoco
-
-    joint = model.body_jntadr[target]
-    place, motion = model.jnt_qposadr[joint], model.jnt_dofadr[joint]
-    qpos, own = data.qpos.copy(), slice(place, place + 7)  # of a free joint: position 3, quaternion 4
-    for _ in range(round(REST / model.opt.timestep)):
-        mujoco.mj_step(model, data)
-        moved = data.qpos[own].copy()
-        velocity = data.qvel[motion : motion + 6].copy()
-        data.qpos[:], data.qvel[:] = qpos, 0.0
-        data.qpos[own], data.qvel[motion : motion + 6] = moved, velocity
-    stirred = float(np.linalg.norm(moved[:3] - qpos[own][:3]))
-    turned = 2 * np.arccos(min(abs(float(moved[3:] @ qpos[own][3:])), 1.0))
-    return bool(stirred < STIRRED and turned < TURNED)
+def _dose(kind: PerturbKind, text: str) -> Dose:
+    if kind not in DOSES:
+        raise UserError(f"perturbation {kind} has no dose, and {text!r} is one. Use: {kind}:SEED")
+    try:
+        low, high = (float(part) for part in text.split("-"))
+    except ValueError:
+        raise UserError(f"dose {text!r} is not LOW-HIGH, as in 0.02-0.05") from None
+    if not (0 < low <= high <= MAX_DOSE and math.isfinite(high)):
+        raise UserError(f"dose {text} must be 0 < LOW <= HIGH <= {MAX_DOSE:g} (m, or m/s)")
+    return low, high

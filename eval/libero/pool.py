@@ -21,14 +21,15 @@ from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
 import numpy as np
+from msgspec import structs
 
-from rsd_trt.config import Dims
+from rsd_trt.config import ACTION_DIMS
 from rsd_trt.errors import UserError, out_of_memory, reason
 from rsd_trt.eval.libero.episode import Asking, Assignment, Broken, Finished
 from rsd_trt.eval.libero.worker import CLOSING_SECONDS, Worker
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
+from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.plan import Query
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ HOPELESS = 10  # episodes in a row whose simulator breaks end the run
 class Answering(Protocol):
     """What the pool needs of `rsd_trt.runtime.policy.Policy`."""
 
-    def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]: ...
-    def reset(self, slot: int | None = None, episode: tuple[int, ...] | None = None) -> None: ...
+    def act_batch(self, observations: Sequence[Observation], environments: Sequence[int], /) -> list[Query]: ...
+    def reset(self, environment: int | None = None, episode: tuple[int, ...] | None = None, /) -> None: ...
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Meter:
 
     seconds: float = 0.0  # in which it computed
     forwards: int = 0
-    rows: int = 0  # queries
+    queries: int = 0  # that were answered
     split: int = 0  # forwards that broke and whose queries were answered one by one
 
 
@@ -85,7 +86,7 @@ def run_episodes(
     serve: Callable[[Connection], None],
     assignments: Sequence[Assignment],
     workers: int,
-    rows: int,
+    batch: int,
     timeout: float,
     meter: Meter,
     lag: float = math.inf,
@@ -93,7 +94,7 @@ def run_episodes(
     """Runs the episodes and gives each as it finishes.
 
     policy: None if the processes never ask. serve(connection): what a simulator's process runs, picklable: see
-    `rsd_trt.eval.libero.episode.serve`. rows: queries that share a forward at the most. timeout: seconds of silence
+    `rsd_trt.eval.libero.episode.serve`. batch: queries that share a forward at the most. timeout: seconds of silence
     after which a process is taken for hung. lag: of `Schedule`, so that tasks are about even where the run is cut
     short.
 
@@ -104,8 +105,8 @@ def run_episodes(
     pool: list[Worker] = []
     broken = 0  # episodes in a row
     try:
-        for slot in range(min(workers, len(assignments))):
-            pool.append(Worker(slot, serve, timeout))
+        for index in range(min(workers, len(assignments))):
+            pool.append(Worker(index, serve, timeout))
             _next_episode(pool[-1], pool, schedule, policy)
         while busy := [worker for worker in pool if worker.assignment is not None]:
             asking: list[tuple[Worker, Asking]] = []
@@ -121,10 +122,9 @@ def run_episodes(
                             "See why with rsd-trt -v; a slow machine needs fewer --workers or a longer --timeout"
                         )
                     _next_episode(worker, pool, schedule, policy)
-            for i in range(0, len(asking), rows):
-                for worker, episode in _answer(policy, asking[i : i + rows], meter):
-                    yield episode
-                    _next_episode(worker, pool, schedule, policy)
+            for worker, episode in _answer(policy, asking, batch, meter):
+                yield episode
+                _next_episode(worker, pool, schedule, policy)
         for worker in pool:
             worker.connection.close()
         for worker in pool:
@@ -158,7 +158,7 @@ def _next_episode(worker: Worker, pool: Sequence[Worker], schedule: Schedule, po
 
 def _begin(worker: Worker, policy: Answering | None, assignment: Assignment, attempt: int = 1) -> None:
     if policy is not None:
-        policy.reset(worker.slot, (assignment.task, assignment.trial))
+        policy.reset(worker.index, (assignment.task, assignment.trial))
     worker.begin(assignment, attempt)
 
 
@@ -169,9 +169,12 @@ def _ended(worker: Worker, message: Finished | Broken, policy: Answering | None)
     if isinstance(message, Finished):
         actions = ActionStatistics.of(message.actions) if len(message.actions) else None
         episode = worker.episode(message.success, actions, len(message.actions), None)
-        planned, moved = assignment.perturbation, message.displacement
-        step = planned.step if planned and moved else None
-        return replace(episode, seconds=round(message.seconds, 4), perturbed_at=step, displacement=moved)
+        seconds, event = round(message.seconds, 4), message.event
+        if event is None:
+            return structs.replace(episode, seconds=seconds)
+        return structs.replace(
+            episode, seconds=seconds, perturbed_by=event.kind, perturbed_at=event.step, displacement=event.displacement
+        )
     if message.refused:
         raise UserError(message.message)
     again = worker.attempt < ATTEMPTS
@@ -185,58 +188,60 @@ def _ended(worker: Worker, message: Finished | Broken, policy: Answering | None)
 
 
 def _answer(
-    policy: Answering | None, asking: Sequence[tuple[Worker, Asking]], meter: Meter
+    policy: Answering | None, asking: Sequence[tuple[Worker, Asking]], batch: int, meter: Meter
 ) -> Iterator[tuple[Worker, Episode]]:
-    """Sends each process its actions; gives the episodes that end because the policy has none."""
-    assert policy is not None, "a process asks, and nobody answers"
-    started = time.perf_counter()
-    observations, slots = [message.observation for _, message in asking], [worker.slot for worker, _ in asking]
-    queries = _decide(policy, observations, slots, meter)
-    meter.seconds += time.perf_counter() - started
-    meter.rows += len(asking)
-    for (worker, message), query in zip(asking, queries, strict=True):
-        worker.queries.append(QueryRecord.of(query, message.step, len(asking)))
-        if query.fault is None:
-            worker.send(query.actions)
-        else:
-            worker.send(None)
-            yield worker, worker.episode(False, None, message.step, query.fault)
+    """Sends each process its actions; gives the episodes that end because the policy has none.
 
-
-def _decide(policy: Answering, observations: Sequence[Observation], slots: Sequence[int], meter: Meter) -> list[Query]:
-    """One query for each row. What breaks one row's query is that row's fault alone.
-
-    A batch that breaks is warned of once a run, a query that does each time; -v shows the traceback of either.
+    What breaks a query is the fault of that query alone: a batch that breaks is answered one by one. That is warned of
+    once a run, and a query that breaks each time; -v shows the traceback of either.
     """
-    meter.forwards += 1
-    try:
-        queries = policy.act_batch(observations, slots)
-    except UserError:
-        raise
-    except Exception as error:
-        full, fault = out_of_memory(error), f"{type(error).__name__}: {reason(error)}"
-        log.debug("the policy broke", exc_info=True)
-    else:
-        return [query if query.fault is not None else _checked(query) for query in queries]
-    # The error is gone by here, and with it the tensors of the broken forward, which its traceback held.
-    told = full or f"the policy broke: {fault}. See where with rsd-trt -v"
-    if len(slots) == 1:
-        if full is not None:  # no other query would fit either
-            raise full
-        log.warning("%s", told)
-        return [Query(np.zeros((0, 0), np.float32), "fault", fault=fault)]
-    log.log(logging.DEBUG if meter.split else logging.WARNING, "%s. Batches that fail are answered one by one", told)
-    meter.split += 1
-    for slot in slots:
-        policy.reset(slot)  # how far the broken forward got with the plans is not known: all make new ones
-    return [_decide(policy, [x], [slot], meter)[0] for x, slot in zip(observations, slots, strict=True)]
+    groups = deque(asking[i : i + batch] for i in range(0, len(asking), batch))
+    while groups:
+        assert policy is not None, "a process asks, and nobody answers"
+        group = groups.popleft()
+        environments = [worker.index for worker, _ in group]
+        fault, full = None, None
+        started = time.perf_counter()
+        try:
+            queries = policy.act_batch([message.observation for _, message in group], environments)
+        except UserError:
+            raise
+        except Exception as error:
+            fault, full = f"{type(error).__name__}: {reason(error)}", out_of_memory(error)
+            log.debug("the policy broke", exc_info=True)
+        meter.seconds += time.perf_counter() - started
+        meter.forwards += 1
+        if fault is not None:  # the error is gone by here, and with it the tensors that its traceback held
+            told = full or f"the policy broke: {fault}. See where with rsd-trt -v"
+            if len(group) > 1:
+                level = logging.DEBUG if meter.split else logging.WARNING
+                log.log(level, "%s. Batches that fail are answered one by one", told)
+                meter.split += 1
+                for environment in environments:
+                    policy.reset(environment)  # how far the forward got with the chunks is not known: all make new ones
+                groups.extendleft([one] for one in reversed(group))
+                continue
+            if full is not None:  # no other query would fit either
+                raise full
+            log.warning("%s", told)
+            queries = [Query(np.zeros((0, 0), np.float32), "fault", fault=fault)]
+        meter.queries += len(group)
+        for (worker, message), query in zip(group, map(_checked, queries), strict=True):
+            worker.queries.append(QueryRecord.of(query, message.step, len(group)))
+            if query.fault is None:
+                worker.send(query.actions)
+            else:
+                worker.send(None)
+                yield worker, worker.episode(False, None, message.step, query.fault)
 
 
 def _checked(query: Query) -> Query:
-    """The query, or its fault if its actions cannot be executed."""
+    """The query, with a fault if its actions cannot be executed."""
     actions = query.actions
-    if actions.ndim != 2 or not len(actions) or actions.shape[1] != Dims.A:
-        return replace(query, fault=f"the policy gave actions of shape {list(actions.shape)}, not [n, {Dims.A}]")
+    if query.fault is not None:
+        return query
+    if actions.ndim != 2 or not len(actions) or actions.shape[1] != ACTION_DIMS:
+        return replace(query, fault=f"the policy gave actions of shape {list(actions.shape)}, not [n, {ACTION_DIMS}]")
     if not np.isfinite(actions).all():
         return replace(query, fault="the policy gave actions that are not finite")
     return query

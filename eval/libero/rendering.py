@@ -31,8 +31,8 @@ def choose_gl() -> str:
                 os.environ["MUJOCO_GL"] = name
                 return name
     raise UserError(
-        f"no headless OpenGL for {wanted or 'EGL or OSMesa'}: apt-get install "
-        + ("libosmesa6" if wanted == "osmesa" else "libegl1")
+        f"no headless OpenGL for {wanted or 'EGL or OSMesa'}",
+        f"Install it: apt-get install {'libosmesa6' if wanted == 'osmesa' else 'libegl1'}",
     )
 
 
@@ -57,19 +57,14 @@ def explaining_gl() -> Iterator[None]:
         name = os.environ.get("MUJOCO_GL", "").upper()
         if "EGL" not in str(error).upper() and "OSMESA" not in str(error).upper():
             raise
-        hook = sys.unraisablehook  # destructors of what is half made complain
-
-        def quiet(exception: sys.UnraisableHookArgs) -> None:
-            if exception.exc_type is KeyboardInterrupt:
-                hook(exception)
-
+        hook = sys.unraisablehook
         try:
-            sys.unraisablehook = quiet
+            sys.unraisablehook = lambda _: None  # destructors of what is half made complain
             traceback.clear_frames(error.__traceback__)
             gc.collect()
         finally:
             sys.unraisablehook = hook
         raise UserError(
-            f"{name} gives no OpenGL context ({str(error).splitlines()[0]}). Install a driver: apt-get install "
-            "libegl-mesa0, or libosmesa6 with MUJOCO_GL=osmesa"
+            f"{name} gives no OpenGL context ({str(error).splitlines()[0]})",
+            "Install a driver: apt-get install libegl-mesa0, or libosmesa6 with MUJOCO_GL=osmesa",
         ) from None

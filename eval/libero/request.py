@@ -1,64 +1,77 @@
-"""What to evaluate, and what acts."""
+"""What to evaluate, and what acts. Read by the command line: nothing heavy is imported here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import importlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rsd_trt.config import DEFAULT_ENGINES, BackboneKind, BackbonePrecision, Mode, PolicyKind, Precision
+from rsd_trt.config import (
+    ACTION_DIMS,
+    DEFAULT_BUNDLE,
+    DEFAULT_ENGINES,
+    SUITES,
+    BackboneKind,
+    BackbonePrecision,
+    Backend,
+    Mode,
+    Precision,
+)
+from rsd_trt.errors import UserError, did_you_mean, reason
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from rsd_trt.eval.libero.perturb import PerturbSpec
     from rsd_trt.eval.libero.simulator import Simulator
 
 
-@dataclass(frozen=True)
-class Scripted:
-    """A policy that is a function of the scene. It acts inside the simulators' processes, and sees no images."""
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """The bundle that acts, and how. None: the bundle's own, or what suits the backend."""
 
-    kind: PolicyKind
-    suite: str  # the one that it is written for
-    act: Callable[[Simulator], NDArray[np.float32]]  # the next actions [n, A]; a picklable function
-    sha256: str  # of what decides its actions
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """What to evaluate. None: the policy's own, or for `tasks` all of the suite's."""
-
-    policy: Path | Scripted  # a bundle's folder, or what acts in its place: then only what is not of a bundle counts
-    suite: str = "libero_spatial"
-    tasks: tuple[int, ...] | None = None
-    trials: int = 50
+    bundle: Path = DEFAULT_BUNDLE
     mode: Mode = "rsd"
-    backend: str = "torch"
+    backend: Backend = "torch"
     device: str = "auto"
     n_action_steps: int | None = None
     tolerance: float | None = None  # of every arm dimension, environment units; `rsd` and `shadow` only
-    accept_rate: float | Path | None = None  # `random` only: of its coin, or an `rsd` run's results file that has it
+    accept_rate: float | Path | None = None  # `random` only: how often it accepts, or an `rsd` run's results file
+    precision: Precision = "fp32"
+    engines: Path = DEFAULT_ENGINES
+    backbone: BackboneKind | None = None
+    backbone_precision: BackbonePrecision = "bundle"
+    record_hidden: Path | None = None  # `shadow` only
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest(PolicyOptions):
+    """The options of `rsd-trt eval`. None: the policy's own, or for `tasks` all of the suite's."""
+
+    policy: str | None = None  # MODULE:FUNCTION that acts; the options of a bundle do not count then
+    suite: str = SUITES[0]
+    tasks: tuple[int, ...] | None = None
+    trials: int = 50
     protocol: str | None = None
     max_steps: int | None = None
     seed: int = 7
-    perturb: int | None = None  # seed of the displacements of the target; None: there are none
+    perturb: PerturbSpec | None = None
     out: Path = Path("results")
-    fresh: bool = False
-    video: bool = False
-    precision: Precision = "fp32"
-    engines: Path = DEFAULT_ENGINES
-    backbone: BackboneKind | None = None  # None: what suits the backend
-    backbone_precision: BackbonePrecision = "bundle"
-    record_hidden: Path | None = None  # `shadow` only
     workers: int = 1  # simulator processes; with one, each query is answered alone
     timeout: float = 300.0  # s of a simulator's silence after which its process is replaced
+    fresh: bool = False
+    video: bool = False
 
     @property
     def name(self) -> str:
-        """What the names of the run's files start with."""
-        return f"{self.suite}_{self.policy.kind if isinstance(self.policy, Scripted) else self.mode}"
+        """What the names of the run's files start with: `libero_spatial_rsd`, or `libero_spatial_scripted.act`."""
+        acting = self.mode if self.policy is None else self.policy.rpartition(".")[2].replace(":", ".")
+        return f"{self.suite}_{acting}"
 
     @property
     def results_file(self) -> Path:
@@ -67,3 +80,71 @@ class EvalRequest:
     def pictures(self, kind: str) -> Path:
         """The run's folder for `failures` or `videos`."""
         return self.out / kind / self.name
+
+
+@dataclass(frozen=True)
+class Script:
+    """A function of a user's module in the place of a policy: `act(simulator) -> the next actions [n, A]`.
+
+    It runs inside the simulators' processes, where it is imported anew, and sees no images.
+    """
+
+    name: str  # MODULE:FUNCTION
+    sha256: str  # of the module's source
+    suites: tuple[str, ...] = ()  # that it is written for, by the module's SUITE or SUITES; none: for any
+
+    @classmethod
+    def find(cls, name: str) -> Script:
+        """The function of that name; modules are looked for in the current folder, too.
+
+        Raises:
+            UserError: there is no such module or function, or it cannot be imported or called.
+        """
+        module_name, _, function = name.partition(":")
+        module = _imported(name, module_name)
+        if not hasattr(module, function):
+            there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise UserError(f"--policy {name}: {module_name} has no {function}{did_you_mean(function, there)}")
+        if not callable(getattr(module, function)):
+            raise UserError(f"--policy {name}: {function} is {type(getattr(module, function)).__name__}, no function")
+        if module.__file__ is None:
+            raise UserError(f"--policy {name}: {module_name} is a folder, no module")
+        suites: str | tuple[str, ...] = getattr(module, "SUITES", getattr(module, "SUITE", ()))
+        source = Path(module.__file__).read_bytes()
+        return cls(name, hashlib.sha256(source).hexdigest(), (suites,) if isinstance(suites, str) else tuple(suites))
+
+    def __call__(self, simulator: Simulator) -> NDArray[np.float32]:
+        """The next actions [n, A] in the simulator's scene.
+
+        Raises:
+            UserError: what the function gives cannot be executed.
+        """
+        import numpy as np
+
+        module_name, _, function = self.name.partition(":")
+        actions = np.asarray(getattr(importlib.import_module(module_name), function)(simulator), np.float32)
+        if actions.ndim != 2 or not len(actions) or actions.shape[1] != ACTION_DIMS or not np.isfinite(actions).all():
+            raise UserError(
+                f"--policy {self.name} gave actions {list(actions.shape)}, not finite ones [n, {ACTION_DIMS}]"
+            )
+        return actions
+
+
+def _imported(name: str, module: str) -> ModuleType:
+    """The module, imported.
+
+    Raises:
+        UserError: there is none, or it breaks.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # the simulators' processes get the same path
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else None
+        if missing is not None and f"{module}.".startswith(f"{missing}."):
+            raise UserError(
+                f"--policy {name}: there is no module {missing} in {here}, nor among the packages"
+            ) from None
+        raise UserError(f"--policy {name} cannot be imported: {type(error).__name__}: {reason(error)}") from None

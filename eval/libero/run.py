@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,18 +15,17 @@ import torch
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.driver import Driver, bundle_driver, scripted_driver
+from rsd_trt.eval.libero.driver import Driver, bundle_driver, script_driver
 from rsd_trt.eval.libero.episode import Assignment, check_video_writer, serve
 from rsd_trt.eval.libero.episode_log import EpisodeLog
-from rsd_trt.eval.libero.perturb import check_target, draw
 from rsd_trt.eval.libero.pool import Meter, run_episodes
-from rsd_trt.eval.libero.request import EvalRequest, Scripted
+from rsd_trt.eval.libero.request import EvalRequest, Script
 from rsd_trt.eval.libero.simulator import Simulator, check_task, initial_states, open_suite
 from rsd_trt.eval.results import Episode, Results, Throughput
 from rsd_trt.eval.summary import summarise
 from rsd_trt.files import locked, write_atomically
 from rsd_trt.host import GpuMeter
-from rsd_trt.jsonio import to_json
+from rsd_trt.records import write_record
 from rsd_trt.runtime.policy import Policy
 
 
@@ -45,102 +43,121 @@ def evaluate(
         UserError: anything in the request that cannot be done here, a folder that cannot be written, or the user
             stopped the run: what had finished is kept, and the same request goes on from there.
     """
+    with _explaining_files(request):
+        driver, instructions = _prepare(request)
+        total = len(instructions) * request.trials
+        with _own_folder(request):
+            log = _open_log(request, driver)
+            earlier = [episode for episode in log.episodes.values() if episode.error is None]
+            assignments = _assignments(request, driver, log)
+            on_start(total, list(earlier))
+            meter, gpu, started = Meter(), GpuMeter(torch.device(driver.settings.device)), time.perf_counter()
+            build = partial(Simulator, request.suite, control=driver.settings.control)
+            process = partial(serve, build=build, script=driver.script)
+            running = run_episodes(
+                driver.policy, process, assignments, request.workers, driver.batch, request.timeout, meter
+            )
+            try:
+                with gpu, closing(running) as episodes:
+                    for episode in episodes:
+                        log.append(episode)
+                        on_episode(episode)
+            except KeyboardInterrupt:
+                whole = sum(episode.error is None for episode in log.episodes.values())
+                raise UserError(
+                    f"stopped with {whole} of {total} episodes in {log.path}",
+                    "The same command goes on from there",
+                ) from None
+            seconds, count = time.perf_counter() - started, len(assignments)
+            whole_run = count and not earlier
+            throughput = _throughput(request.workers, count, seconds, meter, gpu) if whole_run else None
+            finished = list(log.episodes.values())
+            results = summarise(
+                driver.settings, finished, instructions, driver.codec_round_trip_mse, command, throughput
+            )
+            write_record(request.results_file, results)
+            if driver.policy is not None and request.record_hidden is not None:
+                _write_hidden(request.record_hidden, driver.policy)
+            return results
+
+
+def _prepare(request: EvalRequest) -> tuple[Driver, dict[int, str]]:
+    """What acts, ready to do so, and the instruction of every task."""
+    acting = Bundle.open(request.bundle) if request.policy is None else Script.find(request.policy)
+    instructions = _tasks(request)
+    if request.perturb is not None:
+        request.perturb.check(request.suite, list(instructions))
+    if request.video:
+        check_video_writer()
+    _seed_everything(request.seed)
+    if isinstance(acting, Script):
+        return script_driver(request, acting, tuple(instructions)), instructions
+    return bundle_driver(request, acting, tuple(instructions)), instructions
+
+
+@contextmanager
+def _explaining_files(request: EvalRequest) -> Iterator[None]:
+    """Raises UserError where a file or folder cannot be read or written."""
     try:
-        return _evaluate(request, on_start, on_episode, command)
+        yield
     except OSError as error:
         raise UserError(f"{error.filename or request.out}: {error.strerror or error}") from None
 
 
-def _evaluate(
-    request: EvalRequest,
-    on_start: Callable[[int, list[Episode]], None],
-    on_episode: Callable[[Episode], None],
-    command: str,
-) -> Results:
-    if request.perturb is not None:
-        check_target(request.suite)
-    acting = request.policy if isinstance(request.policy, Scripted) else Bundle.open(request.policy)
-    tasks = _tasks(request)
-    if request.video:
-        check_video_writer()
-    _seed_everything(request.seed)
-    if isinstance(acting, Scripted):
-        driver = scripted_driver(request, acting, tuple(tasks))
-    else:
-        driver = bundle_driver(request, acting, tuple(tasks))
-    policy, settings = driver.policy, driver.settings
+@contextmanager
+def _own_folder(request: EvalRequest) -> Iterator[None]:
+    """The folder for results, which no other run of that name writes meanwhile.
+
+    Raises:
+        UserError: another one does.
+    """
+
+    def refuse() -> None:
+        raise UserError(
+            f"another evaluation writes {request.out / request.name}_*", "Wait for it, or choose another --out"
+        )
+
     request.out.mkdir(parents=True, exist_ok=True)
-    with locked(request.out / f".{request.name}.lock", partial(_refuse_to_share, request)):
-        log = EpisodeLog(request.out, request.name, settings, request.fresh)
-        if policy is not None and request.record_hidden is not None:
-            if log.episodes:
-                raise UserError(f"{log.path} has episodes whose hidden states are gone. To record them all: --fresh")
-            policy.hidden_states = []
-        if request.fresh:
-            _remove_earlier(request)
-        throughput = _run(request, driver, log, on_start, on_episode)
-        episodes = list(log.episodes.values())
-        results = summarise(settings, episodes, tasks, driver.codec_round_trip_mse, command, throughput)
-        write_atomically(request.results_file, json.dumps(to_json(results), indent=1) + "\n")
-        if policy is not None and request.record_hidden is not None:
-            _write_hidden(request.record_hidden, policy)
-        return results
+    with locked(request.out / f".{request.name}.lock", refuse):
+        yield
 
 
-def _run(
-    request: EvalRequest,
-    driver: Driver,
-    log: EpisodeLog,
-    on_start: Callable[[int, list[Episode]], None],
-    on_episode: Callable[[Episode], None],
-) -> Throughput | None:
-    """Runs what the log lacks; how fast that was, if it was the whole run."""
-    settings = log.settings
+def _open_log(request: EvalRequest, driver: Driver) -> EpisodeLog:
+    """The run's episodes so far; a fresh run leaves nothing of an earlier one."""
+    log = EpisodeLog(request.out, request.name, driver.settings, request.fresh)
+    if driver.policy is not None and request.record_hidden is not None:
+        if log.episodes:
+            raise UserError(f"{log.path} has episodes whose hidden states are gone", "To record them all: --fresh")
+        driver.policy.hidden_states = []
+    if request.fresh:
+        request.results_file.unlink(missing_ok=True)
+        for kind in ("failures", "videos"):
+            shutil.rmtree(request.pictures(kind), ignore_errors=True)
+    return log
+
+
+def _assignments(request: EvalRequest, driver: Driver, log: EpisodeLog) -> list[Assignment]:
+    """The episodes that the log lacks; those that ended in an error come last."""
+    settings = driver.settings
     keys = [(task, trial) for task in settings.tasks for trial in range(settings.trials)]
-    earlier = [episode for episode in log.episodes.values() if episode.error is None]
-    on_start(len(keys), list(earlier))
+    missing = sorted((key for key in keys if log.lacks(*key)), key=lambda key: key in log.episodes)
     videos = request.pictures("videos") if request.video else None
     failures = request.pictures("failures") if driver.script is None else None  # a script sees no images to keep
-    perturbations = {key: draw(settings.perturb, *key) for key in keys} if settings.perturb is not None else {}
-    missing = sorted((key for key in keys if log.lacks(*key)), key=lambda key: key in log.episodes)  # errors last
-    assignments = [Assignment(*key, settings.max_steps, failures, videos, perturbations.get(key)) for key in missing]
-    process = partial(serve, build=partial(Simulator, settings.suite, control=settings.control), script=driver.script)
-    meter, gpu, started = Meter(), GpuMeter(torch.device(settings.device)), time.perf_counter()
-    running = run_episodes(driver.policy, process, assignments, request.workers, driver.rows, request.timeout, meter)
-    try:
-        with gpu, closing(running) as episodes:
-            for episode in episodes:
-                log.append(episode)
-                on_episode(episode)
-            seconds = time.perf_counter() - started
-    except KeyboardInterrupt:
-        whole = sum(episode.error is None for episode in log.episodes.values())
-        raise UserError(
-            f"stopped with {whole} of {len(keys)} episodes in {log.path}; the same command goes on from there"
-        ) from None
-    if earlier or not assignments:
-        return None
+    perturbations = {key: request.perturb.draw(*key) for key in keys} if request.perturb is not None else {}
+    return [Assignment(*key, settings.max_steps, failures, videos, perturbations.get(key)) for key in missing]
+
+
+def _throughput(workers: int, episodes: int, seconds: float, meter: Meter, gpu: GpuMeter) -> Throughput:
     share = meter.seconds / seconds
     return Throughput(
-        workers=request.workers,
+        workers=workers,
         wall_seconds=round(seconds, 3),
-        episodes_per_second=len(assignments) / seconds,
+        episodes_per_second=episodes / seconds,
         policy_share=share,
-        rows_per_forward=meter.rows / meter.forwards if meter.forwards else 0.0,
+        rows_per_forward=meter.queries / meter.forwards if meter.forwards else 0.0,
         bound="policy" if share > 0.5 else "simulator",
         gpu_utilisation=gpu.mean,
     )
-
-
-def _refuse_to_share(request: EvalRequest) -> None:
-    raise UserError(f"another evaluation writes {request.out / request.name}_*. Wait for it, or choose another --out")
-
-
-def _remove_earlier(request: EvalRequest) -> None:
-    """What an earlier run left beside its episodes."""
-    request.results_file.unlink(missing_ok=True)
-    for kind in ("failures", "videos"):
-        shutil.rmtree(request.pictures(kind), ignore_errors=True)
 
 
 def _write_hidden(path: Path, policy: Policy) -> None:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.config import SUITES, ControlConfig
+from rsd_trt.config import SUITES, ControlConfig, Rotation
 from rsd_trt.errors import UserError, did_you_mean, missing_extra
-from rsd_trt.eval.libero.perturb import Offset, displace
+from rsd_trt.eval.libero.course import Cameras, Course, Perturbation
 from rsd_trt.eval.libero.rendering import check_gl, choose_gl, explaining_gl
 from rsd_trt.runtime.observation import Observation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from libero.libero.benchmark import Benchmark
     from robosuite.utils.binding_utils import MjSim
@@ -56,6 +56,7 @@ class Simulator:
         self._control = control
         self._initial_states = initial_states(benchmark, task_id)
         self._rendering = True
+        self.cameras: Cameras = "asked"
         self._images: dict[str, NDArray[np.uint8]] = {}
         with _quiet(), explaining_gl():
             self._env = OffScreenRenderEnv(
@@ -66,6 +67,7 @@ class Simulator:
             )
             self._env.seed(ENV_SEED)
         self._env.env.hard_reset = False
+        self._lights = self.physics.model._model.light_diffuse.copy()
         self._samplers = list(self._env.env.object_property_initializers)  # one reset's: of drawers and knobs
         self._generators: list[GeneratorState] = [np.random.get_state()]  # before the reset of trial i
         for name in control.cameras:
@@ -93,20 +95,24 @@ class Simulator:
 
     def step(self, action: NDArray[np.float32], render: bool) -> bool:
         """Executes one action [7]; `render`: with fresh images. Returns whether the task is solved."""
-        self._rendering = render
+        self._rendering = self.cameras == "on" or (render and self.cameras == "asked")
         self._raw, _, done, _ = self._env.step(action.astype(np.float64))
         return bool(done)
 
-    def displace(self, candidates: Iterable[Offset]) -> Offset | None:
-        """`rsd_trt.eval.libero.perturb.displace`; the next step's observation shows it."""
-        return displace(self.physics, candidates)
+    def perturbed(self, perturbation: Perturbation) -> Course:
+        """The perturbation's course from here on, in a scene that has just been reset."""
+        return perturbation.begin(self)
+
+    def light(self, factor: float) -> None:
+        """Makes the lights that much brighter than they are built, until the next reset."""
+        self.physics.model._model.light_diffuse[:] = factor * self._lights
 
     def observation(self) -> Observation:
         """What the policy sees; the images are those of the last rendered step."""
         proprio = np.concatenate(
             [
                 self._raw["robot0_eef_pos"],
-                axis_angle(self._raw["robot0_eef_quat"]),
+                axis_angle(self._raw["robot0_eef_quat"], self._control.rotation),
                 self._raw["robot0_gripper_qpos"],
             ]
         )
@@ -141,6 +147,8 @@ class Simulator:
 
     def _reset_environment(self) -> Mapping[str, NDArray[np.float64]]:
         """`env.reset()` as it would be with a model that has just been compiled."""
+        self.cameras = "asked"
+        self.light(1.0)
         environment = self._env.env
         model = environment.sim.model
         for fixture in environment.fixtures_dict.values():
@@ -175,11 +183,17 @@ class Simulator:
         environment._observables[name]._sensor = sensor
 
 
-def axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
+def axis_angle(quaternion: NDArray[np.float64], rotation: Rotation = "shortest") -> NDArray[np.float64]:
     """Axis times angle [3] (rad) of a unit quaternion [x, y, z, w].
 
-    q and -q are the same rotation; the one with w >= 0 is taken, so that the angle is at most pi.
+    q and -q are the same rotation. `shortest` takes the one with w >= 0, so that the angle is at most pi. `robosuite`
+    takes q as it is, as OpenVLA-OFT does: with the hand pointing down w is near 0, and nothing jumps where it
+    changes its sign.
     """
+    if rotation == "robosuite":
+        w = float(np.clip(quaternion[3], -1.0, 1.0))
+        root = np.sqrt(1.0 - w * w)
+        return np.zeros(3) if root < 1e-9 else quaternion[:3] * 2 * np.arccos(w) / root
     q = quaternion if quaternion[3] >= 0 else -quaternion
     sine = float(np.linalg.norm(q[:3]))
     if sine < 1e-12:
@@ -211,7 +225,7 @@ def open_suite(suite: str) -> Benchmark:
         if ".so" not in str(error):
             raise
         raise UserError(
-            f"LIBERO cannot load a system library ({error}). Install it: apt-get install libgl1 libglib2.0-0"
+            f"LIBERO cannot load a system library ({error})", "Install it: apt-get install libgl1 libglib2.0-0"
         ) from None
 
 
@@ -225,7 +239,7 @@ def _check_configured() -> None:
     folder = Path(os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")).expanduser()
     if upstream and not (folder / "config.yaml").is_file():
         raise UserError(
-            f"LIBERO has no {folder / 'config.yaml'} yet. Let it ask once: python -c 'import libero.libero'"
+            f"LIBERO has no {folder / 'config.yaml'} yet", "Let it ask once: python -c 'import libero.libero'"
         )
 
 

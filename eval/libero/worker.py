@@ -25,8 +25,8 @@ CLOSING_SECONDS = 10.0  # that a process gets to end by itself
 class Worker:
     """A simulator's process, and the episode that it is at."""
 
-    def __init__(self, slot: int, serve: Callable[[Connection], None], timeout: float) -> None:
-        self.slot = slot
+    def __init__(self, index: int, serve: Callable[[Connection], None], timeout: float) -> None:
+        self.index = index  # of its environment
         self.assignment: Assignment | None = None
         self.task: int | None = None  # whose environment the process has
         self.attempt = 1
@@ -50,7 +50,7 @@ class Worker:
         try:
             self.connection.send(message)
         except OSError:
-            log.debug("simulator process %d hung up", self.slot)
+            log.debug("simulator process %d hung up", self.index)
 
     def receive(self) -> Asking | Finished | Broken:
         """The process's next message, which is there."""
@@ -95,7 +95,7 @@ class Worker:
             self._process.start()
         except OSError as error:
             raise UserError(
-                f"no simulator process {self.slot + 1} can be started: {error.strerror}. Use fewer --workers"
+                f"no simulator process {self.index + 1} can be started: {error.strerror}. Use fewer --workers"
             ) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

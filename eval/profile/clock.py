@@ -10,7 +10,7 @@ import torch
 FIRST_WAIT = 2_000_000  # GPU cycles, about 1 ms
 LONGEST_WAIT = 64 * FIRST_WAIT
 
-Run = Callable[[], object]
+Call = Callable[[], object]
 
 
 class Clock:
@@ -27,37 +27,37 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
-    def wall(self, run: Run) -> float:
+    def wall(self, call: Call) -> float:
         """ms of the host's clock, synchronised on both sides."""
         self.synchronise()
         started = time.perf_counter()
-        run()
+        call()
         self.synchronise()
         return (time.perf_counter() - started) * 1e3
 
-    def issued(self, run: Run) -> float:
+    def issued(self, call: Call) -> float:
         """ms between two events around a call on an idle device: what the host takes to issue the work is in it."""
         if not self.cuda:
-            return self.wall(run)
+            return self.wall(call)
         self.synchronise()
         start, end = self._events()
         start.record()
-        run()
+        call()
         end.record()
         self.synchronise()
         return start.elapsed_time(end)
 
-    def queued(self, run: Run) -> float | None:
+    def queued(self, call: Call) -> float | None:
         """ms that the device itself is busy: the call is issued while the device is held up by a wait that lasts until
         all of it is in the queue. None where that can't be, since the call waits for the device."""
         if not self.cuda:
-            return self.wall(run)
+            return self.wall(call)
         while self._wait <= LONGEST_WAIT:
             self.synchronise()
             start, end = self._events()
             torch.cuda._sleep(self._wait)
             start.record()
-            run()
+            call()
             end.record()
             in_time = not start.query()
             self.synchronise()

@@ -7,7 +7,7 @@ sides. One sample is one launch, as in a control loop; nothing is pipelined.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import COMPONENTS, Component, Precision
+from rsd_trt.config import COMPONENTS, Backend, Component, Precision
 from rsd_trt.errors import UserError
+from rsd_trt.eval.profile.clock import Call, Clock
 from rsd_trt.eval.statistics import percentiles
-from rsd_trt.eval.verify.components import hidden_states, make_case
+from rsd_trt.eval.verify.inputs import hidden_states, make_case
 from rsd_trt.manifest import Batch
-from rsd_trt.runtime.backends import Backend, Launcher
+from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.session import Session
 
 SPIN_UP_SECONDS = 1.0
@@ -28,7 +29,7 @@ BOUNDARY = "inputs and outputs on the device, clocks synchronised, one launch a 
 PAIR = "propose + predict"  # what a rejected query launches beside the backbone
 TEXTBOOK = "draft + head + decoder, with host decisions"  # what the pair replaces
 
-Key = tuple[str, str, int]  # what, variant, batch
+RowKey = tuple[str, str, int]  # what, variant, batch
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Timing:
         return f"{self.backend} + CUDA graph" if self.cuda_graph and self.backend != "graph" else self.backend
 
     @property
-    def key(self) -> Key:
+    def key(self) -> RowKey:
         return self.what, self.variant, self.batch
 
     def summary(self) -> dict[str, object]:
@@ -61,9 +62,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """What to time. `variants`: each backend, and whether its CUDA graph is used."""
+    """What to time: every backend at every batch size; on CUDA, `ort` with and without its CUDA graph."""
 
-    variants: tuple[tuple[Backend, bool], ...]
+    backends: tuple[Backend, ...]
     batches: tuple[int, ...]
     device: torch.device
     precision: Precision
@@ -73,17 +74,17 @@ class ProfileRequest:
 
 
 def profile(bundle: Bundle, request: ProfileRequest) -> Iterator[Timing]:
-    """Every component, the pair and the textbook sequence, on every variant and batch size."""
-    device, rows = request.device, max(request.batches)
-    prefix, final = hidden_states(bundle, rows, None, device)
-    tolerance = torch.tensor(bundle.config.rsd.tolerance, device=device)
-    case = make_case(Launcher(bundle, "torch", device), prefix, final, tolerance)
-    _spin_up(Launcher(bundle, "torch", device).open("predict", "dynamic"), case.inputs["predict"])
+    """Every component, the pair and the textbook sequence, on every backend and batch size."""
+    device = request.device
+    launcher = Launcher(bundle, "torch", device)
+    case = make_case(launcher, *hidden_states(bundle, max(request.batches), None, device))
+    _spin_up(launcher.open("predict", "dynamic"), case.inputs["predict"])
     for batch in request.batches:
-        inputs = {component: _first_rows(case.inputs[component], batch) for component in COMPONENTS}
-        for backend, graph in request.variants:
-            launcher = Launcher(bundle, backend, device, request.precision, request.engines, graph)
-            yield from _variant(launcher, batch, inputs, request)
+        inputs = {component: _first(case.inputs[component], batch) for component in COMPONENTS}
+        for backend in request.backends:
+            for graph in (False, True) if backend == "ort" and device.type == "cuda" else (True,):
+                launcher = Launcher(bundle, backend, device, request.precision, request.engines, graph)
+                yield from _variant(launcher, batch, inputs, request)
 
 
 def _spin_up(session: Session, inputs: dict[str, Tensor]) -> None:
@@ -93,8 +94,8 @@ def _spin_up(session: Session, inputs: dict[str, Tensor]) -> None:
         session.run(inputs)
 
 
-def _first_rows(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    return {name: x if name == "tolerance" else x[:rows].clone() for name, x in inputs.items()}
+def _first(inputs: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+    return {name: x if name == "tolerance" else x[:batch].clone() for name, x in inputs.items()}
 
 
 def _variant(
@@ -104,8 +105,8 @@ def _variant(
     variant: Batch = "1" if batch == 1 else "dynamic"
     graph = launcher.device.type == "cuda" and launcher.backend != "torch" and launcher.cuda_graph
 
-    def row(what: str, run: Callable[[], object] | None, reason: str | None = None) -> Timing:
-        samples, allocations, grown = time_calls(run, request) if run else ((), None, None)
+    def row(what: str, call: Call | None, reason: str | None = None) -> Timing:
+        samples, allocations, grown = time_calls(call, request) if call else ((), None, None)
         return Timing(what, launcher.backend, launcher.precision, batch, graph, samples, allocations, reason, grown)
 
     sessions: dict[Component, Session] = {}
@@ -142,35 +143,27 @@ def textbook(
     return bool(share >= token_share), decoder.run({"tokens": tokens})["actions"].cpu()
 
 
-def time_calls(run: Callable[[], object], request: ProfileRequest) -> tuple[tuple[float, ...], int | None, int | None]:
+@torch.inference_mode()
+def time_calls(call: Call, request: ProfileRequest) -> tuple[tuple[float, ...], int | None, int | None]:
     """Milliseconds of each call after the warm-up, the allocations that they made through torch, and the bytes by
     which the GPU's used memory grew (that counts ONNX Runtime's and TensorRT's own too)."""
-    cuda = request.device.type == "cuda"
+    clock = Clock(request.device)
+    for _ in range(request.warm_up):
+        call()
+    if not clock.cuda:
+        return tuple(clock.wall(call) for _ in range(request.samples)), None, None
 
-    def synchronise() -> None:
-        if cuda:
-            torch.cuda.synchronize(request.device)
+    def memory() -> tuple[int, int]:
+        made = torch.cuda.memory_stats(request.device)["allocation.all.allocated"]
+        return int(made), torch.cuda.mem_get_info(request.device)[0]
 
-    def allocations() -> int:
-        return int(torch.cuda.memory_stats(request.device)["allocation.all.allocated"]) if cuda else 0
-
-    with torch.inference_mode():
-        for _ in range(request.warm_up):
-            run()
-        free = torch.cuda.mem_get_info(request.device)[0] if cuda else 0
-        before, samples = allocations(), []
-        for _ in range(request.samples):
-            synchronise()
-            started = time.perf_counter()
-            run()
-            synchronise()
-            samples.append((time.perf_counter() - started) * 1e3)
-        if not cuda:
-            return tuple(samples), None, None
-        return tuple(samples), allocations() - before, free - torch.cuda.mem_get_info(request.device)[0]
+    allocated, free = memory()
+    samples = tuple(clock.wall(call) for _ in range(request.samples))
+    allocated_after, free_after = memory()
+    return samples, allocated_after - allocated, free - free_after
 
 
-def speedups(timings: Sequence[Timing]) -> dict[Key, float]:
+def speedups(timings: Sequence[Timing]) -> dict[RowKey, float]:
     """p50 of eager PyTorch over p50 of each row. The pair is compared with the textbook sequence that it replaces."""
     medians = {timing.key: p["p50"] for timing in timings if (p := percentiles(timing.ms))}
     eager = {(what, batch): ms for (what, variant, batch), ms in medians.items() if variant == "torch"}

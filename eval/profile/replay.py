@@ -19,18 +19,19 @@ from statistics import fmean
 from typing import Literal
 
 import numpy as np
+from msgspec import structs
 
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision
 from rsd_trt.errors import UserError
+from rsd_trt.eval.profile.inputs import InputSize, QueryInputs, make_inputs
 from rsd_trt.eval.profile.replay_record import Replay, ReplayRow
-from rsd_trt.eval.profile.shapes import Scene, Shape, make_scene
 from rsd_trt.eval.read import read_run
-from rsd_trt.eval.results import Episode, Key, Results
+from rsd_trt.eval.results import Episode, EpisodeKey, Results
 from rsd_trt.eval.statistics import bootstrap_share, bootstrap_speedup
 from rsd_trt.files import write_atomically
-from rsd_trt.jsonio import to_json
+from rsd_trt.records import to_json
 from rsd_trt.runtime.backends import Launcher, open_forward
 from rsd_trt.runtime.forward import Forward
 from rsd_trt.runtime.observation import Observation
@@ -45,21 +46,21 @@ BOUNDARY = (
 )
 WARM_UP = 20  # queries of each kind and prompt
 WARM_UP_ROUTES: tuple[Route, ...] = ("start", "accepted", "rejected")
-Kind = Literal["baseline", "draft"]  # of queries: without a draft, or with one
-Prices = dict[Kind, dict[Route, float]]  # ms of a query
+Group = Literal["baseline", "draft"]  # queries without a draft, or with one
+Prices = dict[Group, dict[Route, float]]  # ms of a query
 Advance = Callable[[int, int], None]  # episodes done, episodes in all
 
 
 @dataclass(frozen=True)
 class ReplayRequest:
-    """What to replay, and on what. shape: its prompt_tokens is None for the tasks' own prompts."""
+    """What to replay, and on what. size: its prompt_tokens is None for the tasks' own prompts."""
 
     paths: tuple[Path, ...]
     episodes: int  # of each suite, at most; and those that it takes to meet every route
     launcher: Launcher
     backbone: BackboneKind
     backbone_precision: BackbonePrecision
-    shape: Shape
+    size: InputSize
     seed: int = 0
 
 
@@ -69,7 +70,7 @@ class Track:
 
     path: Path
     results: Results
-    episodes: dict[Key, Episode]  # those without an error
+    episodes: dict[EpisodeKey, Episode]  # those without an error
     policy: ScriptedPolicy
     episode_ms: list[float] = field(default_factory=list)
     route_ms: dict[Route, list[float]] = field(default_factory=dict)
@@ -79,12 +80,12 @@ class Track:
         return self.results.task_suite
 
     @property
-    def kind(self) -> Kind:
+    def group(self) -> Group:
         return "baseline" if self.results.settings.mode == "baseline" else "draft"
 
-    def priced(self, prices: Prices) -> dict[Key, tuple[float, int]]:
+    def priced(self, prices: Prices) -> dict[EpisodeKey, tuple[float, int]]:
         """(ms at these prices, executed actions) of every episode whose routes all have one."""
-        of = prices[self.kind]
+        of = prices[self.group]
         return {
             key: (sum(of[q.route] for q in e.queries), e.steps)
             for key, e in self.episodes.items()
@@ -107,13 +108,13 @@ def replay(request: ReplayRequest, command: str, advance: Advance = lambda done,
         suite: choose([r for _, r in runs if r.task_suite == suite], suite, request.episodes, request.seed)
         for suite in dict.fromkeys(results.task_suite for _, results in runs)
     }
-    scene = make_scene(request.launcher.bundle, request.shape)
-    launcher = replace(request.launcher, bundle=scene.bundle)
+    given = make_inputs(request.launcher.bundle, request.size)
+    launcher = replace(request.launcher, bundle=given.bundle)
     forward = open_forward(launcher, "1", request.backbone, request.backbone_precision)
-    tracks = [_track(path, results, scene, forward) for path, results in runs]
-    prompts = {track.path: _prompts(track.results, scene, request.shape) for track in tracks}
-    _warm_up(forward, scene, sorted({text for texts in prompts.values() for text in texts.values()}))
-    seen = itertools.cycle(scene.observations)
+    tracks = [_track(path, results, given, forward) for path, results in runs]
+    prompts = {track.path: _prompts(track.results, given, request.size) for track in tracks}
+    _warm_up(forward, given, sorted({text for texts in prompts.values() for text in texts.values()}))
+    seen = itertools.cycle(given.observations)
     total = sum(len(chosen[track.suite]) for track in tracks)
     done = itertools.count(1)
     for i in range(max(map(len, chosen.values()))):
@@ -133,9 +134,9 @@ def replay(request: ReplayRequest, command: str, advance: Advance = lambda done,
         versions=host.versions(),
         boundary=BOUNDARY,
         rows=tuple(_compared(row, track, rows, tracks, prices) for row, track in zip(rows, tracks, strict=True)),
-        prices={kind: {str(route): ms for route, ms in of.items()} for kind, of in prices.items()},
-        images=scene.images,
-        prompt_tokens=request.shape.prompt_tokens,
+        prices={group: {str(route): ms for route, ms in of.items()} for group, of in prices.items()},
+        images=given.images,
+        prompt_tokens=request.size.prompt_tokens,
         replayed=dict(chosen),
     )
 
@@ -156,7 +157,7 @@ def write_replay(
     return record
 
 
-def choose(runs: Sequence[Results], suite: str, count: int, seed: int) -> tuple[Key, ...]:
+def choose(runs: Sequence[Results], suite: str, count: int, seed: int) -> tuple[EpisodeKey, ...]:
     """At most `count` of the episodes that all runs of a suite hold and none ended with an error in, and as many more
     as it takes to meet every route that a run took in any of those.
 
@@ -186,7 +187,7 @@ def _read(path: Path, bundle: Bundle) -> Results:
     """A results file whose decisions the bundle can follow."""
     results = read_run(path)
     settings, steps = results.settings, bundle.config.dims.T
-    if settings.policy != "bundle" or settings.mode == "shadow":
+    if settings.mode in (None, "shadow"):
         raise UserError(f"{path} is a run of {settings.label}: only baseline, rsd and random decide what is computed")
     if settings.n_action_steps > steps:
         raise UserError(
@@ -205,27 +206,27 @@ def _read(path: Path, bundle: Bundle) -> Results:
     return results
 
 
-def _track(path: Path, results: Results, scene: Scene, forward: Forward) -> Track:
+def _track(path: Path, results: Results, given: QueryInputs, forward: Forward) -> Track:
     settings = results.settings
     mode: Literal["baseline", "rsd"] = "baseline" if settings.mode == "baseline" else "rsd"
-    policy = ScriptedPolicy(scene.bundle.config, forward, mode, settings.n_action_steps)
+    policy = ScriptedPolicy(given.bundle.config, forward, mode, settings.n_action_steps)
     return Track(path, results, {e.key: e for e in _replayable(results)}, policy)
 
 
-def _prompts(results: Results, scene: Scene, shape: Shape) -> dict[int, str]:
+def _prompts(results: Results, given: QueryInputs, size: InputSize) -> dict[int, str]:
     """Each task's instruction."""
-    fixed = scene.observations[0].instruction
+    fixed = given.observations[0].instruction
     return {
-        task.task_id: task.task_description if shape.prompt_tokens is None else fixed for task in results.task_results
+        task.task_id: task.task_description if size.prompt_tokens is None else fixed for task in results.task_results
     }
 
 
-def _warm_up(forward: Forward, scene: Scene, prompts: Sequence[str]) -> None:
+def _warm_up(forward: Forward, given: QueryInputs, prompts: Sequence[str]) -> None:
     """Queries of every kind and prompt: graphs are captured, kernels chosen, and clocks have risen."""
-    baseline = ScriptedPolicy(scene.bundle.config, forward, "baseline", 1)
-    rsd = ScriptedPolicy(scene.bundle.config, forward, "rsd", 1)
+    baseline = ScriptedPolicy(given.bundle.config, forward, "baseline", 1)
+    rsd = ScriptedPolicy(given.bundle.config, forward, "rsd", 1)
     for prompt, _ in itertools.product(prompts, range(WARM_UP)):
-        observation = replace(scene.observations[0], instruction=prompt)
+        observation = replace(given.observations[0], instruction=prompt)
         baseline.follow(Decision("full", 1), observation)
         for route in WARM_UP_ROUTES:
             rsd.follow(Decision(route, 1), observation)
@@ -242,27 +243,27 @@ def _replay_episode(track: Track, episode: Episode, prompt: str, seen: Iterator[
     track.episode_ms.append(total)
 
 
-def price(tracks: Sequence[Track], chosen: Mapping[str, Sequence[Key]]) -> Prices:
+def price(tracks: Sequence[Track], chosen: Mapping[str, Sequence[EpisodeKey]]) -> Prices:
     """ms of a query by route, from the replays of all runs of a kind: they launch the same.
 
     The p50s of the runs are averaged by how many queries they are of, and scaled by one factor so that the replayed
     episodes cost together what was measured: a p50 leaves out what slow queries add.
     """
     prices: Prices = {}
-    for kind in dict.fromkeys(track.kind for track in tracks):
-        alike = [track for track in tracks if track.kind == kind]
+    for group in dict.fromkeys(track.group for track in tracks):
+        alike = [track for track in tracks if track.group == group]
         medians: dict[Route, list[float]] = {}  # a run's as often as it took the route
         for track in alike:
             for route, ms in track.route_ms.items():
                 medians.setdefault(route, []).extend([float(np.median(ms))] * len(ms))
-        prices[kind] = {route: fmean(ms) for route, ms in medians.items()}
+        prices[group] = {route: fmean(ms) for route, ms in medians.items()}
         replayed = [track.priced(prices)[key][0] for track in alike for key in chosen[track.suite]]
         scale = sum(sum(track.episode_ms) for track in alike) / sum(replayed)
-        prices[kind] = {route: ms * scale for route, ms in prices[kind].items()}
+        prices[group] = {route: ms * scale for route, ms in prices[group].items()}
     return prices
 
 
-def _row(track: Track, chosen: Sequence[Key], prices: Prices, request: ReplayRequest) -> ReplayRow:
+def _row(track: Track, chosen: Sequence[EpisodeKey], prices: Prices, request: ReplayRequest) -> ReplayRow:
     priced, settings = track.priced(prices), track.results.settings
     if left_out := len(track.episodes) - len(priced):
         log.warning("%s: %d episodes took routes that no replayed episode took, and are left out", track.path, left_out)
@@ -272,7 +273,7 @@ def _row(track: Track, chosen: Sequence[Key], prices: Prices, request: ReplayReq
     return ReplayRow(
         results=str(track.path),
         run=settings.run,
-        mode=settings.mode,
+        mode=settings.of_bundle.mode,
         n_action_steps=settings.n_action_steps,
         perturb=settings.perturb,
         backend=request.launcher.backend,
@@ -285,7 +286,7 @@ def _row(track: Track, chosen: Sequence[Key], prices: Prices, request: ReplayReq
         ms_per_action=sum(ms for ms, _ in costs) / actions,
         ms_per_action_interval=bootstrap_share([ms for ms, _ in costs], [steps for _, steps in costs]),
         suite=track.suite,
-        decisions_of=settings.bundle,
+        decisions_of=settings.policy,
         backbone_precision=request.backbone_precision,
         route_ms={route: float(np.median(ms)) for route, ms in track.route_ms.items()},
         route_queries={route: len(ms) for route, ms in track.route_ms.items()},
@@ -308,7 +309,7 @@ def _compared(
             keys = sorted(slow.keys() & fast.keys())
             before, after = [slow[key] for key in keys], [fast[key] for key in keys]
             per_action = [sum(ms for ms, _ in costs) / sum(steps for _, steps in costs) for costs in (before, after)]
-            return replace(
+            return structs.replace(
                 row,
                 baseline=other.run,
                 speedup=per_action[0] / per_action[1],

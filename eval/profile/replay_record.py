@@ -8,48 +8,47 @@ run whose name (`Settings.run`) it carries.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
-from rsd_trt.jsonio import from_json
+from rsd_trt.records import Natural, Record, read_record, told
 
 
-@dataclass(frozen=True)
-class ReplayRow:
+class ReplayRow(Record, frozen=True):
     """One results file, replayed."""
 
-    results: Annotated[str, "the results file, as it was named"]
-    run: Annotated[str, "the run that the file holds: its settings' name"]
+    results: Annotated[str, told("the results file, as it was named")]
+    run: Annotated[str, told("the run that the file holds: its settings' name")]
     mode: Mode
-    n_action_steps: int
-    perturb: Annotated[int | None, "the seed of the target's displacements; null if there are none"]
+    n_action_steps: Natural
+    perturb: Annotated[str | None, told("the perturbation, as --perturb takes it; null if there is none")]
     backend: str
-    backbone: Annotated[str, "how the backbone runs"]
+    backbone: Annotated[str, told("how the backbone runs")]
     precision: str
-    episodes: Annotated[int, "of the run, without an error and with routes that all have a price: these are priced"]
-    queries: int
-    full_queries: int
-    actions: Annotated[int, "that these episodes executed"]
-    ms_per_action: Annotated[float, "every query at the price of its route / executed actions"]
+    episodes: Annotated[Natural, told("of the run, that are priced: no error, and a price for each of their routes")]
+    queries: Natural
+    full_queries: Natural
+    actions: Annotated[Natural, told("that these episodes executed")]
+    ms_per_action: Annotated[float, told("every query at the price of its route / executed actions")]
     ms_per_action_interval: Annotated[
-        tuple[float, float] | None, "95%, bootstrap over episodes at fixed prices; null for too few"
+        tuple[float, float] | None, told("95%, bootstrap over episodes at fixed prices; null for too few")
     ]
-    suite: Annotated[str, "that the decisions were made in"]
-    decisions_of: Annotated[str, "the bundle that made them"]
-    route_ms: Annotated[dict[str, float], "measured, of the replayed episodes: p50 of a query, by route"]
-    route_queries: Annotated[dict[str, int], "how many that is of"]
-    episode_ms: Annotated[tuple[float, ...], "measured, of the queries of each of `Replay.replayed`"]
-    replayed_ms_per_action: Annotated[float, "measured, of these episodes"]
-    priced_ms_per_action: Annotated[float, "what the prices make of the same episodes"]
-    backbone_precision: Annotated[str, "bundle: what its weights are stored in"] = "bundle"
-    baseline: Annotated[str | None, "the baseline run, of as many actions a query, that speedup is over"] = None
-    speedup: Annotated[float | None, "of an action, over the baseline's, on the episodes of both"] = None
-    speedup_interval: Annotated[tuple[float, float] | None, "95%, bootstrap over episodes; null for too few"] = None
+    suite: Annotated[str, told("that the decisions were made in")]
+    decisions_of: Annotated[str, told("the bundle that made them")]
+    route_ms: Annotated[dict[str, float], told("measured, of the replayed episodes: p50 of a query, by route")]
+    route_queries: Annotated[dict[str, Natural], told("how many that is of")]
+    episode_ms: Annotated[tuple[float, ...], told("measured, of the queries of each of `Replay.replayed`")]
+    replayed_ms_per_action: Annotated[float, told("measured, of these episodes")]
+    priced_ms_per_action: Annotated[float, told("what the prices make of the same episodes")]
+    backbone_precision: Annotated[str, told("bundle: what its weights are stored in")] = "bundle"
+    baseline: Annotated[str | None, told("the baseline run, of as many actions a query, that speedup is over")] = None
+    speedup: Annotated[float | None, told("of an action, over the baseline's, on the episodes of both")] = None
+    speedup_interval: Annotated[tuple[float, float] | None, told("95%, bootstrap over episodes; null for too few")] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         """Raises UserError: out of range."""
@@ -60,23 +59,22 @@ class ReplayRow:
             raise UserError(f"the ms_per_action_interval of {self.results} is {bounds}: it must be two times, in order")
 
 
-@dataclass(frozen=True)
-class Replay:
+class Replay(Record, frozen=True):
     """Runs of one bundle, replayed on one machine."""
 
     command: str
-    bundle: Annotated[str, "the bundle's name"]
+    bundle: Annotated[str, told("the bundle's name")]
     bundle_sha256: str
-    hardware: dict[str, object]
+    hardware: dict[str, str | int]
     versions: dict[str, str]
-    boundary: Annotated[str, "in words, what the times include"]
+    boundary: Annotated[str, told("in words, what the times include")]
     rows: tuple[ReplayRow, ...]
     prices: Annotated[
         dict[str, dict[str, float]], "ms of a query by route: in mode baseline, and in modes with a draft (`draft`)"
     ]
-    replayed: Annotated[dict[str, tuple[tuple[int, ...], ...]], "by suite, the (task, trial) of each episode"]
-    images: Annotated[int | None, "of an observation"] = None
-    prompt_tokens: Annotated[int | None, "of every prompt; null if they are the tasks' own"] = None
+    replayed: Annotated[dict[str, tuple[tuple[Natural, ...], ...]], "by suite, the (task, trial) of each episode"]
+    images: Annotated[Natural | None, told("of an observation")] = None
+    prompt_tokens: Annotated[Natural | None, told("of every prompt; null if they are the tasks' own")] = None
 
     def row(self, run: str) -> ReplayRow | None:
         """That of the run of that name."""
@@ -90,10 +88,9 @@ def read_replay(path: Path) -> Replay:
         UserError: it cannot be read, is not a replay, or times a run twice.
     """
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        replay = read_record(Replay, path)
+    except FileNotFoundError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    replay = from_json(Replay, data, str(path))
     twice = [run for run, count in Counter(row.run for row in replay.rows).items() if count > 1]
     if twice:
         raise UserError(f"{path} times run {twice[0]} twice. Replay again")

@@ -1,9 +1,9 @@
 """The acceptance tolerance from data, with a bound on how often a query is accepted wrongly.
 
-In shadow mode every query runs the main head too. The recorded gaps say, for each step of the live plan that a query
-could commit, how far the draft and how far the main head's new plan are from it. A step is *right* while the new
-plan moves it by at most `limit` and keeps its gripper. A query is accepted wrongly when it commits a step that is
-not right. An episode's false-accept rate is the share of wrongly accepted queries among those that have such a step.
+In shadow mode every query runs the main head too. The recorded gaps say, for each step of the chunk that a query could
+commit, how far the draft and how far the main head's new chunk are from it. A step is *right* while the new chunk moves
+it by at most `limit` and keeps its gripper. A query is accepted wrongly when it commits a step that is not right. An
+episode's false-accept rate is the share of wrongly accepted queries among those that have such a step.
 
 The tolerance is `scale * spread`. `spread` is the draft's own error by dimension: a quantile of its gap at steps
 that are right, in the first part of the episodes. `scale` is the largest for which the n episodes of the second part
@@ -36,10 +36,10 @@ CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # alphas that are shown beside the on
 
 @dataclass(frozen=True)
 class Judged:
-    """A query that tested a live plan. Gaps [n, A] over the steps that it could commit, n >= 1."""
+    """A query that tested a chunk. Gaps [n, A] over the steps that it could commit, n >= 1."""
 
     draft: NDArray[np.float64]
-    right: int  # leading steps that the main head's new plan confirms
+    right: int  # leading steps that the main head's new chunk confirms
 
     @property
     def can_be_wrong(self) -> bool:
@@ -61,12 +61,12 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class Effect:
     """What a tolerance does to held-out episodes. Intervals are 95%, bootstrapped over episodes; None for few."""
 
     alpha: float | None  # that it was chosen for
     tolerance: tuple[float, ...]  # by arm dimension, environment units
-    acceptance: float  # share of the queries that tested a plan
+    acceptance: float  # share of the queries that tested a chunk
     acceptance_interval: Interval | None
     false_accepts: float  # mean of the episodes' false-accept rates
     false_accepts_interval: Interval | None
@@ -76,9 +76,9 @@ class Acceptance:
 class Calibration:
     """A tolerance and what it does on the held-out episodes, beside the bundle's own and other alphas'."""
 
-    chosen: Acceptance
-    before: Acceptance
-    curve: tuple[Acceptance, ...]
+    chosen: Effect
+    before: Effect
+    curve: tuple[Effect, ...]
     limit: tuple[float, ...]  # by arm dimension, environment units
     episodes: tuple[int, int, int]  # for the spread, for the scale, held out
 
@@ -86,7 +86,7 @@ class Calibration:
 def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None = None, seed: int = 0) -> Calibration:
     """Chooses the tolerance on three fifths of a shadow run's episodes and measures it on the others.
 
-    limit: how far the main head may move a step, in environment units, and the plan still counts as right;
+    limit: how far the main head may move a step, in environment units, and the chunk still counts as right;
     None: the run's own tolerance, by dimension. seed: of which episodes are in which part.
 
     Raises:
@@ -94,27 +94,27 @@ def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None
     """
     settings = shadow.settings
     if settings.mode != "shadow":
-        raise UserError(f"the results are of mode {settings.mode}; calibrate needs: rsd-trt eval --mode shadow")
-    if settings.bundle_sha256 != bundle.fingerprint:
+        raise UserError(f"the results are of mode {settings.label}; calibrate needs: rsd-trt eval --mode shadow")
+    if settings.policy_sha256 != bundle.fingerprint:
         raise UserError(
-            f"the results are of bundle {settings.bundle_sha256[:12]}, {bundle.path} is {bundle.fingerprint[:12]}. "
+            f"the results are of bundle {settings.policy_sha256[:12]}, {bundle.path} is {bundle.fingerprint[:12]}. "
             "Evaluate it: rsd-trt eval --mode shadow"
         )
     if bundle.config.rsd.rule != "actions":
         raise UserError(f"rsd.rule is {bundle.config.rsd.rule}; only the rule actions has a tolerance to calibrate")
-    limits = np.array(settings.rsd.tolerance if limit is None else (limit,) * ARM_DIMS)
+    limits = np.array(settings.of_bundle.rsd.tolerance if limit is None else (limit,) * ARM_DIMS)
     episodes = [queries for e in shadow.episodes if e.error is None and (queries := judged(e, limits))]
     order = np.random.default_rng(seed).permutation(len(episodes))
     parts = [[episodes[i] for i in part] for part in np.array_split(order, PARTS)]
     for_spread, for_scale, held_out = parts[0], parts[1] + parts[2], parts[3] + parts[4]
     if not held_out:
-        raise UserError(f"{len(episodes)} episodes that tested a plan are too few to hold some out: evaluate more")
+        raise UserError(f"{len(episodes)} episodes that tested a chunk are too few to hold some out: evaluate more")
     spread = draft_spread(for_spread)
     return Calibration(
-        chosen=measure(choose_tolerance(for_scale, spread, alpha), held_out, alpha),
-        before=measure(np.array(bundle.config.rsd.tolerance), held_out, None),
+        chosen=effect(choose_tolerance(for_scale, spread, alpha), held_out, alpha),
+        before=effect(np.array(bundle.config.rsd.tolerance), held_out, None),
         curve=tuple(
-            measure(choose_tolerance(for_scale, spread, other), held_out, other)
+            effect(choose_tolerance(for_scale, spread, other), held_out, other)
             for other in CURVE
             if other >= least_alpha(len(for_scale))
         ),
@@ -124,7 +124,7 @@ def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None
 
 
 def judged(episode: Episode, limit: NDArray[np.float64]) -> list[Judged]:
-    """The episode's queries that tested a live plan, judged by `limit` [arm dimensions]."""
+    """The episode's queries that tested a chunk, judged by `limit` [arm dimensions]."""
     found = []
     for query in episode.queries:
         if query.draft_gap and query.main_gap:
@@ -135,14 +135,14 @@ def judged(episode: Episode, limit: NDArray[np.float64]) -> list[Judged]:
 
 
 def draft_spread(episodes: Sequence[Sequence[Judged]]) -> NDArray[np.float64]:
-    """[arm dimensions], the draft's error where the plan was right.
+    """[arm dimensions], the draft's error where the chunk was right.
 
     Raises:
         UserError: it never was.
     """
     right = [query.draft[0, :ARM_DIMS] for queries in episodes for query in queries if query.right]
     if not right:
-        raise UserError("in no query did the main head confirm the plan: there is nothing to accept")
+        raise UserError("in no query did the main head confirm the chunk: there is nothing to accept")
     return np.maximum(np.quantile(right, SPREAD_QUANTILE, axis=0), FINEST)
 
 
@@ -182,7 +182,7 @@ def choose_tolerance(
     return np.clip(below, 0.0, widest).round(4)
 
 
-def measure(tolerance: NDArray[np.float64], episodes: Sequence[Sequence[Judged]], alpha: float | None) -> Acceptance:
+def effect(tolerance: NDArray[np.float64], episodes: Sequence[Sequence[Judged]], alpha: float | None) -> Effect:
     """What a tolerance [arm dimensions] does to episodes."""
     accepted, tested, rates = [], [], []
     for queries in episodes:
@@ -191,7 +191,7 @@ def measure(tolerance: NDArray[np.float64], episodes: Sequence[Sequence[Judged]]
         accepted.append(sum(count > 0 for count in committed))
         tested.append(len(queries))
         rates.append(wrong / max(sum(query.can_be_wrong for query in queries), 1))
-    return Acceptance(
+    return Effect(
         alpha=alpha,
         tolerance=tuple(map(float, tolerance)),
         acceptance=sum(accepted) / sum(tested),

@@ -1,36 +1,23 @@
-"""The report's charts as inline SVG: with units, readable on light and dark, in colour-blind-safe colours.
+"""The report's charts: with units, and in colours that colour-blind people can tell apart.
 
-They are small, so that a phone shows them without shrinking the text. Text is left as text, and takes the page's
-font and colour.
+They are small, so that a phone shows them without shrinking the text.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rsd_trt.config import ACTION_NAMES
-from rsd_trt.eval.report.breakdown import (
-    GROUPS,
-    PHASES,
-    Agreement,
-    Group,
-    agreement_by_dimension,
-    agreement_by_step,
-    executed,
-    phases,
-    route_times,
-)
-from rsd_trt.eval.report.conclusion import SUCCESS_TARGET
-from rsd_trt.eval.report.diagnosis import Picture
-from rsd_trt.eval.report.plots import COLOURS
+from rsd_trt.eval.plots import COLOURS
+from rsd_trt.eval.report.breakdown import GROUPS, PHASES, Agreement, Group
 from rsd_trt.eval.report.runs import Run
 from rsd_trt.eval.report.svg import INK, Chart, draw_chart, legend
-from rsd_trt.eval.report.wording import listed, number
-from rsd_trt.eval.results import HISTOGRAM_BINS, Results, Throughput
+from rsd_trt.eval.report.targets import SUCCESS_TARGET
+from rsd_trt.eval.results import Throughput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,8 +56,8 @@ def success_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def phase_chart(run: Run) -> Chart | None:
-    """Acceptance over the episode; None when no query tested a live plan."""
-    found = phases(run.results)
+    """Acceptance over the episode; None when no query tested a chunk."""
+    found = run.breakdown.phases
     if not any(phase.tested for phase in found):
         return None
 
@@ -102,7 +89,7 @@ def phase_chart(run: Run) -> Chart | None:
 
 def route_chart(run: Run) -> Chart | None:
     """Latency of a query by kind of route; None without queries."""
-    times = route_times(run.results)
+    times = run.breakdown.routes
     if not times:
         return None
 
@@ -110,12 +97,12 @@ def route_chart(run: Run) -> Chart | None:
         axes = figure.add_subplot()
         rows = list(reversed(times))
         for row, part in enumerate(rows):
-            p5, p25, p50, p75, p95 = np.percentile(part.ms, (5, 25, 50, 75, 95))
+            p5, p25, p50, p75, p95 = (part.ms[name] for name in ("p5", "p25", "p50", "p75", "p95"))
             colour = GROUP_COLOURS[part.group]
             axes.plot((p5, p95), (row, row), color=colour, linewidth=1.5)
             axes.barh(row, p75 - p25, 0.5, left=p25, color=colour)
             axes.plot((p50, p50), (row - 0.32, row + 0.32), color=INK, linewidth=2)
-        axes.set_yticks(range(len(rows)), [f"{part.group}\nn = {len(part.ms):,}" for part in rows])
+        axes.set_yticks(range(len(rows)), [f"{part.group}\nn = {part.queries:,}" for part in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlim(left=0)
         axes.set_xlabel("ms a query")
@@ -130,7 +117,7 @@ def throughput_chart(runs: Sequence[Run]) -> Chart | None:
     modes: dict[str, dict[int, Throughput]] = {}
     for run in runs:
         if (found := run.results.throughput) is not None:
-            points = modes.setdefault(run.results.settings.mode, {})
+            points = modes.setdefault(run.results.settings.label, {})
             fastest = points.get(found.workers, found)
             points[found.workers] = max(fastest, found, key=lambda one: one.episodes_per_second)
     modes = {mode: points for mode, points in modes.items() if len(points) > 1}
@@ -160,66 +147,48 @@ def throughput_chart(runs: Sequence[Run]) -> Chart | None:
     return draw_chart("throughput", draw, 2.9, caption)
 
 
-def picture(kind: Picture, name: str, results: Results) -> Chart | None:
-    """The chart that belongs to a finding of the diagnosis; None where its data is absent."""
-    drawn: dict[Picture, Callable[[str, Results], Chart | None]] = {
-        "actions": _actions_chart,
-        "dimensions": _dimensions_chart,
-        "steps": _steps_chart,
-        "tokens": _tokens_chart,
-    }
-    return drawn[kind](name, results)
-
-
-def _actions_chart(name: str, results: Results) -> Chart | None:
-    found, training = executed(results), results.settings.training_actions
-    if found is None:
+def actions_chart(run: Run) -> Chart | None:
+    """Ranges of the executed actions, beside the training data's; None where no action was recorded."""
+    found = run.breakdown.actions
+    if not found:
         return None
 
     def draw(figure: Figure) -> None:
-        centres = (np.arange(HISTOGRAM_BINS) + 0.5) * 2 / HISTOGRAM_BINS - 1
-        panels = figure.subplots(4, 2, sharex=True).ravel()
-        for i, (axes, title) in enumerate(zip(panels, ACTION_NAMES, strict=False)):
-            counts = np.asarray(found.histogram[i])
-            axes.bar(centres, counts / max(1, counts.sum()) * 100, 2 / HISTOGRAM_BINS * 0.9, color=BLUE)
-            if training is not None:
-                axes.axvspan(training.q01[i], training.q99[i], color=ORANGE, alpha=0.25, linewidth=0, zorder=0)
-            axes.axvline(found.mean[i], color=VERMILION, linewidth=1.2)
-            axes.set_title(title, fontsize=10, pad=2)
-            axes.grid(visible=False)
-        for axes in panels[len(ACTION_NAMES) :]:
-            axes.set_axis_off()
-        panels[len(ACTION_NAMES) - 2].tick_params(labelbottom=True)  # the lowest of its column
-        figure.supxlabel("environment units", fontsize=10)
-        figure.supylabel("steps, %", fontsize=10)
+        axes = figure.add_subplot()
+        for row, one in enumerate(reversed(found)):
+            if one.training is not None:
+                low, high = one.training
+                axes.barh(row, high - low, 0.6, left=low, color=ORANGE, alpha=0.4)
+            axes.plot((one.minimum, one.maximum), (row, row), color=BLUE, linewidth=1.5)
+            axes.plot(one.mean, row, "o", color=BLUE, markersize=6)
+        axes.set_yticks(range(len(found)), [one.dimension for one in reversed(found)])
+        axes.set_xlabel("environment units")
+        axes.grid(axis="y", visible=False)
 
-    band = "band: 1% to 99% of the training data" if training else "the bundle has no training statistics"
-    return draw_chart(
-        f"actions {name}", draw, 4.8, f"{name}: {found.steps:,} executed actions; red line: mean; {band}."
-    )
+    bar = "bar: 1% to 99% of the training data" if found[0].training else "the bundle has no training statistics"
+    caption = f"{run.name}: {run.breakdown.action_steps:,} executed actions; line: their range; point: mean; {bar}."
+    return draw_chart(f"actions {run.name}", draw, 2.9, caption)
 
 
-def _dimensions_chart(name: str, results: Results) -> Chart | None:
-    found = agreement_by_dimension(results)
-    if found is None:
-        return None
-    return _agreement_chart(name, "dimension", "steps within the tolerance, %", ACTION_NAMES, found)
+def agreement_charts(run: Run) -> tuple[Chart, ...]:
+    """Agreement by dimension and by step ahead, of a shadow-mode run, and by RFSQ layer."""
+    found, charts = run.breakdown, []
+    if found.by_dimension is not None:
+        charts.append(_agreement(run, "dimension", "steps within the tolerance, %", ACTION_NAMES, found.by_dimension))
+    if found.by_step is not None:
+        steps = [str(i + 1) for i in range(len(found.by_step.n))]
+        charts.append(_agreement(run, "step ahead", "queries that agree, %", steps, found.by_step))
+    if found.layers:
+        charts.append(_layers(run))
+    return tuple(charts)
 
 
-def _steps_chart(name: str, results: Results) -> Chart | None:
-    found = agreement_by_step(results)
-    if found is None:
-        return None
-    labels = [str(i + 1) for i in range(len(found.draft))]
-    return _agreement_chart(name, "step ahead", "queries that agree, %", labels, found)
-
-
-def _agreement_chart(name: str, what: str, unit: str, labels: Sequence[str], found: Agreement) -> Chart:
+def _agreement(run: Run, what: str, unit: str, labels: Sequence[str], found: Agreement) -> Chart:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         places = np.arange(len(labels))
         axes.bar(places - 0.2, np.asarray(found.draft) * 100, 0.38, color=BLUE, label="draft")
-        axes.bar(places + 0.2, np.asarray(found.main) * 100, 0.38, color=ORANGE, label="main head's next plan")
+        axes.bar(places + 0.2, np.asarray(found.main) * 100, 0.38, color=ORANGE, label="main head's next chunk")
         axes.set_xticks(places, labels)
         axes.set_xlabel(what)
         axes.set_ylabel(unit)
@@ -227,24 +196,21 @@ def _agreement_chart(name: str, what: str, unit: str, labels: Sequence[str], fou
         axes.grid(axis="x", visible=False)
         legend(axes, 2)
 
-    caption = f"{name}: agreement with the live plan by {what}; n = {number(max(found.n))}."
-    return draw_chart(f"{what} {name}", draw, 2.9, caption)
+    caption = f"{run.name}: agreement with what is left of the chunk, by {what}; n = {max(found.n):,}."
+    return draw_chart(f"{what} {run.name}", draw, 2.9, caption)
 
 
-def _tokens_chart(name: str, results: Results) -> Chart | None:
-    shares, chance = results.token_agreement, results.token_agreement_chance
-    if shares is None:
-        return None
+def _layers(run: Run) -> Chart:
+    layers = run.breakdown.layers
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.bar(range(len(shares)), np.asarray(shares) * 100, 0.6, color=BLUE)
-        axes.axhline(chance * 100, color=VERMILION, linestyle="--", linewidth=1.2)
-        axes.set_xticks(range(len(shares)), [f"L{i}" for i in range(len(shares))])
-        axes.set_xlabel(f"RFSQ layer (dashed: chance, {chance:.0%})")
+        axes.bar(range(len(layers)), [layer.equal * 100 for layer in layers], 0.6, color=BLUE)
+        axes.axhline(layers[0].chance * 100, color=VERMILION, linestyle="--", linewidth=1.2)
+        axes.set_xticks(range(len(layers)), [f"L{i}" for i in range(len(layers))])
+        axes.set_xlabel(f"RFSQ layer (dashed: chance, {layers[0].chance:.0%})")
         axes.set_ylabel("equal tokens, %")
         axes.set_ylim(0, 100)
         axes.grid(axis="x", visible=False)
 
-    layers = listed([f"L{i} {share:.0%}" for i, share in enumerate(shares)])
-    return draw_chart(f"tokens {name}", draw, 2.6, f"{name}: draft and main head give the same token: {layers}.")
+    return draw_chart(f"tokens {run.name}", draw, 2.6, f"{run.name}: draft and main head give the same token.")

@@ -2,63 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
 from rsd_trt.eval.results import Episode, Results, Settings
-from rsd_trt.eval.statistics import Interval, McNemar, bootstrap_speedup, mcnemar_exact
-from rsd_trt.jsonio import to_json
+from rsd_trt.eval.statistics import (
+    CONFIDENCE,
+    Interval,
+    McNemar,
+    bootstrap_speedup,
+    mcnemar_exact,
+    smallest_provable_loss,
+)
+from rsd_trt.records import to_json
 
-Unit = Literal["%", "ms", ""]
+Difference = Literal["higher", "lower", "not shown"]
 
 # What must be equal. The mode is what differs; `timing` and `hardware` may, and then no speed-up is given.
 SAME = (
-    *("policy", "suite", "tasks", "trials", "perturb", "backend", "precision", "backbone", "device", "protocol"),
-    "backbone_precision",
-    *("max_steps", "n_action_steps", "seed", "bundle_sha256", "exports_sha256", "control", "versions"),
+    *("policy_sha256", "suite", "tasks", "trials", "perturb", "device", "protocol", "max_steps", "n_action_steps"),
+    *("seed", "control", "versions"),
+    *("backend", "precision", "backbone", "backbone_precision", "exports_sha256"),  # of the bundle's
 )
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A number of a run that is worth a line."""
-
-    label: str
-    unit: Unit
-    of: Callable[[Results], float | None]
-
-
-FIGURES = {
-    "success_rate": Figure("success rate", "%", lambda run: run.final_success_rate),
-    "episodes": Figure("episodes", "", lambda run: run.total_episodes),
-    "errors": Figure("errors", "", lambda run: run.errors),
-    "ms_per_action": Figure("policy time per action", "ms", lambda run: run.avg_inference_time_ms),
-    "query_ms_p50": Figure("query p50", "ms", lambda run: (run.query_ms or {}).get("p50")),
-    "query_ms_p95": Figure("query p95", "ms", lambda run: (run.query_ms or {}).get("p95")),
-    "displaced": Figure("episodes with a displaced target", "", lambda run: displaced(run)),
-    "queries": Figure("queries", "", lambda run: run.queries),
-    "full_queries": Figure("full queries", "", lambda run: run.full_queries),
-    "actions_per_query": Figure("actions per query", "", lambda run: run.actions_per_query),
-    "steps_per_second": Figure("steps per second, simulation included", "", lambda run: run.steps_per_second),
-    "accepted": Figure("accepted", "%", lambda run: run.rsd_stats.draft_acceptance_rate),
-    "partially_accepted": Figure("partially accepted", "%", lambda run: run.rsd_stats.partial_acceptance_rate),
-    "rejected": Figure("rejected", "%", lambda run: run.rsd_stats.full_rejection_rate),
-}
+def figures(run: Results) -> dict[str, float | None]:
+    """The figures of a run by name, for programs."""
+    times = run.query_ms or {}
+    return {
+        "success_rate": run.final_success_rate,
+        "episodes": run.total_episodes,
+        "errors": run.errors,
+        "ms_per_action": run.avg_inference_time_ms,
+        "query_ms_p50": times.get("p50"),
+        "query_ms_p95": times.get("p95"),
+        "target_moved": moved(run),
+        "queries": run.queries,
+        "full_queries": run.full_queries,
+        "actions_per_query": run.actions_per_query,
+        "steps_per_second": run.steps_per_second,
+        "accepted": run.rsd_stats.draft_acceptance_rate,
+        "partially_accepted": run.rsd_stats.partial_acceptance_rate,
+        "rejected": run.rsd_stats.full_rejection_rate,
+    }
 
 
-def displaced(run: Results) -> int | None:
-    """The episodes whose target was displaced, of those without an error; None where none was to be."""
+def moved(run: Results) -> int | None:
+    """The episodes whose target was moved, of those without an error; None where none was to be."""
     if run.settings.perturb is None:
         return None
     return sum(episode.displacement is not None for episode in run.episodes if episode.error is None)
-
-
-def figures(run: Results) -> dict[str, float | None]:
-    """The figures of a run, by the keys of `FIGURES`."""
-    return {key: figure.of(run) for key, figure in FIGURES.items()}
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,8 @@ class Comparison:
     success: Annotated[tuple[float, float], "success rates over the pairs"]
     success_points: Annotated[float, "the second success rate less the first, in percentage points"]
     mcnemar: McNemar
+    difference: Annotated[Difference, "of the second run's success, by McNemar's exact test at 5%"]
+    provable_loss: Annotated[int | None, "fewest episodes lost, none gained, that would show; null: none would"]
     ms_per_action: Annotated[tuple[float, float] | None, "over the pairs; null where there is no speed-up"]
     speedup: SpeedUp | None
     no_speedup: Annotated[str | None, "why there is no speed-up"]
@@ -102,33 +100,48 @@ def compare(a: Results, b: Results, free: Collection[str] = ()) -> Comparison:
         raise UserError("these runs cannot be compared: no episode ended without an error in both")
     success = (sum(x.success for x, _ in pairs) / len(pairs), sum(y.success for _, y in pairs) / len(pairs))
     cost, reason = _cost(a.settings, b.settings, pairs)
-    shared = to_json(a.settings)
+    modes = a.settings.of_bundle.mode, b.settings.of_bundle.mode
+    test = mcnemar_exact(
+        gained=sum(y.success and not x.success for x, y in pairs),
+        lost=sum(x.success and not y.success for x, y in pairs),
+    )
     return Comparison(
-        modes=(a.settings.mode, b.settings.mode),
+        modes=modes,
         pairs=len(pairs),
         left_out=len(a.settings.tasks) * a.settings.trials - len(pairs),
         success=success,
         success_points=(success[1] - success[0]) * 100,
-        mcnemar=mcnemar_exact(
-            gained=sum(y.success and not x.success for x, y in pairs),
-            lost=sum(x.success and not y.success for x, y in pairs),
-        ),
+        mcnemar=test,
+        difference=_difference(test),
+        provable_loss=smallest_provable_loss(len(pairs)),
         ms_per_action=cost,
         speedup=SpeedUp(cost[0] / cost[1], bootstrap_speedup(*_time_and_steps(pairs))) if cost else None,
         no_speedup=reason,
         other_hardware=tuple(_differences("hardware", a.settings.hardware, b.settings.hardware)),
-        figures={a.settings.mode: figures(a), b.settings.mode: figures(b)},
-        settings={name: shared[name] for name in SAME if name not in free},
-        trained=a.settings.trained,
+        figures={modes[0]: figures(a), modes[1]: figures(b)},
+        settings={name: value for name, value in _comparable(a.settings).items() if name not in free},
+        trained=a.settings.of_bundle.trained,
     )
+
+
+def _difference(test: McNemar) -> Difference:
+    if test.p >= 1 - CONFIDENCE:
+        return "not shown"
+    return "higher" if test.gained > test.lost else "lower"
 
 
 def differences(a: Settings, b: Settings, free: Collection[str] = ()) -> list[str]:
     """Why two runs may not be compared: each setting that differs and is not `free`, with both values; empty if they
     may be."""
-    left, right = to_json(a), to_json(b)
+    left, right = _comparable(a), _comparable(b)
     different = [line for name in SAME if name not in free for line in _differences(name, left[name], right[name])]
-    return [*different, f"both are of mode {a.mode!r}"] if a.mode == b.mode else different
+    return [*different, f"both are of mode {a.label!r}"] if a.mode == b.mode else different
+
+
+def _comparable(settings: Settings) -> dict[str, object]:
+    """The settings that must be equal, by the names in `SAME`."""
+    told = to_json(settings) | (to_json(settings.bundle) if settings.bundle is not None else {})
+    return {name: told.get(name) for name in SAME}
 
 
 def _differences(name: str, left: object, right: object) -> Iterator[str]:
@@ -152,14 +165,14 @@ def _cost(
 ) -> tuple[tuple[float, float] | None, str | None]:
     """ms of policy time per action in both runs, or why these may not be set against each other."""
     if a.hardware != b.hardware:
-        return None, "not measured: other hardware"
+        return None, "other hardware"
     if "batched" in (a.timing, b.timing):
-        return None, "not measured: batched timing"
+        return None, "batched timing"
     if "shadow" in (a.mode, b.mode):
-        return None, "not measured: shadow mode computes all that rsd would save"
+        return None, "shadow mode computes all that rsd would save"
     (a_ms, a_steps), (b_ms, b_steps) = (tuple(map(sum, zip(*run, strict=True))) for run in _time_and_steps(pairs))
     if not (a_ms and a_steps and b_ms and b_steps):
-        return None, "not measured: no action was executed"
+        return None, "no action was executed"
     return (a_ms / a_steps, b_ms / b_steps), None
 
 

@@ -39,7 +39,7 @@ class Gallery:
 def gallery(runs: Sequence[Run]) -> Gallery:
     """The failures of the first run that has any: rsd's before the baseline's. Files that are absent or no JPEG are
     left out, and the note says so."""
-    ordered = sorted(runs, key=lambda run: PREFERRED.index(run.results.settings.mode))
+    ordered = sorted(runs, key=lambda run: PREFERRED.index(run.results.settings.of_bundle.mode))
     run = next((run for run in ordered if _failures(run)), None)
     if run is None:
         return Gallery("Failures", (), "No episode failed.")

@@ -1,4 +1,4 @@
-"""Runs as the report needs them: named, and paired with a baseline."""
+"""Runs as the report needs them: named, paired with a baseline, and with all that follows from them computed once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from rsd_trt.config import MODES
 from rsd_trt.errors import UserError
 from rsd_trt.eval.profile.replay_record import Replay, ReplayRow
 from rsd_trt.eval.read import read_run
+from rsd_trt.eval.report.breakdown import Breakdown, breakdown
 from rsd_trt.eval.report.compare import Comparison, SpeedUp, compare, differences
-from rsd_trt.eval.results import Results, Settings
+from rsd_trt.eval.report.targets import Target, targets
+from rsd_trt.eval.results import BundleSettings, Results
 from rsd_trt.eval.statistics import counted
-from rsd_trt.jsonio import to_json
+from rsd_trt.records import to_json
 
 SAME_RATE = 0.01  # a control that accepts more or less often than that beside a run is none
 
@@ -25,22 +27,24 @@ class Run:
     A run of mode rsd has the run of mode random named `control`, and `versus_control` is its comparison with that.
 
     throughput_only: another run of its kind asked for more episodes, or for the same on another number of workers, so
-    that this one adds nothing but its throughput.
+    that this one adds nothing but its throughput: it has no targets.
     """
 
     name: str
     path: Path
     results: Results
+    breakdown: Breakdown
+    throughput_only: bool = False
     baseline: str | None = None
     versus: Comparison | None = None
     alone: str | None = None
-    throughput_only: bool = False
     control: str | None = None
     versus_control: Comparison | None = None
+    targets: tuple[Target, ...] = ()
 
 
-def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
-    """Every file as a run, baselines first, each compared with the baseline of the same settings.
+def read_runs(paths: Sequence[Path], replay: Replay | None = None) -> tuple[Run, ...]:
+    """Every file as a run, as `pair_up`.
 
     Raises:
         UserError: as `read_run`, a file is given twice, or a run is not of a bundle.
@@ -51,32 +55,42 @@ def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
             raise UserError(f"{path} is given twice")
     runs = [(path, read_run(path)) for path in paths]
     for path, results in runs:
-        if results.settings.policy != "bundle":
-            raise UserError(f"{path} is a run of the {results.settings.policy}; a report is on runs of bundles")
-    return pair_up(runs)
+        if results.settings.bundle is None:
+            raise UserError(f"{path} is a run of {results.settings.policy}, a script; a report is on runs of bundles")
+    return pair_up(runs, replay)
 
 
-def pair_up(runs: Sequence[tuple[Path, Results]]) -> tuple[Run, ...]:
-    """Names the runs and compares each with its baseline, and those of mode rsd with their control."""
-    ordered = sorted(runs, key=lambda run: MODES.index(run[1].settings.mode))
+def pair_up(runs: Sequence[tuple[Path, Results]], replay: Replay | None = None) -> tuple[Run, ...]:
+    """Names the runs, baselines first, compares each with the baseline of the same settings, and those of mode rsd with
+    their control. replay: its speed-ups stand in the place of the runs' own."""
+    ordered = sorted(runs, key=lambda run: MODES.index(run[1].settings.of_bundle.mode))
     every = [results for _, results in ordered]
     names = run_names(every)
     named = [
-        Run(name, path, results, throughput_only=_adds_only_throughput(results, every))
+        Run(name, path, results, breakdown(results), _adds_only_throughput(results, every))
         for name, (path, results) in zip(names, ordered, strict=True)
     ]
     baselines = [run for run in named if run.results.settings.mode == "baseline"]
     controls = [run for run in named if run.results.settings.mode == "random" and not run.throughput_only]
-    return tuple(
+    paired = tuple(
         run if run in baselines or run.throughput_only else _controlled(_compared(run, baselines), controls)
         for run in named
     )
+    return tuple(_judged(run) for run in (paired if replay is None else _timed(replay, paired)))
+
+
+def _judged(run: Run) -> Run:
+    """With its targets."""
+    if run.throughput_only:
+        return run
+    speedup, why = (run.versus.speedup, run.versus.no_speedup) if run.versus else (None, run.alone)
+    return replace(run, targets=targets(run.results, speedup, why))
 
 
 def run_names(runs: Sequence[Results]) -> list[str]:
     """The mode of each run, and whatever else it takes to tell it from the others. Where the tolerance or rate differs
     within a mode, every run of it is named with its own; where some are perturbed, every run says whether it is."""
-    names: list[str] = [run.settings.mode for run in runs]
+    names = [run.settings.label for run in runs]
     modes, traits = list(names), [_traits(run) for run in runs]
     for trait in traits[0] if traits else ():
         among = {"variant": modes, "perturbed": [""] * len(runs)}.get(trait, names)
@@ -116,7 +130,7 @@ def _same_on_fewer_workers(a: Results, b: Results) -> bool:
     return costs[0] < costs[1]
 
 
-def timed_by(replay: Replay, runs: Sequence[Run]) -> tuple[Run, ...]:
+def _timed(replay: Replay, runs: Sequence[Run]) -> tuple[Run, ...]:
     """The runs, with the replay's speed-ups in the place of those of their own times: it timed all of them alike."""
     return tuple(_timed_by(replay, run, {other.name: other for other in runs}) for run in runs)
 
@@ -138,18 +152,18 @@ def replayed(row: ReplayRow) -> SpeedUp | None:
 
 
 def _traits(run: Results) -> dict[str, str]:
-    settings = run.settings
+    settings, bundle = run.settings, run.settings.of_bundle
     workers = counted(run.throughput.workers, "worker") if run.throughput else "interrupted"
     return {
         "suite": settings.suite,
-        "bundle": settings.bundle,
-        "backend": settings.backend,
-        "precision": settings.precision,
-        "backbone": f"{settings.backbone_name} backbone",
+        "bundle": settings.policy,
+        "backend": bundle.backend,
+        "precision": bundle.precision,
+        "backbone": f"{bundle.backbone_name} backbone",
         "actions": f"{counted(settings.n_action_steps, 'action')} a query",
-        "variant": variant(settings),
+        "variant": variant(bundle),
         "protocol": f"protocol {settings.protocol}",
-        "perturbed": "unperturbed" if settings.perturb is None else f"perturbed with seed {settings.perturb}",
+        "perturbed": condition(settings.perturb),
         "hardware": str(settings.hardware.get("gpu", settings.hardware.get("cpu", ""))),
         "timing": f"{settings.timing} timing",
         "workers": workers,
@@ -165,10 +179,15 @@ def _conditions(a: Run, b: Run) -> tuple[bool, bool]:
 
 def _apart(control: Run, accepted: float) -> float:
     """How far the rate of a control is from that."""
-    return abs((control.results.settings.accept_rate or 0.0) - accepted)
+    return abs((control.results.settings.of_bundle.accept_rate or 0.0) - accepted)
 
 
-def variant(settings: Settings) -> str:
+def condition(perturb: str | None) -> str:
+    """`unperturbed`, or `perturbed (late:7)`."""
+    return "unperturbed" if perturb is None else f"perturbed ({perturb})"
+
+
+def variant(settings: BundleSettings) -> str:
     """What decides acceptance beside the mode: the tolerance of `rsd` and `shadow`, the rate of `random`."""
     if settings.accept_rate is not None:
         return f"accepting {settings.accept_rate:.1%}"

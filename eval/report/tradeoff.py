@@ -18,8 +18,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.profile.replay_record import Replay, ReplayRow
 from rsd_trt.eval.report.compare import Comparison, SpeedUp, compare, differences
 from rsd_trt.eval.report.runs import Run, replayed, variant
-from rsd_trt.eval.report.wording import listed, number
-from rsd_trt.eval.results import Results, Settings
+from rsd_trt.eval.results import BundleSettings, Results
 from rsd_trt.eval.statistics import CONFIDENCE, Interval, bootstrap_share, sign_flip
 
 FREE = ("n_action_steps",)  # the runs of a curve differ in it
@@ -43,7 +42,7 @@ class Point:
     mode: Mode
     variant: Annotated[str, "what decides acceptance: rsd's tolerance, random's rate; empty for baseline"]
     n_action_steps: int
-    perturb: int | None
+    perturb: str | None
     episodes: int
     success: float
     success_interval: Annotated[Interval, "95%, Wilson's score"]
@@ -71,7 +70,7 @@ class SameCost:
     run: str
     mode: Mode
     n_action_steps: int
-    perturb: int | None
+    perturb: str | None
     neighbours: Annotated[tuple[Neighbour, ...], "the baseline runs that enclose the cost, the dearer one first"]
     pairs: Annotated[int, "episodes that ended without an error in all of them"]
     success: Annotated[tuple[float, float] | None, "success rates over the pairs: that baseline's, the run's"]
@@ -131,9 +130,9 @@ def check_replay(replay: Replay, runs: Sequence[Run]) -> None:
                     f"the replay says of run {row.run} that its {name} is {getattr(row, name)!r}, its results "
                     f"{getattr(of, name)!r}. Replay again"
                 )
-        if of.bundle_sha256 != replay.bundle_sha256:
+        if of.policy_sha256 != replay.bundle_sha256:
             raise UserError(
-                f"the replay is of bundle {replay.bundle_sha256[:12]}, {row.results} of {of.bundle_sha256[:12]}. "
+                f"the replay is of bundle {replay.bundle_sha256[:12]}, {row.results} of {of.policy_sha256[:12]}. "
                 "Replay it with its own bundle"
             )
 
@@ -160,37 +159,12 @@ def judge_same_cost(success: tuple[float, float] | None, p: float | None) -> Jud
     return "above" if success[1] > success[0] else "below"
 
 
-def same_cost_sentences(found: Tradeoff) -> tuple[str, ...]:
-    """The rule, and what it says of each run of mode rsd."""
-    points = {point.run: point for point in found.points}
-    judged = [row for row in found.same_cost if row.mode == "rsd"]
-    return (*([RULE] if judged else []), *(_sentence(row, points[row.run]) for row in judged))
-
-
-def _sentence(row: SameCost, point: Point) -> str:
-    costs = f"An action of {row.run} takes {number(point.ms, 'ms')}"
-    if row.success is None or row.p is None:
-        return f"{costs}: no comparable run of mode baseline takes as long, so none costs the same."
-    of = [f"{n.run} at {number(n.ms, 'ms')} ({n.share:.0%})" for n in row.neighbours if n.share]
-    baseline, own = row.success
-    judged = {"above": "above it", "below": "below it"}.get(row.verdict, "not shown to be above or below it")
-    return (
-        f"{costs}. The baseline that costs the same, {listed(of)}, succeeds in {number(baseline, '%')}, this run in "
-        f"{number(own, '%')} ({(own - baseline) * 100:+.1f} points, p = {row.p:.2g}): {judged}."
-    )
-
-
-def condition(perturb: int | None) -> str:
-    """`unperturbed`, or `target displaced (seed 3)`."""
-    return "unperturbed" if perturb is None else f"target displaced (seed {perturb})"
-
-
 def _point(run: Run, replay: Replay | None) -> Point | str:
     """The run as a point, or why it is none."""
     results, settings = run.results, run.results.settings
     if results.final_success_rate is None or results.final_success_interval is None:
         return "no episode ended without an error"
-    timed: Settings | ReplayRow = settings
+    timed: BundleSettings | ReplayRow = settings.of_bundle
     row = replay.row(settings.run) if replay is not None else None
     if row is not None and replay is not None:
         ms, ms_interval, hardware, timed = row.ms_per_action, row.ms_per_action_interval, replay.hardware, row
@@ -212,9 +186,9 @@ def _point(run: Run, replay: Replay | None) -> Point | str:
     return Point(
         run=run.name,
         suite=settings.suite,
-        bundle=settings.bundle,
-        mode=settings.mode,
-        variant=variant(settings),
+        bundle=settings.policy,
+        mode=settings.of_bundle.mode,
+        variant=variant(settings.of_bundle),
         n_action_steps=settings.n_action_steps,
         perturb=settings.perturb,
         episodes=results.total_episodes,
@@ -233,7 +207,7 @@ def _largest(points: Sequence[Point], results: Mapping[str, Results]) -> list[Po
     kinds: dict[tuple[object, ...], Point] = {}
     for point in points:
         settings = results[point.run].settings
-        condition = (point.suite, settings.bundle_sha256, point.perturb)
+        condition = (point.suite, settings.policy_sha256, point.perturb)
         kind = (*condition, point.mode, point.variant, point.n_action_steps)
         kinds[kind] = max(kinds.get(kind, point), point, key=lambda p: (p.episodes, p.replayed))
     return list(kinds.values())

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from rsd_trt.config import Mode
-from rsd_trt.eval.report.plots import COLOURS
+from rsd_trt.eval.plots import COLOURS
+from rsd_trt.eval.report.runs import condition
 from rsd_trt.eval.report.svg import INK, Chart, draw_chart, draw_png
-from rsd_trt.eval.report.tradeoff import Point, Tradeoff, condition
-from rsd_trt.eval.report.wording import listed
+from rsd_trt.eval.report.tradeoff import Point, Tradeoff
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,9 +54,7 @@ class Panel:
 
 def panels(found: Tradeoff) -> tuple[Panel, ...]:
     """The points by condition: unperturbed ones first."""
-    conditions = sorted(
-        {(p.suite, p.bundle, p.perturb) for p in found.points}, key=lambda c: (*c[:2], -1 if c[2] is None else c[2])
-    )
+    conditions = sorted({(p.suite, p.bundle, p.perturb) for p in found.points}, key=lambda c: (*c[:2], c[2] or ""))
     several = len({c[:2] for c in conditions}) > 1
     return tuple(
         Panel(
@@ -105,10 +103,10 @@ def caption(found: Tradeoff) -> str:
     """What the chart shows, and what the times were taken on."""
     replayed = {point.replayed for point in found.points}
     how = {True: "queries at what replayed ones of their route take alone", False: "each query timed alone"}
+    times = " and ".join(how[kind] for kind in (True, False) if kind in replayed)
     return (
         "Success against policy time per action; numbers: actions a query. Bars: 95%, Wilson's score and a bootstrap "
-        f"over episodes. Times: {listed([how[kind] for kind in (True, False) if kind in replayed])}, on "
-        f"{found.points[0].timed_on}."
+        f"over episodes. Times: {times}, on {found.points[0].timed_on}."
     )
 
 

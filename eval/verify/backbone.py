@@ -12,18 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import BackboneKind, BackbonePrecision, BundleConfig
+from rsd_trt.config import BackboneKind, BackbonePrecision, BundleConfig, Precision, torch_dtype
 from rsd_trt.errors import Unavailable, UserError
-from rsd_trt.eval.verify.backbone_result import LIMITS, NO_LIMIT, Arithmetic, BackboneParity, Limit, worst
-from rsd_trt.eval.verify.components import DYNAMIC_ROWS, NotMeasured
-from rsd_trt.eval.verify.oracle import Oracle, last_positions, tower_features
-from rsd_trt.eval.verify.pixels import preprocessing
+from rsd_trt.eval.verify.components import BATCHES
+from rsd_trt.eval.verify.oracle import LEVELS, Oracle, last_positions, pil_pixels, tower_features
+from rsd_trt.eval.verify.result import (
+    INFINITE,
+    BackboneParity,
+    Limit,
+    NotMeasured,
+    computed_in,
+    worst,
+)
 from rsd_trt.manifest import Batch
 from rsd_trt.models.backbone import Backbone, BackboneInputs
 from rsd_trt.models.components import agreeing_steps
@@ -33,6 +38,24 @@ from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor
 
 ORACLE = "timm + transformers"
+LIMITS: dict[Precision, Limit] = {
+    "fp32": Limit(1e-3, 0.999999),
+    "bf16": Limit(INFINITE, 0.9999),
+    "fp8": Limit(INFINITE, 0.999),
+}
+NO_LIMIT = Limit(INFINITE, -1)
+LEVEL_LIMIT = 1.001  # PIL rounds its filter to 8 bits: a pixel may come out one level apart
+
+Results = Iterator[BackboneParity | NotMeasured]
+
+
+@dataclass(frozen=True)
+class BackboneRequest:
+    """The ways of running the backbone that are compared: every kind in every precision."""
+
+    backbones: tuple[BackboneKind, ...]
+    precisions: tuple[BackbonePrecision, ...]
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -46,58 +69,46 @@ class Answers:
     actions: Tensor  # [n, T, A]
 
 
-def verify_backbone(
-    bundle: Bundle,
-    kinds: Sequence[BackboneKind],
-    precisions: Sequence[BackbonePrecision],
-    device: torch.device,
-    observations: Sequence[Observation],
-) -> Iterator[BackboneParity | NotMeasured]:
+def verify_backbone(bundle: Bundle, request: BackboneRequest, observations: Sequence[Observation]) -> Results:
     """Preprocessing, towers, Llama blocks, and the whole backbone in every way asked for: one result at a time.
 
     What computes in bfloat16 is compared with the reference in float32 and in bfloat16. How far from float32 rounding
     alone leads, in 1 - cosine, is measured on the reference: no way of running may be twice as far. From the reference
     in bfloat16 it may be thrice as far, since what two independent roundings lose adds up.
     """
-    stored = bundle.config.backbone.dtype
-    arithmetics: dict[BackbonePrecision, Arithmetic] = {"bundle": stored, "bf16": "bfloat16", "fp8": "fp8"}
-    ways = {arithmetics[precision]: precision for precision in precisions}  # the same twice is run once
+    config, device = bundle.config, request.device
+    precisions = {computed_in(config.backbone, p): p for p in request.precisions}  # the same twice is run once
     with exact_float32():
         yield from preprocessing(bundle, device, observations)
-        references: dict[Arithmetic, tuple[str, Answers]] = {}
-        for arithmetic in ("float32", "bfloat16") if set(ways) - {"float32"} else ("float32",):
+        references: dict[Precision, tuple[str, Answers]] = {}
+        wanted: tuple[Precision, ...] = ("fp32", "bf16") if set(precisions) - {"fp32"} else ("fp32",)
+        for dtype in wanted:
             try:
-                references[arithmetic] = yield from open_reference(bundle, arithmetic, device, observations)
+                references[dtype] = yield from open_reference(bundle, dtype, device, observations)
             except torch.OutOfMemoryError as error:
-                reason = f"no room for the reference in {arithmetic}: {str(error).splitlines()[0]}"
-                yield NotMeasured("backbone", "reference", arithmetic, "1", reason)
+                reason = f"no room for the reference in {dtype}: {str(error).splitlines()[0]}"
+                yield NotMeasured("backbone", "reference", dtype, "1", reason)
             release()
-        limits = {(name, arithmetic): LIMITS[arithmetic] for name in references for arithmetic in LIMITS}
+        limits = {(reference, dtype): LIMITS[dtype] for reference in references for dtype in LIMITS}
         if len(references) == 2:
-            (name, exact), (_, rounded) = references["float32"], references["bfloat16"]
-            rounding = compare(name, "bfloat16", "1", f"{name} float32", exact, rounded, bundle.config, NO_LIMIT)
+            (name, exact), (_, rounded) = references["fp32"], references["bf16"]
+            rounding = whole_parity(name, "bf16", "1", f"{name} fp32", exact, rounded, config, NO_LIMIT)
             yield rounding
-            limits["float32", "bfloat16"] = Limit(float("inf"), 1 - 2 * (1 - rounding.cosine))
-            limits["bfloat16", "bfloat16"] = Limit(float("inf"), 1 - 3 * (1 - rounding.cosine))
-        for kind, (arithmetic, precision) in product(kinds, ways.items()):
-            if (kind, arithmetic) == ("eager", "fp8"):
-                continue  # eager is what the others are compared with
+            limits["fp32", "bf16"] = Limit(INFINITE, 1 - 2 * (1 - rounding.cosine))
+            limits["bf16", "bf16"] = Limit(INFINITE, 1 - 3 * (1 - rounding.cosine))
+        for kind, (dtype, precision) in product(request.backbones, precisions.items()):
             try:
-                forward = open_forward(
-                    Launcher(bundle, "torch" if kind == "eager" else "graph", device), "dynamic", kind, precision
-                )
+                launcher = Launcher(bundle, "torch" if kind == "eager" else "graph", device)
+                forward = open_forward(launcher, "dynamic", kind, precision)
             except UserError as error:
-                yield NotMeasured(
-                    "backbone", kind, arithmetic, "1", str(error), failed=not isinstance(error, Unavailable)
-                )
+                yield NotMeasured("backbone", kind, dtype, "1", str(error))
                 continue
-            batches: tuple[tuple[Batch, int], ...] = (("1", 1), ("dynamic", DYNAMIC_ROWS))
-            for batch, rows in batches:
-                answers = ask(forward, observations, rows)
+            for variant, batch in BATCHES.items():
+                answers = fast_answers(forward, observations, batch)
                 for other, (name, expected) in references.items():
-                    if other in ("float32", arithmetic) or arithmetic == "fp8":
-                        limit, reference = limits[other, arithmetic], f"{name} {other}"
-                        yield compare(kind, arithmetic, batch, reference, expected, answers, bundle.config, limit)
+                    if other in ("fp32", dtype) or dtype == "fp8":
+                        limit = limits[other, dtype]
+                        yield whole_parity(kind, dtype, variant, f"{name} {other}", expected, answers, config, limit)
             del forward
             release()
 
@@ -122,34 +133,55 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def preprocessing(bundle: Bundle, device: torch.device, observations: Sequence[Observation]) -> Results:
+    """The preprocessor's pixels beside PIL's, in float32."""
+    control, config = bundle.config.control, bundle.config.backbone
+    preprocess = Preprocessor(control, config, bundle.tokenizer(), device, torch.float32)
+    std = torch.tensor([tower.std for tower in config.towers])[:, :, None, None]
+    found, expected = [], []
+    try:
+        for observation in observations:
+            found += [*preprocess.pixels(torch.from_numpy(observation.images[None]).to(device))[0].cpu()]
+            expected += [pil_pixels(image, control, config) for image in observation.images]
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed. Install it: pip install pillow"
+        yield NotMeasured("preprocessing", "eager", "fp32", "1", reason)
+        return
+    pairs = list(zip(found, expected, strict=True))
+    levels, _ = worst(((x * std * LEVELS).flatten(1), (y * std * LEVELS).flatten(1)) for x, y in pairs)
+    _, cosine = worst((x.flatten(1), y.flatten(1)) for x, y in pairs)
+    exceeded = () if levels <= LEVEL_LIMIT else (f"levels {levels:.3g} > {LEVEL_LIMIT:g}",)
+    count = len(observations)
+    yield BackboneParity("preprocessing", "eager", "fp32", "1", "PIL", count, levels, cosine, exceeded=exceeded)
+
+
 def open_reference(
-    bundle: Bundle,
-    arithmetic: Literal["float32", "bfloat16"],
-    device: torch.device,
-    observations: Sequence[Observation],
+    bundle: Bundle, dtype: Precision, device: torch.device, observations: Sequence[Observation]
 ) -> Generator[BackboneParity | NotMeasured, None, tuple[str, Answers]]:
     """The eager towers and blocks beside timm's and transformers'; returns the reference's name and answers."""
-    config = bundle.config
-    shape, k = replace(config.backbone, dtype=arithmetic), config.rsd.draft_block
-    backbone = bundle.backbone(device, getattr(torch, arithmetic))
-    preprocess = Preprocessor(config.control, shape, bundle.tokenizer(), device)
+    config, k = bundle.config, bundle.config.rsd.draft_block
+    backbone = bundle.backbone(device, torch_dtype(dtype))
+    preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), device, torch_dtype(dtype))
     inputs = [preprocess([observation]) for observation in observations]
-    limit = LIMITS[arithmetic]
     try:
         oracle = Oracle(backbone)
     except Unavailable as error:
         for component in ("towers", "language"):
-            yield NotMeasured(component, "eager", arithmetic, "1", str(error))
-        return "eager", answer(bundle, device, partial(eager_states, backbone, k), inputs)
+            yield NotMeasured(component, "eager", dtype, "1", str(error))
+        return "eager", reference_answers(bundle, device, partial(eager_states, backbone, k), inputs)
+
+    def part(component: str, whose: str, errors: tuple[float, float], limit: Limit) -> BackboneParity:
+        name, exceeded = f"{whose} {dtype}", limit.exceeded(*errors)
+        return BackboneParity(component, "eager", dtype, "1", name, len(inputs), *errors, exceeded=exceeded)
+
     with torch.inference_mode():
         for i, tower in enumerate(backbone.vision_backbone.values()):
             pixels = [x.pixels[:, :, i].flatten(0, 1) for x in inputs]
             errors = worst((tower(x).flatten(1), tower_features(oracle.towers[i], x).flatten(1)) for x in pixels)
-            any_scale = replace(limit, max_abs=float("inf"))
-            yield part(f"towers.{i}", arithmetic, "timm", len(inputs), errors, any_scale)
+            yield part(f"towers.{i}", "timm", errors, replace(LIMITS[dtype], max_abs=INFINITE))  # of any scale
         errors = worst(language_pair(backbone, oracle, x) for x in inputs)
-        yield part("language", arithmetic, "transformers", len(inputs), errors, limit)
-    return ORACLE, answer(bundle, device, partial(oracle_states, oracle, k), inputs)
+        yield part("language", "transformers", errors, LIMITS[dtype])
+    return ORACLE, reference_answers(bundle, device, partial(oracle_states, oracle, k), inputs)
 
 
 def eager_states(backbone: Backbone, k: int, inputs: BackboneInputs) -> tuple[Tensor, Tensor]:
@@ -173,19 +205,19 @@ def language_pair(backbone: Backbone, oracle: Oracle, inputs: BackboneInputs) ->
     return backbone.llama.norm(stream).flatten(1), oracle.states(state.stream)[-1].flatten(1)
 
 
-def answer(
+def reference_answers(
     bundle: Bundle,
     device: torch.device,
     states: Callable[[BackboneInputs], tuple[Tensor, Tensor]],
     inputs: Sequence[BackboneInputs],
 ) -> Answers:
     """What the bundle's heads make of hidden states, an input at a time."""
-    read = heads(bundle, device)
+    read = open_heads(bundle, device)
     with torch.inference_mode():
         return joined([read(*states(x)) for x in inputs])
 
 
-def heads(bundle: Bundle, device: torch.device) -> Callable[[Tensor, Tensor], Answers]:
+def open_heads(bundle: Bundle, device: torch.device) -> Callable[[Tensor, Tensor], Answers]:
     """What gives the answers of the bundle's heads, in eager float32, to hidden states [B, H] after block k and N."""
     launcher = Launcher(bundle, "torch", device)
     propose, predict = launcher.open("propose", "dynamic"), launcher.open("predict", "dynamic")
@@ -197,21 +229,21 @@ def heads(bundle: Bundle, device: torch.device) -> Callable[[Tensor, Tensor], An
         given = {"hidden": final, "coarse_actions": draft["actions"], "tolerance": tolerance}
         if bundle.config.head.kind == "conditioned":
             given["condition"] = draft["tokens"]
-        plan = predict.run(given)
-        return Answers(early, final, draft["tokens"], plan["tokens"], plan["actions"])
+        chunk = predict.run(given)
+        return Answers(early, final, draft["tokens"], chunk["tokens"], chunk["actions"])
 
     return read
 
 
-def ask(forward: Forward, observations: Sequence[Observation], rows: int) -> Answers:
-    """A forward's answers, `rows` observations at a time."""
+def fast_answers(forward: Forward, observations: Sequence[Observation], batch: int) -> Answers:
+    """A forward's answers, `batch` observations at a time."""
     parts = []
     with torch.inference_mode():
-        for start in range(0, len(observations), rows):
-            batch = observations[start : start + rows]
-            forward.early(batch)
+        for start in range(0, len(observations), batch):
+            seen = observations[start : start + batch]
+            forward.early(seen)
             draft = torch.tensor(forward.draft().tokens)
-            forward.late(range(len(batch)))
+            forward.late(range(len(seen)))
             main = forward.main()
             early, final = (state.float().clone() for state in forward.hidden())
             parts.append(Answers(early, final, draft, torch.tensor(main.tokens), torch.tensor(main.actions)))
@@ -223,9 +255,9 @@ def joined(parts: Sequence[Answers]) -> Answers:
     return Answers(*(torch.cat([getattr(x, field.name) for x in parts]).cpu() for field in fields(Answers)))
 
 
-def compare(
+def whole_parity(
     backend: str,
-    arithmetic: Arithmetic,
+    dtype: Precision,
     batch: Batch,
     reference: str,
     expected: Answers,
@@ -233,47 +265,36 @@ def compare(
     config: BundleConfig,
     limit: Limit,
 ) -> BackboneParity:
-    """A way of running the backbone beside a reference."""
+    """A way of running the whole backbone beside a reference."""
     max_abs, cosine = worst([(found.final, expected.final)])
     early_max_abs, early_cosine = worst([(found.early, expected.early)])
     error = (found.actions - expected.actions).abs()
     return BackboneParity(
         component="backbone",
         backend=backend,
-        precision=arithmetic,
+        precision=dtype,
         batch=batch,
         reference=reference,
-        rows=len(expected.final),
+        inputs=len(expected.final),
         max_abs=max_abs,
         cosine=cosine,
         early_max_abs=early_max_abs,
         early_cosine=early_cosine,
-        draft_flips=flips(found.draft_tokens, expected.draft_tokens),
-        flips=flips(found.tokens, expected.tokens),
+        draft_token_mismatch=token_mismatch(found.draft_tokens, expected.draft_tokens),
+        token_mismatch=token_mismatch(found.tokens, expected.tokens),
         action_max_abs=float(error.max()),
         action_mean_abs=float(error.mean()),
-        steps_apart=steps_apart(found, expected, config),
+        steps_beyond_tolerance=steps_beyond_tolerance(found, expected, config),
         exceeded=limit.exceeded(max_abs, cosine, early_cosine),
     )
 
 
-def part(
-    component: str, arithmetic: Arithmetic, reference: str, rows: int, errors: tuple[float, float], limit: Limit
-) -> BackboneParity:
-    """A part of the eager backbone beside its reference."""
-    max_abs, cosine = errors
-    name = f"{reference} {arithmetic}"
-    return BackboneParity(
-        component, "eager", arithmetic, "1", name, rows, max_abs, cosine, exceeded=limit.exceeded(max_abs, cosine)
-    )
-
-
-def steps_apart(found: Answers, expected: Answers, config: BundleConfig) -> float:
-    """Share of the plans' steps that differ by more than the bundle's tolerance."""
+def steps_beyond_tolerance(found: Answers, expected: Answers, config: BundleConfig) -> float:
+    """Share of the chunks' steps that differ by more than the bundle's tolerance."""
     agree = agreeing_steps(found.actions, expected.actions, torch.tensor(config.rsd.tolerance))
     return float((~agree).double().mean())
 
 
-def flips(found: Tensor, expected: Tensor) -> tuple[float, ...]:
+def token_mismatch(found: Tensor, expected: Tensor) -> tuple[float, ...]:
     """Share of different tokens [n, T, D, layers] in each layer."""
     return tuple((found != expected).float().mean((0, 1, 2)).tolist())

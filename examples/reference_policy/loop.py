@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from examples.reference_policy import ranks
 from rsd_trt.errors import UserError
 from rsd_trt.files import replacing
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+STOP = 1e4  # added to the progress by a process whose time is over
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,12 @@ class Loop:
     """Steps of AdamW with warm-up, cosine decay to zero, clipped gradients and averaged weights.
 
     The learning rate follows the share of the time or steps that is used up. Time spent before a resume counts.
+    TRAIN_UNTIL (s since 1970) in the environment ends this process's part early, and a resume goes on with the
+    schedule. Of several processes (`ranks`) all average their gradients, and the first logs and saves.
     """
 
     def __init__(self, name: str, run: Path, model: nn.Module, settings: LoopSettings) -> None:
+        self.until = float(os.environ.get("TRAIN_UNTIL", "inf"))
         if (settings.minutes is None) == (settings.steps is None):
             raise UserError("give either minutes or steps as the limit of the training")
         self.name, self.run, self.model, self.settings = name, run, model, settings
@@ -58,10 +64,14 @@ class Loop:
         )
         self.trained = trained
         self.step = 0
+        self._stopped = False
+        ranks.join(self.device)
+        self._told: Tensor | None = None
         self._used = 0.0  # s, before this process
         self._started = time.perf_counter()
         self._losses: dict[str, Tensor] = {}
         self._resume()
+        self._shared = self._own_progress()  # what the processes agree on
 
     @property
     def elapsed(self) -> float:
@@ -70,7 +80,11 @@ class Loop:
 
     @property
     def progress(self) -> float:
-        """The share of the limit that is used up."""
+        """The share of the limit that is used up; of time, where there are several processes, the average of theirs."""
+        alone = ranks.world() == 1 or self.settings.steps is not None
+        return self._own_progress() if alone else self._shared
+
+    def _own_progress(self) -> float:
         if self.settings.steps is not None:
             return self.step / self.settings.steps
         assert self.settings.minutes is not None
@@ -88,6 +102,8 @@ class Loop:
                 rate = (self.step - logged_step) * samples / (now - logged)
                 self.record(kind="train", samples_per_s=round(rate), lr=self._rate(), **losses)
                 logged, logged_step = now, self.step
+            if self._stopped:
+                break
             if now - saved > self.settings.save_every:
                 self.save()
                 saved = time.perf_counter()
@@ -99,6 +115,14 @@ class Loop:
             group["lr"] = self._rate()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        over = STOP if time.time() > self.until else 0.0
+        if ranks.world() > 1:
+            gradients = [p.grad for p in self.trained if p.grad is not None]
+            told, self._told = self._told, ranks.average(gradients, self._own_progress() + over)
+            together = float(told) if told is not None else 0.0  # the last step's, so that the device is not waited for
+            over = STOP if together > STOP / 2 / ranks.world() else 0.0
+            self._shared = self._shared if over else together
+        self._stopped = over > 0
         nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
         self.optimiser.step()
         self.step += 1
@@ -109,6 +133,8 @@ class Loop:
 
     def record(self, **values: object) -> None:
         """One line of metrics, on disk and in the log."""
+        if ranks.rank():
+            return
         line = {"stage": self.name, "step": self.step, "seconds": round(self.elapsed, 1)} | values
         line |= {"gpu_percent": gpu_percent(self.device)} if values.get("kind") == "train" else {}
         line = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in line.items()}
@@ -120,12 +146,15 @@ class Loop:
 
     def save(self) -> None:
         """Writes the checkpoint."""
+        if ranks.rank():
+            return
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
             "elapsed": self.elapsed,
+            "progress": self.progress,
         }
         write_state(self.run / f"{self.name}.pt", state)
 

@@ -15,22 +15,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from msgspec import structs
 from tokenizers import Tokenizer
 
+from examples.reference_policy import ranks
 from examples.reference_policy.data import Batches, load_actions, load_demonstrations, quantiles
 from examples.reference_policy.fit_codec import check_codec, fit_codec
 from examples.reference_policy.fit_policy import PolicySettings, RsdModel, build_model, fit_draft, fit_policy
 from examples.reference_policy.loop import METRICS, LoopSettings, Trained, read_trained, write_state
 from examples.reference_policy.measure import measure
 from rsd_trt.bundle import Bundle, save
-from rsd_trt.config import BundleConfig, Quantiles, Size
+from rsd_trt.config import BundleConfig, Quantiles, Rotation, Size
 from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.files import write_atomically
-from rsd_trt.initialise import byte_tokenizer
-from rsd_trt.jsonio import from_json
 from rsd_trt.models.codec import Codec
-from rsd_trt.presets import preset
-from rsd_trt.runtime.policy import check_device
+from rsd_trt.presets import byte_tokenizer, preset
+from rsd_trt.records import read_record, write_record
+from rsd_trt.runtime.backends import check_device
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Request:
     run: Path
     bundle: Path
     size: Size = "reference"
+    chunk: int | None = None  # T, steps of a chunk, where it is not the size's own
+    rotation: Rotation = "shortest"  # convention of the recorded state
     device: str = "auto"
     policy: PolicySettings = field(default_factory=PolicySettings)
     limits: LoopSettings = field(default_factory=lambda: LoopSettings(minutes=8.0))
@@ -61,8 +64,13 @@ class Training:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.device = check_device(request.device)
-        self.config = preset(request.size, NAME)
+        self.device = check_device(ranks.own_device(request.device))
+        config = preset(request.size, NAME)
+        self.config = structs.replace(
+            config,
+            dims=structs.replace(config.dims, T=request.chunk or config.dims.T),
+            control=structs.replace(config.control, rotation=request.rotation),
+        )
         self.tokenizer: Tokenizer = byte_tokenizer()
         self._batches: Batches | None = None
         request.run.mkdir(parents=True, exist_ok=True)
@@ -85,11 +93,11 @@ class Training:
             data = load_demonstrations(self.request.data, self.device)
             file = self.request.run / "quantiles.json"
             if not file.is_file():
-                write_atomically(file, json.dumps(asdict(quantiles(data.proprio[~data.held_out]))))
-            proprio = from_json(Quantiles, json.loads(file.read_text("utf-8")), str(file))
-            self.config = replace(
+                write_record(file, quantiles(data.proprio[~data.held_out]))
+            proprio = read_record(Quantiles, file)
+            self.config = structs.replace(
                 self.config,
-                control=replace(self.config.control, proprio_quantiles=proprio),
+                control=structs.replace(self.config.control, proprio_quantiles=proprio),
                 training_actions=quantiles(data.actions),
             )
             self._batches = Batches(data, self.config, self.tokenizer, self.request.policy.seed)
@@ -117,12 +125,13 @@ class Training:
     def save(self) -> Bundle:
         """Measures the trained parts on all held-out frames and writes the bundle and the report."""
         codec, batches = self.codec(), self.batches()
-        config = replace(self.config, trained=True)
+        config = structs.replace(self.config, trained=True)
         model = build_model(config, self.device, 0)
         policy = read_trained(self.request.run, "policy")
         model.load_state_dict(policy.average)
         joint_draft = measure(model.eval(), codec, config, batches, len(batches.held_out), self.request.policy.batch)
-        model.draft.load_state_dict(read_trained(self.request.run, "draft").average)
+        if (self.request.run / "draft.pt").is_file():  # else it stays as it was trained together with the head
+            model.draft.load_state_dict(read_trained(self.request.run, "draft").average)
         model = model.to(STORED).float()  # what is measured is what is stored
         final = measure(model, codec, config, batches, len(batches.held_out), self.request.policy.batch)
         log.info("held out: %s", json.dumps(final))
@@ -215,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("run"), help="folder of checkpoints and metrics")
     parser.add_argument("--bundle", type=Path, default=Path("run/bundle"), help="the folder to write the policy to")
     parser.add_argument("--size", choices=("reference", "tiny"), default="reference")
+    parser.add_argument("--chunk", type=int, help="steps of a chunk (default: the size's)")
+    parser.add_argument("--rotation", choices=("shortest", "robosuite"), default="shortest", help="as collected")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=8.0, help="of the policy's training")
     parser.add_argument("--steps", type=int, help="of the policy's training, in place of --minutes")
@@ -235,12 +246,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    compiled = check_device(args.device).type == "cuda" if args.compile is None else args.compile
+    compiled = check_device(ranks.own_device(args.device)).type == "cuda" if args.compile is None else args.compile
     request = Request(
         args.data,
         args.run,
         args.bundle,
         args.size,
+        args.chunk,
+        args.rotation,
         args.device,
         PolicySettings(batch=args.batch, compiled=compiled, augmented=not args.no_augment),
         LoopSettings(
@@ -264,6 +277,7 @@ def _run(args: argparse.Namespace) -> None:
         training.policy(request.limits)
     else:
         {"codec": training.codec, "draft": training.draft, "save": training.save}[args.step]()
+    ranks.leave()
 
 
 if __name__ == "__main__":

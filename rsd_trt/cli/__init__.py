@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 from typing import NoReturn
 
 import click
 
 from rsd_trt import __version__
-from rsd_trt.cli import bundles, deploy, doctor, evaluate, measure, reports
-from rsd_trt.cli.console import stoppable
+from rsd_trt.cli import bundles, doctor, evaluate, export, profile, report, verify
 from rsd_trt.errors import UserError, did_you_mean, out_of_memory
 
 STOPPED = "stopped. What was finished is kept, and no file is half-written: run the same command again"
@@ -19,9 +19,9 @@ class Cli(click.Group):
     """Prints user errors as one line with exit code 1; offers the nearest command for a wrong name."""
 
     def invoke(self, ctx: click.Context) -> object:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a command as Ctrl-C does
         try:
-            with stoppable():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except UserError as error:
             self._fail(ctx, str(error))
         except KeyboardInterrupt:
@@ -30,6 +30,8 @@ class Cli(click.Group):
             if (explained := out_of_memory(error)) is None:
                 raise
             self._fail(ctx, str(explained))
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     @staticmethod
     def _fail(ctx: click.Context, message: str) -> NoReturn:
@@ -60,6 +62,6 @@ def main(verbose: bool) -> None:
     )
 
 
-for module in (bundles, doctor, deploy, measure, evaluate, reports):
+for module in (bundles, doctor, export, verify, profile, evaluate, report):
     for command in module.COMMANDS:
         main.add_command(command)

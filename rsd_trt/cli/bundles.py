@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import click
 
-from rsd_trt.cli.console import bundle_argument, engines_option, json_option, show
-from rsd_trt.config import PRESETS, SIZES, Dims, Preset, Size
+from rsd_trt.cli.console import Choice, bundle_argument, engines_option, from_options, json_option, show
+from rsd_trt.config import PRESETS, SIZES, Dims, Size
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--size", type=click.Choice(SIZES), default="reference", show_default=True, help="Size preset.")
+@click.option("--size", type=Choice(SIZES), default="reference", show_default=True, help="Size preset.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random weights.")
 @click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda"]),
+    type=Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
     help="What draws the weights: cuda is faster for 7B, and its numbers are others.",
@@ -30,7 +29,7 @@ def init(path: Path, size: Size, seed: int, device: str, without_backbone: bool)
     \b
     Example: rsd-trt init bundles/tiny --size tiny --seed 0
     """
-    from rsd_trt.initialise import initialise
+    from rsd_trt.presets import initialise
 
     bundle = initialise(path, size, seed, with_backbone=not without_backbone, device=device)
     click.echo(f"{bundle.path}: size {size}, seed {seed}, UNTRAINED (its actions mean nothing)")
@@ -48,15 +47,17 @@ def info(bundle: Path, engines: Path, whole: bool, as_json: bool) -> None:
     Example: rsd-trt info bundles/tiny --json
     """
     from rsd_trt.bundle import Bundle
-    from rsd_trt.info import describe
+    from rsd_trt.cli.info import bundle_table, conventions_table, describe, exports_table
 
     description = describe(Bundle.open(bundle), engines, whole)
     if as_json:
         click.echo(json.dumps(description, indent=2))
         return
-    from rsd_trt.tables import artefacts_table, bundle_table, conventions_table
-
-    show(bundle_table(description), conventions_table(description), artefacts_table(description))
+    show(bundle_table(description), conventions_table(description))
+    if description["exports"]:
+        show(exports_table(description))
+    else:
+        click.echo("nothing exported yet: rsd-trt export")
 
 
 @click.command()
@@ -64,28 +65,15 @@ def info(bundle: Path, engines: Path, whole: bool, as_json: bool) -> None:
 @click.option("--draft", type=click.Path(path_type=Path), help="The draft's .pt file.")
 @click.option("--head", type=click.Path(path_type=Path), help="The main head's .pt file.")
 @click.option("--codec", type=click.Path(path_type=Path), help="The RFSQ codec's .pt file.")
-@click.option("--preset", type=click.Choice(PRESETS), required=True, help="How the policy is driven.")
+@click.option("--preset", type=Choice(PRESETS), required=True, help="How the policy is driven.")
 @click.option("--statistics", help="Data set to normalise by. [default: the only one]")
 @click.option("--draft-block", type=click.IntRange(1), help="Block that the draft reads after. [default: the last]")
-@click.option("--codec-scale", type=click.Choice(["plain", "layernorm"]), help="[default: as the codec's file says]")
-@click.option("--chunk", type=click.IntRange(1), default=Dims.T, show_default=True, help="Steps of an action chunk.")
+@click.option("--codec-scale", type=Choice(["plain", "layernorm"]), help="[default: as the codec's file says]")
+@click.option("--chunk", type=click.IntRange(1), default=Dims().T, show_default=True, help="Steps of an action chunk.")
 @click.option("--copy", is_flag=True, help="Copy the backbone's weights into the bundle (7B: 15 GB).")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle.")
 @json_option
-def pack(
-    backbone: str,
-    draft: Path | None,
-    head: Path | None,
-    codec: Path | None,
-    preset: Preset,
-    statistics: str | None,
-    draft_block: int | None,
-    codec_scale: Literal["plain", "layernorm"] | None,
-    chunk: int,
-    copy: bool,
-    out: Path,
-    as_json: bool,
-) -> None:
+def pack(as_json: bool, **options: object) -> None:
     """Make a bundle of OpenVLA's weights and the original RSD experiment's draft, head and codec.
 
     Code that lies beside the weights is not run, and the weights stay where they are unless --copy is given. The preset
@@ -97,30 +85,22 @@ def pack(
     """
     from rsd_trt.importers.pack import PackRequest
     from rsd_trt.importers.pack import pack as make
-    from rsd_trt.jsonio import to_json
+    from rsd_trt.records import to_json
 
-    request = PackRequest(
-        backbone=backbone,
-        preset=preset,
-        out=out,
-        draft=draft,
-        head=head,
-        codec=codec,
-        statistics=statistics,
-        draft_block=draft_block,
-        codec_scale=codec_scale,
-        chunk=chunk,
-        copy=copy,
-    )
+    request = from_options(PackRequest, options)
+    for option, part in (("--draft-block", "draft"), ("--codec-scale", "codec")):
+        if getattr(request, option[2:].replace("-", "_")) is not None and getattr(request, part) is None:
+            raise click.UsageError(f"{option} is of the {part}: it needs --{part}")
+    if request.preset == "rvq" and request.statistics is not None:
+        raise click.UsageError("--preset rvq takes actions as the environment does: leave out --statistics")
     packed = make(request, lambda shard: click.echo(f"checking {shard}", err=True))
     if as_json:
         click.echo(json.dumps(to_json(packed), indent=2))
         return
     note = f", normalised by {packed.statistics}" if packed.statistics else ""
-    click.echo(f"{packed.bundle}: {', '.join(packed.parts)}; preset {preset}{note}")
-    click.echo(
-        f"{'copied' if copy else 'referenced'}: {packed.bytes / 1e9:.2f} GB of backbone weights in {packed.backbone}"
-    )
+    click.echo(f"{packed.bundle}: {', '.join(packed.parts)}; preset {request.preset}{note}")
+    how = "copied" if request.copy else "referenced"
+    click.echo(f"{how}: {packed.bytes / 1e9:.2f} GB of backbone weights in {packed.backbone}")
     if packed.not_read:
         click.echo(f"not read: {', '.join(packed.not_read)}")
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from rsd_trt.cli.console import (
+    Choice,
     EpisodeProgress,
     FiniteRange,
     backbone_option,
@@ -18,30 +22,22 @@ from rsd_trt.cli.console import (
     command_line,
     device_option,
     engines_option,
+    from_options,
     json_option,
     note_untrained,
     precision_option,
     show,
 )
-from rsd_trt.config import (
-    MAX_TOLERANCE,
-    MODES,
-    POLICIES,
-    PROTOCOLS,
-    SUITES,
-    BackboneKind,
-    BackbonePrecision,
-    Mode,
-    PolicyKind,
-    Precision,
-)
+from rsd_trt.config import BACKENDS, MAX_TOLERANCE, MODES, PROTOCOLS, SUITES
 from rsd_trt.errors import UserError
-from rsd_trt.jsonio import to_json
+from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions
+from rsd_trt.records import to_json
 
-OF_A_BUNDLE = (
-    *("bundle", "mode", "backend", "device", "n_action_steps", "tolerance", "accept_rate"),
-    *("precision", "backbone", "backbone_precision", "engines", "record_hidden"),
-)
+if TYPE_CHECKING:
+    from rsd_trt.eval.libero.perturb import PerturbSpec
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
 MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
 
 
@@ -86,183 +82,152 @@ class AcceptRate(click.ParamType["float | Path | None"]):
         return rate
 
 
+class Perturbation(click.ParamType["PerturbSpec | None"]):
+    """`late:7:0.02-0.05`, `late:7`, or `7` for a displacement."""
+
+    name = "perturbation"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> PerturbSpec | None:
+        from rsd_trt.eval.libero.perturb import PerturbSpec  # NumPy: not for every command
+
+        if value is None or isinstance(value, PerturbSpec):
+            return value
+        try:
+            return PerturbSpec.parse(str(value))
+        except UserError as error:
+            self.fail(str(error), param, ctx)
+
+
+def option(name: str, **settings: object) -> Callable[[Command], Command]:
+    """An option with the default of the request's field."""
+    default = getattr(EvalRequest, name.lstrip("-").replace("-", "_"))
+    return click.option(name, default=default, show_default=default is not None, **settings)  # type: ignore[arg-type]
+
+
 @click.command("eval")
 @bundle_argument
-@click.option(
+@option(
     "--policy",
-    type=click.Choice(POLICIES),
-    default="bundle",
-    show_default=True,
-    help="expert: a scripted one that is told where the objects of libero_spatial are. Needs no bundle; shows whether "
-    "the simulator is right.",
+    metavar="MODULE:FUNCTION",
+    help="Run act(simulator) -> actions [n, 7] of a Python module instead of a bundle, such as a scripted expert.",
 )
-@click.option("--suite", default="libero_spatial", show_default=True, help=f"One of {', '.join(SUITES)}.")
-@click.option("--tasks", type=TaskList(), default="all", show_default=True, help="As in 0,3 or 0-4.")
-@click.option("--trials", type=click.IntRange(1), default=50, show_default=True, help="Of every task.")
-@click.option("--mode", type=click.Choice(MODES), default="rsd", show_default=True, help="How queries are answered.")
-@click.option("--backend", default="torch", show_default=True, help="What runs draft, head and decoder.")
+@option("--suite", type=Choice(SUITES), help="Choose the suite.")
+@option("--tasks", type=TaskList(), help="Run these tasks, as in 0,3 or 0-4. [default: all]")
+@option("--trials", type=click.IntRange(1), help="Run so many trials of every task.")
+@option("--mode", type=Choice(MODES), help="Choose how queries are answered.")
+@option("--backend", type=Choice(BACKENDS), help="Choose what runs draft, head and decoder.")
 @device_option
-@click.option(
-    "--n-action-steps",
-    type=click.IntRange(1),
-    help="Actions a query commits at most. [default: the bundle's]",
+@option(
+    "--n-action-steps", type=click.IntRange(1), help="Commit at most so many actions a query. [default: the bundle's]"
 )
-@click.option(
+@option(
     "--tolerance",
     type=FiniteRange(0, MAX_TOLERANCE),
-    help="With --mode rsd or shadow: how far draft and plan may differ in any arm dimension, in environment units. "
+    help="With --mode rsd or shadow: let draft and plan differ by so much in any arm dimension, in environment units. "
     "[default: the bundle's]",
 )
-@click.option(
+@option(
     "--accept-rate",
     type=AcceptRate(),
     metavar="RATE|RESULTS",
-    help="With --mode random: how often its coin accepts, or the results file of an rsd run to take that from.",
+    help="With --mode random: accept at this rate, or at that of the rsd run with this results file.",
 )
-@click.option(
+@option(
     "--protocol",
-    type=click.Choice(sorted(PROTOCOLS)),
-    help="oft: OpenVLA-OFT's; seed: the original experiment's. [default: the bundle's control]",
+    type=Choice(sorted(PROTOCOLS)),
+    help="Follow OpenVLA-OFT's evaluation (oft) or the original experiment's. [default: the bundle's control]",
 )
-@click.option("--max-steps", type=click.IntRange(1), help="Of an episode. [default: the protocol's for the suite]")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=7, show_default=True, help="Of every random generator."
-)
-@click.option(
+@option("--max-steps", type=click.IntRange(1), help="End an episode after so many steps. [default: the protocol's]")
+@option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed every random generator.")
+@option(
     "--perturb",
-    type=click.IntRange(0),
-    metavar="SEED",
-    help="Displace the target of libero_spatial once an episode, by 2-5 cm before the grasp: the same in every mode.",
+    type=Perturbation(),
+    metavar="[KIND:]SEED[:LOW-HIGH]",
+    help="Perturb every episode of libero_spatial, the same in every mode. displace: the target jumps by 2-5 cm before "
+    "the grasp; late: it slides by LOW-HIGH m when the hand comes near; moving: it slides at LOW-HIGH m/s until it is "
+    "touched; harmless: a distractor slides or the light changes; frozen: the cameras stop for 5 steps. "
+    "[default kind: displace]",
 )
 @precision_option
 @backbone_option
 @backbone_precision_option
 @engines_option
-@click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder.")
-@click.option(
+@option("--out", type=click.Path(path_type=Path), help="Write the run's files to this folder.")
+@option(
     "--workers",
     type=click.IntRange(1, 256),
-    default=1,
-    show_default=True,
-    help="Simulator processes. More than one: faster, and without times of single queries.",
+    help="Run so many simulator processes. More than one: faster, and without times of single queries.",
 )
-@click.option(
+@option(
     "--timeout",
     type=FiniteRange(1, 86400),
-    default=300.0,
-    show_default=True,
-    help="Seconds of a simulator's silence after which its process is replaced.",
+    help="Replace a simulator's process after so many seconds of silence.",
 )
-@click.option("--fresh", is_flag=True, help="Start over instead of resuming the run in --out.")
-@click.option("--video", is_flag=True, help="Record an MP4 of every episode (renders every step: slower).")
-@click.option(
+@option("--fresh", is_flag=True, help="Start over instead of resuming the run in --out.")
+@option("--video", is_flag=True, help="Record an MP4 of every episode (renders every step: slower).")
+@option(
     "--record-hidden",
     type=click.Path(path_type=Path, dir_okay=False),
     help="With --mode shadow: write the hidden states to this safetensors file, for verify --hidden.",
 )
 @json_option
-def evaluate(
-    bundle: Path,
-    policy: PolicyKind,
-    suite: str,
-    tasks: tuple[int, ...] | None,
-    trials: int,
-    mode: Mode,
-    backend: str,
-    device: str,
-    n_action_steps: int | None,
-    tolerance: float | None,
-    accept_rate: float | Path | None,
-    protocol: str | None,
-    max_steps: int | None,
-    seed: int,
-    perturb: int | None,
-    precision: Precision,
-    backbone: BackboneKind | None,
-    backbone_precision: BackbonePrecision,
-    engines: Path,
-    out: Path,
-    workers: int,
-    timeout: float,
-    fresh: bool,
-    video: bool,
-    record_hidden: Path | None,
-    as_json: bool,
-) -> None:
-    """Drive LIBERO episodes with a bundle and write OUT/SUITE_MODE_results.json, or OUT/SUITE_expert_results.json.
+def evaluate(as_json: bool, **options: object) -> None:
+    """Drive LIBERO episodes with a bundle and write OUT/SUITE_MODE_results.json.
 
     A run that was stopped or killed goes on where it was. Exit code 1 if an episode ended in an error.
 
-    Mode shadow acts as baseline and records what rsd would have decided. Mode random is rsd with a coin in the draft's
-    place: the control that shows what the draft's judgement is worth.
+    Mode shadow acts as baseline and records what rsd would have decided. Mode random accepts at random, at a given
+    rate: the control that shows what the draft's judgement is worth.
 
     \b
     Example: rsd-trt eval --suite libero_spatial --tasks 0,3 --trials 2 --mode rsd
     """
-    if record_hidden is not None and mode != "shadow":
-        raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
-    if (accept_rate is not None) != (mode == "random"):
-        raise click.UsageError("--mode random needs --accept-rate, and no other mode has one")
-    if tolerance is not None and mode not in ("rsd", "shadow"):
-        raise click.UsageError(f"--tolerance is of the modes rsd and shadow: {mode} compares no draft with a plan")
-    if policy == "expert":
-        _refuse_what_is_of_a_bundle()
-    if workers > 1:  # before torch is loaded: waiting threads that spin would take the cores from the simulators
+    request = from_options(EvalRequest, options)
+    refuse_clashes(request)
+    if request.workers > 1:  # before torch is loaded: threads that spin would take the cores from the simulators
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from examples.reference_policy.scripted import scripted_expert
-    from rsd_trt.eval.libero.request import EvalRequest
-    from rsd_trt.eval.libero.run import evaluate as run
+    from rsd_trt.eval.libero import run
 
-    request = EvalRequest(
-        policy=scripted_expert() if policy == "expert" else bundle,
-        suite=suite,
-        tasks=tasks,
-        trials=trials,
-        mode=mode,
-        backend=backend,
-        device=device,
-        n_action_steps=n_action_steps,
-        tolerance=tolerance,
-        accept_rate=accept_rate,
-        protocol=protocol,
-        max_steps=max_steps,
-        seed=seed,
-        perturb=perturb,
-        out=out,
-        workers=workers,
-        timeout=timeout,
-        fresh=fresh,
-        video=video,
-        record_hidden=record_hidden,
-        precision=precision,
-        engines=engines,
-        backbone=backbone,
-        backbone_precision=backbone_precision,
-    )
-    with EpisodeProgress(timed=workers == 1 and policy == "bundle") as progress:
-        results = run(request, progress.start, progress.add, command_line())
+    with EpisodeProgress(timed=request.workers == 1 and request.policy is None) as progress:
+        results = run.evaluate(request, progress.start, progress.add, command_line())
     if as_json:
         click.echo(json.dumps(to_json(results)))
     else:
-        from rsd_trt.eval.report.compare import figures
-        from rsd_trt.tables import figures_table, summary_table
+        from rsd_trt.eval.report.tables import runs_table, tasks_table
 
-        show(summary_table(results), figures_table({results.settings.label: figures(results)}))
+        show(tasks_table(results), runs_table({results.settings.label: results}))
         click.echo(f"results: {request.results_file}")
-        note_untrained(results.settings.trained)
+        note_untrained(results.settings.bundle is None or results.settings.bundle.trained)
     if results.errors:
         from rsd_trt.eval.statistics import counted
 
-        raise UserError(f"{counted(results.errors, 'episode')} ended in an error: see {request.results_file}")
+        raise UserError(f"{counted(results.errors, 'episode')} ended in an error", f"See {request.results_file}")
 
 
-def _refuse_what_is_of_a_bundle() -> None:
-    """Raises UsageError if the command line says anything of a bundle."""
+def refuse_clashes(request: EvalRequest) -> None:
+    """Raises UsageError if an option that was given has no effect beside the others."""
     context = click.get_current_context()
-    for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-        if given and parameter.name in OF_A_BUNDLE:
-            raise click.UsageError(f"--policy expert runs no bundle: leave out {parameter.get_error_hint(context)}")
+    given = {
+        parameter.name: parameter.get_error_hint(context)
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    }
+    if request.policy is not None:
+        if not all(request.policy.partition(":")):
+            raise click.UsageError(f"--policy {request.policy} is not MODULE:FUNCTION")
+        for field in dataclasses.fields(PolicyOptions):
+            if field.name in given:
+                raise click.UsageError(f"--policy {request.policy} runs no bundle: leave out {given[field.name]}")
+    if request.record_hidden is not None and request.mode != "shadow":
+        raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
+    if (request.accept_rate is not None) != (request.mode == "random"):
+        raise click.UsageError("--mode random needs --accept-rate, and no other mode has one")
+    if request.tolerance is not None and request.mode not in ("rsd", "shadow"):
+        raise click.UsageError(
+            f"--tolerance is of the modes rsd and shadow: {request.mode} compares no draft with a plan"
+        )
+    if "engines" in given and request.backend not in ("ort", "trt"):
+        raise click.UsageError(f"--engines is of the backends ort and trt: {request.backend} runs no export")
 
 
 COMMANDS = (evaluate,)

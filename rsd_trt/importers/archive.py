@@ -12,8 +12,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from rsd_trt.errors import UserError
-from rsd_trt.jsonio import named
+from rsd_trt.errors import UserError, named
 
 PICKLE = "data.pkl"
 PROTOCOL = 2  # what torch.save writes, and its reader knows

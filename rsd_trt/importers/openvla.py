@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from rsd_trt.config import BackboneConfig, Quantiles, Resize
-from rsd_trt.errors import UserError, did_you_mean, missing_extra, reason
+from rsd_trt.errors import UserError, did_you_mean, missing_extra, named, reason, shown
 from rsd_trt.importers.openvla_config import backbone_config
-from rsd_trt.jsonio import from_json, named, parse, shown
-from rsd_trt.weights import Entry, contents, listed, without_unused
+from rsd_trt.records import from_json, parse
+from rsd_trt.weights import Entry, contents, first_few, without_unused
 
 MODEL_TYPE = "openvla"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,7 +47,7 @@ class OpenVLAFolder:
         """
         files = sorted(self.path.glob("proprio_projector--*.pt"))
         if len(files) != 1:
-            have = f"has {listed([file.name for file in files])}: keep one" if files else "has none"
+            have = f"has {first_few([file.name for file in files])}: keep one" if files else "has none"
             raise UserError(f"preset openvla-oft needs proprio_projector--*_checkpoint.pt, {self.path} {have}")
         return files[0]
 
@@ -61,7 +61,7 @@ class OpenVLAFolder:
         if name is None:
             if len(names) != 1:
                 choice = (
-                    f"statistics of {len(names)} data sets: {listed([named(x) for x in names])}. Choose one"
+                    f"statistics of {len(names)} data sets: {first_few([named(x) for x in names])}. Choose one"
                     if names
                     else "none"
                 )
@@ -150,7 +150,7 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
         if key not in found or weight_map.get(key) != found[key].file.name
     )
     if wrong:
-        raise UserError(f"{index} and the shards disagree about {listed([named(key) for key in wrong])}")
+        raise UserError(f"{index} and the shards disagree about {first_few([named(key) for key in wrong])}")
     return shards, found
 
 

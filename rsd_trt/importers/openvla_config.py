@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from rsd_trt.config import FEATURIZERS, BackboneConfig, LanguageConfig, Resize, TowerConfig
-from rsd_trt.errors import UserError
-from rsd_trt.jsonio import from_json, known, named, shown
+from rsd_trt.errors import UserError, named, shown
 from rsd_trt.presets import TIMM_TOWERS
-from rsd_trt.weights import Entry, listed
+from rsd_trt.records import checked, from_json
+from rsd_trt.weights import Entry, first_few
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 RESIZES: tuple[Resize, ...] = typing.get_args(Resize)
 
 
-@dataclass(frozen=True)
-class RopeParameters:
+class RopeParameters(msgspec.Struct, frozen=True):
     """What transformers 5 writes instead of `rope_theta` and `rope_scaling`."""
 
     rope_type: str = "default"
     rope_theta: float | None = None
 
 
-@dataclass(frozen=True)
-class TextConfig:
+class TextConfig(msgspec.Struct, frozen=True):
     """`text_config`: what it leaves out has transformers' LlamaConfig's default."""
 
     model_type: str = "llama"
@@ -51,8 +50,7 @@ class TextConfig:
     mlp_bias: bool = False
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(msgspec.Struct, frozen=True):
     """config.json."""
 
     timm_model_ids: tuple[str, ...]
@@ -64,16 +62,14 @@ class ModelConfig:
     dtype: str | None = None  # the same, as transformers 5 writes it
 
 
-@dataclass(frozen=True)
-class Normalisation:
+class Normalisation(msgspec.Struct, frozen=True):
     """Of one tower's pixels, by RGB channel."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
-@dataclass(frozen=True)
-class ProcessorConfig:
+class ProcessorConfig(msgspec.Struct, frozen=True):
     """preprocessor_config.json. The processor normalises by `tvf_normalize_params`, which it has saved rounded to
     bfloat16, and by `means` and `stds` where there are none."""
 
@@ -93,8 +89,8 @@ def backbone_config(
     Raises:
         UserError: anything that rsd-trt does not compute, with the file that says so.
     """
-    model = from_json(ModelConfig, known(ModelConfig, data), str(file))
-    processor = from_json(ProcessorConfig, known(ProcessorConfig, processor_data), str(processor_file))
+    model = from_json(ModelConfig, data, str(file))
+    processor = from_json(ProcessorConfig, processor_data, str(processor_file))
     config = BackboneConfig(
         towers=_towers(file, model, processor, found),
         language=_language(file, model.text_config, found),
@@ -102,7 +98,7 @@ def backbone_config(
         proprio=any(key.startswith("proprio_projector.") for key in found),
         dtype=_dtype(file, model),
     )
-    return config, _resize(processor_file, processor)
+    return checked(config, f"{file}, as a backbone"), _resize(processor_file, processor)
 
 
 def _towers(
@@ -112,7 +108,8 @@ def _towers(
     names = [name.partition(".")[0] for name in model.timm_model_ids]
     if names != list(TIMM_TOWERS) or not model.use_fused_vision_backbone:
         raise UserError(
-            f"{file}: the vision towers are {listed([named(name) for name in names])}, not {listed(list(TIMM_TOWERS))}"
+            f"{file}: the vision towers are {first_few([named(name) for name in names])}, "
+            f"not {first_few(list(TIMM_TOWERS))}"
         )
     if any(model.timm_override_act_layers):
         raise UserError(

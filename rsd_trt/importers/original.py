@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from rsd_trt.config import CodecConfig, Dims, DraftConfig, HeadConfig
-from rsd_trt.errors import UserError, reason
+from rsd_trt.errors import UserError, named, reason
 from rsd_trt.importers.archive import check_archive
-from rsd_trt.jsonio import named
 from rsd_trt.weights import Entry
 
 WRAPPINGS = ("model_state_dict", "model")  # the keys under which a checkpoint may hold its state dict

@@ -5,12 +5,13 @@ Everything is checked before anything is written, and a bundle appears whole or 
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from msgspec.structs import replace
 
 from rsd_trt.bundle import (
     bundle_name,
@@ -110,7 +111,7 @@ def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None)
             if request.copy:
                 shutil.copyfile(shard, folder / shard.name)
         where = OWN_FOLDER if request.copy else str(source.path)
-        write_config(folder, dataclasses.replace(config, backbone_weights=WeightsFolder(where, tuple(weights))))
+        write_config(folder, replace(config, backbone_weights=WeightsFolder(where, tuple(weights))))
         shutil.copyfile(source.path / TOKENIZER, folder / TOKENIZER)
         for part, checkpoint in parts.items():
             write_part(folder, part, {key: value.float().clone() for key, value in checkpoint.state.items()})
@@ -145,7 +146,7 @@ def configuration(request: PackRequest, source: OpenVLAFolder, parts: Mapping[Pa
     return BundleConfig(
         name=bundle_name(request.out) or request.preset,
         trained=True,
-        backbone=dataclasses.replace(source.config, proprio=request.preset == "openvla-oft"),
+        backbone=replace(source.config, proprio=request.preset == "openvla-oft"),
         rsd=RsdConfig(
             draft_block=blocks if request.draft_block is None else request.draft_block,
             n_action_steps=min(RsdConfig(draft_block=blocks).n_action_steps, dims.T),
@@ -160,14 +161,14 @@ def configuration(request: PackRequest, source: OpenVLAFolder, parts: Mapping[Pa
 
 def _control(request: PackRequest, source: OpenVLAFolder) -> ControlConfig:
     """The preset's conventions with the data set's statistics."""
-    control = dataclasses.replace(conventions(request.preset), resize=source.resize)
+    control = replace(conventions(request.preset), resize=source.resize)
     if request.preset == "rvq":
         if request.statistics is not None:
             raise UserError("preset rvq takes actions as the environment does: leave out --statistics")
         return control
     name, actions = source.quantiles(request.statistics, "action")
     proprio = source.quantiles(name, "proprio")[1] if request.preset == "openvla-oft" else None
-    return dataclasses.replace(control, statistics=name, action_quantiles=actions, proprio_quantiles=proprio)
+    return replace(control, statistics=name, action_quantiles=actions, proprio_quantiles=proprio)
 
 
 def _check_tokenizer(source: OpenVLAFolder, config: BundleConfig) -> None:

@@ -20,7 +20,7 @@ class BackboneInputs:
     """What the backbone reads.
 
     pixels [B, images, towers, 3, S, S], normalised for each tower; tokens [B, P] int64, BOS first, padded on
-    the right; lengths [B] int64, real tokens of each row; proprio [B, 8], or None without a proprioception token.
+    the right; lengths [B] int64, real tokens of each prompt; proprio [B, 8], or None without a proprioception token.
     """
 
     pixels: Tensor
@@ -34,11 +34,11 @@ class BackboneState:
     """The residual stream after `block` blocks: all that is needed to go on. Owned by the caller."""
 
     stream: Tensor  # [B, S, H]
-    last: Tensor  # [B] int64, the position of each row's last prompt token
+    last: Tensor  # [B] int64, the position of each prompt's last token
     block: int
 
-    def rows(self, index: Tensor) -> BackboneState:
-        """The state of some rows of the batch."""
+    def at(self, index: Tensor) -> BackboneState:
+        """The state of some places in the batch, in their order."""
         return replace(self, stream=self.stream[index], last=self.last[index])
 
 
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
     """Images, prompt and proprioception -> the hidden state at the prompt's last position, after any block.
 
     The sequence is: BOS, the patches of every image in a row, the proprioception token, the rest of the prompt.
-    Rows may have prompts of different lengths: they are padded on the right, and causal attention keeps the
+    The prompts of a batch may have different lengths: they are padded on the right, and causal attention keeps the
     padding out of every position that is read.
     """
 

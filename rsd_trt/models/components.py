@@ -47,7 +47,9 @@ def agreeing_steps(a: Tensor, b: Tensor, tolerance: Tensor) -> Tensor:
     """Which steps of two chunks [B, T, A] agree -> [B, T] bool.
 
     A step agrees when every arm dimension differs by at most its tolerance [6] and the gripper's sign is equal.
-    NaN agrees with nothing.
+    NaN agrees with nothing. This is how `Predict` compares a new chunk with the guess that came before it, on the
+    device. What is left of a chunk is compared on the host, by `rsd_trt.runtime.speculate.agreeing_steps`: a test holds
+    the two equal on every input.
     """
     delta = a - b
     arm = (delta[..., :ARM_DIMS].abs() <= tolerance).all(-1)
@@ -81,7 +83,7 @@ class Propose(Exportable):
 
 
 class Predict(Exportable):
-    """hidden state after block N -> the plan, and which of its steps agree with the draft's coarse actions."""
+    """hidden state after block N -> the chunk, and which of its steps agree with the draft's coarse actions."""
 
     def __init__(self, head: Head, decoder: Decoder, transform: ActionTransform) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ def most_likely(logits: Tensor, dims: Dims) -> Tensor:
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
-    """Which rows [B, ...] hold no NaN and no infinity in any of the tensors -> [B] bool.
+    """Where in the batch [B, ...] none of the tensors holds NaN or infinity -> [B] bool.
 
     A sum is finite only if every term is, and costs one reduction where a test of each element costs several. (A
     sum of finite terms overflows only near 1e38, which is no logit and no action either.)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 BATCH = "B"
-DType = Literal["float32", "int64", "bool"]
+DType = Literal["float32", "int64", "bool", "uint8"]
 
 
 @dataclass(frozen=True)

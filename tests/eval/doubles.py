@@ -7,7 +7,7 @@ import signal
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, Dims
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.perturb import Offset
+from rsd_trt.eval.libero.course import Course, Event, Offset, Perturbation
+from rsd_trt.eval.libero.target import Displace
+from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.plan import Query
 
 SIDE = 8  # pixels
 
@@ -31,27 +32,23 @@ class World:
     task: int
     side: int = SIDE
     cameras: int = 1
-    state: NDArray[np.float64] = field(default_factory=lambda: np.zeros(Dims.A))
+    state: NDArray[np.float64] = field(default_factory=lambda: np.zeros(Dims().A))
     trial: int = -1
     rendered: list[bool] = field(default_factory=list)
     displaced: list[tuple[int, Offset]] = field(default_factory=list)  # (steps done by then, by how much)
 
     def reset(self, trial: int, render: bool) -> None:
         self.trial, self.rendered, self.displaced = trial, [], []
-        self.state = np.full(Dims.A, 0.1 * trial + self.task)
+        self.state = np.full(Dims().A, 0.1 * trial + self.task)
 
     def step(self, action: NDArray[np.float32], render: bool) -> bool:
         self.rendered.append(render)
         self.state = np.sin(3 * self.state + action)  # a small difference grows
         return bool(self.state[0] > 0.9) and len(self.rendered) > self.trial + 3
 
-    def displace(self, candidates: Iterable[Offset]) -> Offset | None:
-        """By the first candidate to the right, if there is one."""
-        offset = next((offset for offset in candidates if offset[0] > 0), None)
-        if offset is not None:
-            self.displaced.append((len(self.rendered), offset))
-            self.state = self.state + offset[0]
-        return offset
+    def perturbed(self, perturbation: Perturbation) -> Course:
+        assert isinstance(perturbation, Displace)
+        return Shove(self, perturbation)
 
     def observation(self) -> Observation:
         shape = (self.cameras, self.side, self.side, 3)
@@ -64,7 +61,23 @@ class World:
         return np.full((self.side, self.side, 3), len(self.rendered) % 256, np.uint8)
 
     def close(self) -> None:
-        self.state = np.zeros(Dims.A)
+        self.state = np.zeros(Dims().A)
+
+
+@dataclass
+class Shove:
+    """The course of a displacement in a `World`: by the first candidate to the right, if there is one."""
+
+    world: World
+    perturbation: Displace
+    event: Event | None = None
+
+    def before_step(self, step: int, action: NDArray[np.float32]) -> None:
+        offset = next((offset for offset in self.perturbation.offsets if offset[0] > 0), None)
+        if step == self.perturbation.step and offset is not None:
+            self.world.displaced.append((len(self.world.rendered), offset))
+            self.world.state = self.world.state + offset[0]
+            self.event = Event("displace", step, offset)
 
 
 @dataclass
@@ -129,7 +142,7 @@ class Broken(World):
 
 def shake(world: World) -> NDArray[np.float32]:
     """A script: one action, from all that is known of the world."""
-    return np.resize(np.cos(world.state), (1, Dims.A)).astype(np.float32)
+    return np.resize(np.cos(world.state), (1, Dims().A)).astype(np.float32)
 
 
 def unusable(task: int) -> World:
@@ -146,11 +159,11 @@ class Reader:
     seconds: float = 0.0  # that a forward takes
     batches: list[int] = field(default_factory=list)
 
-    def reset(self, slot: int | None = None, episode: tuple[int, ...] | None = None) -> None:
-        assert slot is not None
+    def reset(self, environment: int | None = None, episode: tuple[int, ...] | None = None) -> None:
+        assert environment is not None
 
-    def act_batch(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[Query]:
-        self.batches.append(len(slots))
+    def act_batch(self, observations: Sequence[Observation], environments: Sequence[int]) -> list[Query]:
+        self.batches.append(len(environments))
         time.sleep(self.seconds)
         wrong = [
             bool(self.fault) and o.instruction == "task 0" and o.proprio[-1] >= self.fault_step for o in observations
@@ -159,7 +172,7 @@ class Reader:
             raise ValueError("images are uint8 (1, 9, 9, 3)")
         queries = []
         for observation, bad in zip(observations, wrong, strict=True):
-            actions = np.resize(observation.images[0, 0] / 255.0, (self.chunk, Dims.A)).astype(np.float32)
+            actions = np.resize(observation.images[0, 0] / 255.0, (self.chunk, Dims().A)).astype(np.float32)
             query = Query(actions, "full", ms=1.0)
             if bad and self.fault == "nan":
                 query = replace(query, actions=actions * np.nan)

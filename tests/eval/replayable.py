@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+from msgspec import structs
 from synthetic import run
 
 from rsd_trt.eval.results import Episode, Results
@@ -14,7 +13,7 @@ FEW = {"tasks": (0, 1), "trials": 2}
 def shortened(episode: Episode, steps: int = 12) -> Episode:
     """The start of an episode."""
     queries = tuple(query for query in episode.queries if query.step < steps)
-    return dataclasses.replace(episode, queries=queries, steps=min(episode.steps, steps))
+    return structs.replace(episode, queries=queries, steps=min(episode.steps, steps))
 
 
 def made(mode: str = "rsd", **settings: object) -> Results:
@@ -27,7 +26,7 @@ def with_plans(episode: Episode) -> Episode:
     left, queries = 0, []
     for query in episode.queries:
         if query.route in ("accepted", "partial") and left < query.committed:
-            query = dataclasses.replace(query, route="exhausted", full_query=True, prefix=1)
+            query = structs.replace(query, route="exhausted", full_query=True, prefix=1)
         left = (left if query.route in ("accepted", "partial") else 8) - query.committed
         queries.append(query)
-    return dataclasses.replace(episode, queries=tuple(queries))
+    return structs.replace(episode, queries=tuple(queries))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from rsd_trt.config import ControlConfig, Mode, Quantiles, RsdConfig
 from rsd_trt.eval.profile.replay_record import Replay, ReplayRow
-from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, Results, Settings, Throughput
+from rsd_trt.eval.results import ActionStatistics, BundleSettings, Episode, QueryRecord, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
-from rsd_trt.jsonio import to_json
-from rsd_trt.runtime.plan import Gap, Verdict, judge
+from rsd_trt.records import to_json
+from rsd_trt.runtime.chunk import Gap, Judgement, judge
 from rsd_trt.runtime.speculate import Route
 
 TASKS = (
@@ -35,38 +35,44 @@ TRAINING = Quantiles(
     mask=(True,) * 6 + (False,),
 )
 N_ACTION_STEPS = 4
+OF_BUNDLE = set(BundleSettings.__struct_fields__)
 
 
 def settings(mode: Mode = "rsd", **changes: object) -> Settings:
-    """The settings of a run of 3 tasks with 4 trials, but for `changes`."""
+    """The settings of a run of 3 tasks with 4 trials, but for `changes`, of the run's or the bundle's."""
+    of_bundle = {name: changes.pop(name) for name in OF_BUNDLE & changes.keys()}
     base = Settings(
+        policy="made-up",
+        policy_sha256="3f2a" * 16,
+        bundle=BundleSettings(
+            mode=mode,
+            backend="ort",
+            precision="fp32",
+            backbone="graph",
+            exports_sha256={"propose": "a1" * 32, "predict": "b2" * 32},
+            trained=True,
+            backbone_blocks=32,
+            levels=7,
+            rsd=RsdConfig(draft_block=10),
+            training_actions=TRAINING,
+            accept_rate=0.7 if mode == "random" else None,
+        ),
         suite="libero_spatial",
         tasks=(0, 1, 2),
         trials=4,
-        mode=mode,
         timing="single",
-        backend="ort",
-        precision="fp32",
-        backbone="graph",
         device="cuda",
         protocol="oft",
         max_steps=220,
         n_action_steps=N_ACTION_STEPS,
         seed=7,
-        bundle="made-up",
-        bundle_sha256="3f2a" * 16,
-        exports_sha256={"propose": "a1" * 32, "predict": "b2" * 32},
-        trained=True,
-        backbone_blocks=32,
-        levels=7,
-        rsd=RsdConfig(draft_block=10),
+        perturb=None,
         control=ControlConfig(),
-        training_actions=TRAINING,
         hardware={"cpu": "made-up processor", "cores": 16, "gpu": "made-up GPU"},
         versions={"python": "3.11.7", "torch": "2.13.0", "rsd-trt": "0.1.0"},
-        accept_rate=0.7 if mode == "random" else None,
     )
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+    base = structs.replace(base, bundle=structs.replace(base.of_bundle, **of_bundle))  # type: ignore[arg-type]
+    return structs.replace(base, **changes)  # type: ignore[arg-type]
 
 
 def run(
@@ -90,8 +96,8 @@ def run(
         for trial in range(chosen.trials):
             made = _episode(chosen, task, trial, success, acceptance, (full_ms, draft_ms), action_scale)
             if (task, trial) in broken:
-                made = dataclasses.replace(made, success=False, error="RuntimeError: the GL context is lost")
-            episodes.append(dataclasses.replace(change(made), run=chosen.run))
+                made = structs.replace(made, success=False, error="RuntimeError: the GL context is lost")
+            episodes.append(structs.replace(change(made), run=chosen.run))
     tasks = {task: TASKS[task % len(TASKS)] for task in chosen.tasks}
     command = f"rsd-trt eval bundles/made-up --mode {mode} --trials {chosen.trials}"
     return summarise(chosen, episodes, tasks, codec_mse, command, throughput)
@@ -99,7 +105,7 @@ def run(
 
 def outcome(*succeeded: tuple[int, int]) -> Callable[[Episode], Episode]:
     """A `change` after which these episodes succeed and all others fail."""
-    return lambda episode: dataclasses.replace(episode, success=episode.key in succeeded)
+    return lambda episode: structs.replace(episode, success=episode.key in succeeded)
 
 
 def write(path: Path, results: Results) -> Path:
@@ -114,12 +120,12 @@ def replay(*timed: tuple[Results, float, tuple[float, float] | None]) -> Replay:
         ReplayRow(
             results=f"{results.settings.mode}.json",
             run=results.settings.run,
-            mode=results.settings.mode,
+            mode=results.settings.of_bundle.mode,
             n_action_steps=results.settings.n_action_steps,
             perturb=results.settings.perturb,
-            backend=results.settings.backend,
-            backbone=results.settings.backbone,
-            precision=results.settings.precision,
+            backend=results.settings.of_bundle.backend,
+            backbone=results.settings.of_bundle.backbone,
+            precision=results.settings.of_bundle.precision,
             episodes=results.total_episodes,
             queries=results.queries,
             full_queries=results.full_queries,
@@ -127,7 +133,7 @@ def replay(*timed: tuple[Results, float, tuple[float, float] | None]) -> Replay:
             ms_per_action=ms,
             ms_per_action_interval=bounds,
             suite=results.settings.suite,
-            decisions_of=results.settings.bundle,
+            decisions_of=results.settings.policy,
             route_ms=dict.fromkeys(results.routes, ms),
             route_queries=dict(results.routes),
             episode_ms=(),
@@ -138,9 +144,9 @@ def replay(*timed: tuple[Results, float, tuple[float, float] | None]) -> Replay:
     )
     chosen = settings()
     return Replay(
-        command="rsd-trt profile bundles/made-up --replay results.json",
-        bundle=chosen.bundle,
-        bundle_sha256=chosen.bundle_sha256,
+        command="rsd-trt replay results.json --bundle bundles/made-up",
+        bundle=chosen.policy,
+        bundle_sha256=chosen.policy_sha256,
         hardware=chosen.hardware,
         versions=chosen.versions,
         boundary="made up",
@@ -174,7 +180,7 @@ def _episode(
     action_scale: float,
 ) -> Episode:
     hard = np.random.default_rng([task, trial]).random() + 0.04 * (task % 5 - 2)
-    own = np.random.default_rng([task, trial, len(settings.mode)])
+    own = np.random.default_rng([task, trial, len(settings.label)])
     succeeded = bool(hard + own.normal(0, 0.02) < success)
     steps = int(own.integers(70, 160)) if succeeded else settings.max_steps
     queries: list[QueryRecord] = []
@@ -211,10 +217,10 @@ def _query(
     prefix = {"accepted": most, "partial": int(random.integers(1, max(2, most))), "rejected": 0}[route]
     if shadow:
         by_main = prefix if random.random() < 0.93 else int(random.integers(0, most + 1))
-        verdict: Verdict = judge(prefix, by_main)
+        judgement: Judgement = judge(prefix, by_main)
         gaps = (_gap(random, settings, 0.035), _gap(random, settings, 0.025))
         return QueryRecord(
-            step, route, most, full_ms + 1, True, 1, prefix, agreement, verdict, draft_gap=gaps[0], main_gap=gaps[1]
+            step, route, most, full_ms + 1, True, 1, prefix, agreement, judgement, draft_gap=gaps[0], main_gap=gaps[1]
         )
     if route == "rejected":
         committed = int(random.integers(1, most + 1))

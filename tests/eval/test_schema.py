@@ -13,7 +13,7 @@ import pytest
 from synthetic import run, throughput
 
 from rsd_trt.eval.results import SCHEMA_FILE, Results, results_schema
-from rsd_trt.jsonio import to_json
+from rsd_trt.records import to_json
 
 REGENERATE = (
     "python -c 'import json; from rsd_trt.eval.results import *; "
@@ -39,9 +39,10 @@ def valid(data: object) -> bool:
         run("baseline"),
         run("rsd", broken=((0, 0),), throughput=throughput(4, 2.0)),
         run("shadow", timing="batched", training_actions=None),
+        run("baseline", policy="examples.reference_policy.scripted:expert", bundle=None),
         run("rsd", broken=tuple((task, trial) for task in range(3) for trial in range(4))),
     ],
-    ids=["baseline", "rsd with an error", "shadow, batched", "errors only"],
+    ids=["baseline", "rsd with an error", "shadow, batched", "a script", "errors only"],
 )
 def test_results_files_are_valid(results: Results) -> None:
     assert valid(to_json(results))
@@ -54,7 +55,7 @@ def test_results_files_are_valid(results: Results) -> None:
         lambda data: data.update(extra=1),
         lambda data: data.update(total_episodes="12"),
         lambda data: data["episodes"][0].update(success=None),
-        lambda data: data["settings"].update(mode="fast"),
+        lambda data: data["settings"]["bundle"].update(mode="fast"),
     ],
 )
 def test_damaged_results_files_are_not(damage: Callable[[dict[str, object]], object]) -> None:
@@ -85,8 +86,6 @@ def test_data_files_are_shipped() -> None:
     assert shipped == {
         "results.schema.json",
         "report.css",
-        "macros.html.jinja",
-        "profile.html.jinja",
         "report.html.jinja",
         "report.md.jinja",
     }

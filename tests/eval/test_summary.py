@@ -12,7 +12,7 @@ from rsd_trt.eval.summary import summarise
 QUERIES = (
     QueryRecord(step=0, route="start", committed=2, ms=10.0, full_query=True, prefix=2, token_agreement=(1.0, 0.5)),
     QueryRecord(step=2, route="accepted", committed=2, ms=4.0, full_query=False, prefix=3),
-    QueryRecord(step=4, route="partial", committed=1, ms=4.0, full_query=False, prefix=1, verdict="true_accept"),
+    QueryRecord(step=4, route="partial", committed=1, ms=4.0, full_query=False, prefix=1, judgement="true_accept"),
     QueryRecord(step=5, route="rejected", committed=1, ms=12.0, full_query=True, prefix=0, token_agreement=(0.0, 0.5)),
 )
 
@@ -34,7 +34,7 @@ def test_figures_are_over_episodes_without_errors() -> None:
     assert (found.queries, found.full_queries, found.steps) == (8, 4, 12)
     assert (found.actions_per_query, found.steps_per_second) == (12 / 8, 3.0)
     assert found.routes == {"accepted": 2, "partial": 2, "rejected": 2, "start": 2}
-    assert found.verdicts == {"true_accept": 2}
+    assert found.judgements == {"true_accept": 2}
     tasks = [(t.task_id, t.successes, t.episodes, t.errors) for t in found.task_results]
     assert tasks == [(0, 1, 2, 0), (3, 0, 0, 1)]
     assert [e.key for e in found.episodes] == [(0, 0), (0, 1), (3, 0)]

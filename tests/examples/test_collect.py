@@ -26,8 +26,8 @@ from examples.reference_policy.demonstrate import (
     perturb,
 )
 from rsd_trt.config import ControlConfig
-from rsd_trt.eval.libero.perturb import DISPLACEMENT, TARGET, offsets
 from rsd_trt.eval.libero.simulator import Simulator, initial_states, open_suite
+from rsd_trt.eval.libero.target import DISPLACEMENT, TARGET, displace, offsets
 from rsd_trt.runtime.preprocess import resize
 
 
@@ -81,7 +81,14 @@ def test_a_failed_episode_is_no_example(tmp_path: Path, demonstration: Callable[
     assert (len(data.row), len(data.actions)) == (3, 6)
     write_manifest(settings, 1.0)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    assert manifest["tasks"]["0"] == {"attempts": 2, "success": 1, "displaced": 0, "frames": 3, "success_share": 0.5}
+    assert manifest["tasks"]["0"] == {
+        "attempts": 2,
+        "success": 1,
+        "displaced": 0,
+        "slid": 0,
+        "frames": 3,
+        "success_share": 0.5,
+    }
     assert manifest["seeds"] == {"succeeded": {"0": [1]}, "failed": {"0": [0]}}
     assert {"rsd-trt", "python", "mujoco"} <= manifest["versions"].keys()
 
@@ -111,7 +118,7 @@ def test_training_scenes_are_no_evaluation_states_and_the_bowl_can_be_displaced(
         simulator.sample(settings.seed(3, 2), render=False)
         joint = f"{TARGET}_joint0"
         before = simulator.physics.data.get_joint_qpos(joint).copy()
-        assert simulator.displace(offsets(np.random.default_rng(0)))
+        assert displace(simulator.physics, offsets(np.random.default_rng(0)))
         moved = (simulator.physics.data.get_joint_qpos(joint) - before)[:3]
         assert DISPLACEMENT[0] <= np.linalg.norm(moved) <= DISPLACEMENT[1]
 

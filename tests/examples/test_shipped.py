@@ -26,7 +26,7 @@ SHA256 = {
     "head.safetensors": "20137fdd7ed0697571829c490ee09179f322104a5d93240f97d1f2be80f699a0",
     "codec.safetensors": "c562722046569064dcf055d686eb37c09f6896cf5437ec3b17e6035df1fc8995",
 }
-COMMANDS = re.findall(r"`(python -m rsd_trt\S+ [^`]*|rsd-trt [^`]*)`", CARD.read_text("utf-8"))
+COMMANDS = re.findall(r"`(python -m examples\.reference_policy\.\S+ [^`]*|rsd-trt [^`]*)`", CARD.read_text("utf-8"))
 
 
 def test_the_shipped_bundle_is_pinned() -> None:
@@ -63,4 +63,5 @@ def test_the_model_card_has_commands() -> None:
     assert {shlex.split(command)[2].rpartition(".")[2] for command in COMMANDS if "python" in command} == {
         "collect",
         "train",
+        "pilot",
     }

@@ -15,9 +15,8 @@ from examples.reference_policy.demonstrate import model_images
 from examples.reference_policy.fit_policy import build_model
 from examples.reference_policy.loop import METRICS, read_trained
 from rsd_trt.bundle import Bundle
-from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.models.components import most_likely
-from rsd_trt.presets import preset
+from rsd_trt.presets import byte_tokenizer, preset
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 
@@ -103,7 +102,7 @@ def test_the_policy_says_what_the_training_saw(run: Path, demonstrations: Path) 
     proprio = random.uniform(-1, 1, 8).astype(np.float32)
     policy = Policy.load(bundle, mode="baseline")
     policy.act(Observation(images, proprio, "pick up bowl 1"))
-    tokens = policy._plans[0].tokens
+    tokens = policy._chunks[0].tokens
     assert tokens is not None
     data = load_demonstrations(demonstrations, CPU)
     data.images[-1] = torch.from_numpy(model_images(images, control, size))

@@ -149,7 +149,7 @@ def test_what_the_builder_is_asked_for(
         "capabilities": names,
         "profiles": profiles,
         "shapes": {
-            port.name: [signature.shape(port, rows) for rows in (1, 1, MAX_BATCH)]
+            port.name: [signature.shape(port, n) for n in (1, 1, MAX_BATCH)]
             for port in signature.inputs
             if profiles and "B" in port.dims
         },
@@ -194,7 +194,7 @@ def test_what_the_builder_is_asked_for(
         ),
     ],
 )
-def test_what_a_flavour_cannot_build(
+def test_what_a_distribution_cannot_build(
     target: Target, options: EngineOptions, gpu: Gpu | None, message: str | None
 ) -> None:
     distribution = Distribution(target, ModuleType("double"))

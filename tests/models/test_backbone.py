@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from rsd_trt.config import PROPRIO_DIM
@@ -44,12 +45,12 @@ OPENVLA = {
 
 def make_inputs(lengths: list[int], images: int = 2, proprio: bool = True, seed: int = 0) -> BackboneInputs:
     generator = torch.Generator().manual_seed(seed)
-    rows, size = len(lengths), TINY.image_size
+    batch, size = len(lengths), TINY.image_size
     return BackboneInputs(
-        pixels=torch.randn(rows, images, len(TINY.towers), 3, size, size, generator=generator),
-        tokens=torch.randint(1, TINY.language.vocab, (rows, max(lengths)), generator=generator),
+        pixels=torch.randn(batch, images, len(TINY.towers), 3, size, size, generator=generator),
+        tokens=torch.randint(1, TINY.language.vocab, (batch, max(lengths)), generator=generator),
         lengths=torch.tensor(lengths),
-        proprio=torch.randn(rows, PROPRIO_DIM, generator=generator) if proprio else None,
+        proprio=torch.randn(batch, PROPRIO_DIM, generator=generator) if proprio else None,
     )
 
 
@@ -168,17 +169,17 @@ def test_padding_changes_nothing(backbone: Backbone) -> None:
             torch.testing.assert_close(together[row], alone[0], rtol=0, atol=2e-6)
 
 
-def test_some_rows_go_on_without_the_others(backbone: Backbone) -> None:
+def test_some_of_a_batch_go_on_without_the_others(backbone: Backbone) -> None:
     inputs = make_inputs([3, 9, 6])
     prefix = backbone.run(inputs, until=1)
     index = torch.tensor([2, 0])
-    some = backbone.hidden(backbone.resume(prefix.rows(index), until=N))
+    some = backbone.hidden(backbone.resume(prefix.at(index), until=N))
     everything = backbone.hidden(backbone.resume(prefix, until=N))
     torch.testing.assert_close(some, everything[index], rtol=0, atol=2e-6)
 
 
 def test_without_a_proprioception_token(backbone: Backbone) -> None:
-    blind = Backbone(dataclasses.replace(TINY, proprio=False))
+    blind = Backbone(structs.replace(TINY, proprio=False))
     assert not [name for name in blind.state_dict() if "proprio" in name]
     assert blind.embed(make_inputs([4], proprio=False)).stream.shape[1] == 1 + 2 * PATCHES + 3
     with pytest.raises(ValueError, match="no proprio"):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from rsd_trt.bundle import save
 from rsd_trt.config import CodecConfig, Dims
-from rsd_trt.initialise import byte_tokenizer
 from rsd_trt.models.codec import Codec, Decoder, Quantiser, QuantiserLayer
-from rsd_trt.presets import preset
+from rsd_trt.presets import byte_tokenizer, preset
 
 DIMS = Dims()
 SCALES = ("static", "plain", "layernorm")
@@ -148,7 +147,7 @@ def test_the_layernorm_variant_normalises_each_residual_and_decodes_raw_levels()
 def test_loading_warns_about_a_layernorm_codec_only(
     scale: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = replace(preset("tiny", "tiny"), codec=CodecConfig(scale=scale))  # type: ignore[arg-type]
+    config = structs.replace(preset("tiny", "tiny"), codec=CodecConfig(scale=scale))  # type: ignore[arg-type]
     bundle = save(tmp_path / "tiny", config, {"codec": seeded(scale)}, byte_tokenizer())
     with caplog.at_level(logging.WARNING):
         bundle.codec()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
+from msgspec import structs
 
 from rsd_trt.config import ARM_DIMS, CodecConfig, ControlConfig, DraftConfig, HeadConfig, Quantiles
 from rsd_trt.models.codec import Codec, Decoder
@@ -85,7 +85,7 @@ def test_each_dimension_has_its_own_tolerance() -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_finite_by_row(bad: float) -> None:
+def test_finite_for_each_of_a_batch(bad: float) -> None:
     a, b = torch.zeros(4, 2, 3), torch.zeros(4, 5)
     a[1, 1, 2], b[2, 0] = bad, bad
     assert all_finite(a, b).tolist() == [True, False, False, True]
@@ -121,7 +121,7 @@ class Parts:
 
 
 @torch.no_grad()
-def test_accept_is_its_parts(randomise: Callable[..., None]) -> None:
+def test_propose_is_its_parts(randomise: Callable[..., None]) -> None:
     parts = Parts("rfsq", randomise)
     tokens, actions, finite = parts.propose(parts.hidden)
     expected = parts.draft(parts.hidden).argmax(-1).view(3, DIMS.C, DIMS.T, DIMS.D).permute(0, 2, 3, 1)
@@ -132,7 +132,7 @@ def test_accept_is_its_parts(randomise: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("kind", ["rfsq", "conditioned", "classification"])
 @torch.no_grad()
-def test_chain_is_its_parts(kind: str, randomise: Callable[..., None]) -> None:
+def test_predict_is_its_parts(kind: str, randomise: Callable[..., None]) -> None:
     parts = Parts(kind, randomise)
     guess, coarse, _ = parts.propose(parts.hidden)
     condition = (guess,) if kind == "conditioned" else ()
@@ -176,5 +176,5 @@ def test_signatures_fit_the_forwards(kind: str, randomise: Callable[..., None]) 
 
 
 def test_the_transform_is_no_part_of_a_checkpoint() -> None:
-    control = dataclasses.replace(ControlConfig(), action_quantiles=QUANTILES)
+    control = structs.replace(ControlConfig(), action_quantiles=QUANTILES)
     assert ActionTransform(control, DIMS).state_dict() == {}

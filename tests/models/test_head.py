@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
+from msgspec import structs
 from torch import nn
 
 from rsd_trt.config import Dims, HeadConfig
@@ -104,7 +104,7 @@ def reference(head: Head, config: HeadConfig, hidden: torch.Tensor, condition: t
 @pytest.mark.parametrize("kind", ["rfsq", "conditioned", "classification"])
 @torch.no_grad()
 def test_equals_the_original_forward(kind: str, randomise: Callable[..., None]) -> None:
-    config = dataclasses.replace(HeadConfig(feature=8, width=6, embedding=4), kind=kind)
+    config = structs.replace(HeadConfig(feature=8, width=6, embedding=4), kind=kind)
     head = build_head(config, TINY, HIDDEN)
     randomise(head)
     generator = torch.Generator().manual_seed(1)
@@ -116,7 +116,7 @@ def test_equals_the_original_forward(kind: str, randomise: Callable[..., None]) 
 
 @pytest.mark.parametrize("kind", ["rfsq", "conditioned", "classification"])
 def test_the_signature_fits_the_forward(kind: str) -> None:
-    head = build_head(dataclasses.replace(HeadConfig(feature=8, width=6, embedding=4), kind=kind), TINY, HIDDEN)
+    head = build_head(structs.replace(HeadConfig(feature=8, width=6, embedding=4), kind=kind), TINY, HIDDEN)
     signature = head.signature
     inputs = [torch.zeros(signature.shape(port, 2), dtype=getattr(torch, port.dtype)) for port in signature.inputs]
     assert [port.name for port in signature.inputs] == ["hidden", "condition"][: 2 if kind == "conditioned" else 1]

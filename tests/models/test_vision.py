@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from msgspec import structs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,8 +27,8 @@ DINO = TowerConfig(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
-SIGLIP = dataclasses.replace(DINO, prefix_tokens=0, layer_scale=False, gelu="tanh")
-CLASS_ONLY = dataclasses.replace(DINO, prefix_tokens=1)
+SIGLIP = structs.replace(DINO, prefix_tokens=0, layer_scale=False, gelu="tanh")
+CLASS_ONLY = structs.replace(DINO, prefix_tokens=1)
 
 
 def reference(config: TowerConfig, weights: dict[str, Tensor], pixels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, Mode, RsdConfig
@@ -16,9 +17,9 @@ from rsd_trt.models.components import agreeing_steps, all_finite
 from rsd_trt.presets import preset
 from rsd_trt.runtime.forward import EagerForward
 from rsd_trt.runtime.policy import Policy
-from rsd_trt.runtime.speculate import Coin
+from rsd_trt.runtime.speculate import RandomAcceptance, Rule
 
-DIMS = Dims(T=6, D=2, L=3, C=2, K=3)
+DIMS = Dims(T=6, D=4, L=3, C=2, K=3)
 N = preset("tiny", "tiny").backbone.language.blocks
 DRAFT_BLOCK = 1
 NAN = float("nan")
@@ -72,6 +73,8 @@ class World:
 class Draft:
     """The session `propose`."""
 
+    sha256 = None
+
     world: World
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,6 +90,8 @@ class Draft:
 @dataclass
 class Main:
     """The session `predict`. Its buffers are its own: each run overwrites them."""
+
+    sha256 = None
 
     world: World
     buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -111,20 +116,24 @@ class Main:
 def configure(kind: str = "rfsq", draft_block: int = DRAFT_BLOCK, **rsd: object) -> BundleConfig:
     config = preset("tiny", "tiny")
     values: dict[str, object] = {"n_action_steps": 2, "refresh": 100, "tolerance": (0.5,) * ARM_DIMS, **rsd}
-    return dataclasses.replace(
+    return structs.replace(
         config,
         dims=DIMS,
         rsd=RsdConfig(draft_block=draft_block, **values),  # type: ignore[arg-type]
-        head=dataclasses.replace(config.head, kind=kind),
+        head=structs.replace(config.head, kind=kind),
     )
 
 
 def scripted(
-    frames: Sequence[Frame], mode: Mode = "rsd", slots: int = 1, coin: Coin | None = None, **settings: object
+    frames: Sequence[Frame],
+    mode: Mode = "rsd",
+    environments: int = 1,
+    decided_by: Rule | None = None,
+    **settings: object,
 ) -> tuple[Policy, World]:
-    """A policy over frames; its observations are their numbers. Mode `random` has a fair coin if none is given."""
+    """A policy over frames; its observations are their numbers. Mode `random` accepts every other time by default."""
     world = World(frames)
     config = configure(**settings)  # type: ignore[arg-type]
     forward = EagerForward(config, world, Draft(world), Main(world), world)  # type: ignore[arg-type]
-    coin = Coin(0.5, 0) if coin is None and mode == "random" else coin
-    return Policy(config, forward, mode, None, slots, coin), world
+    rule = RandomAcceptance(0.5, 0) if decided_by is None and mode == "random" else decided_by
+    return Policy(config, forward, mode, None, environments, rule), world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,12 +12,16 @@ import torch
 
 from rsd_trt import host, weights
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import COMPONENTS, Component
+from rsd_trt.config import COMPONENTS, MODES, BackboneKind, BackbonePrecision, Backend, Component, Mode
 from rsd_trt.errors import UserError
 from rsd_trt.export.to_onnx import example_inputs
+from rsd_trt.manifest import folder_of, read_manifest
 from rsd_trt.runtime import backends
-from rsd_trt.runtime.backends import BACKENDS, Backend, Launcher, check_backend, open_backbone
+from rsd_trt.runtime.backends import Launcher, check_backend, open_backbone
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.session import TorchSession
+from rsd_trt.runtime.speculate import RandomAcceptance
 from rsd_trt.trt import Distribution
 
 CPU = torch.device("cpu")
@@ -48,6 +53,66 @@ def test_what_cannot_run_here_says_what_to_use(bundle: Bundle, tmp_path: Path, b
     with pytest.raises(UserError) as error:
         Launcher(bundle, backend, CPU, engines=tmp_path).open("propose", "1")
     assert str(error.value) == message.format(engines=tmp_path, bundle=bundle.path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "message"),
+    [
+        ("eager", "fp8", "backbone precision fp8 does not go with --backbone eager: .* Use: --backbone compiled"),
+        ("graph", "fp8", "backbone precision fp8 does not go with --backbone graph: .* Use: --backbone compiled"),
+        ("graph", "bf16", "backbone graph needs a CUDA device, not cpu. Use: --backbone eager"),
+        ("compield", "bf16", "backbone 'compield' is unknown; did you mean 'compiled'?"),
+        ("eager", "int4", "backbone precision 'int4' is unknown"),
+    ],
+)
+def test_a_backbone_that_cannot_run_like_that(
+    bundle: Bundle, kind: BackboneKind, precision: BackbonePrecision, message: str
+) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        open_backbone(bundle, CPU, kind, precision)
+
+
+def test_fp8_needs_widths_that_the_products_take(bundle: Bundle) -> None:
+    with pytest.raises(UserError, match="widths that are multiples of 16: hidden is 32, intermediate 88"):
+        backends.check_fp8(bundle, CPU)
+
+
+def test_draft_and_head_are_not_run_in_every_precision(bundle: Bundle) -> None:
+    with pytest.raises(UserError, match="precision 'fp8' is unknown"):
+        Launcher(bundle, "torch", CPU, "fp8")
+
+
+def test_a_policy_says_which_exports_it_runs(bundle: Bundle, exported: Callable[..., Path]) -> None:
+    engines = exported("fp32")
+    exports = Policy.load(bundle, backend="ort", engines=engines).exports
+    manifest = read_manifest(folder_of(bundle, engines), bundle)
+    for component in ("propose", "predict"):
+        artefact = manifest.find(component, "fp32", "1", "onnx")
+        assert artefact is not None
+        assert exports.pop(component) == artefact.files[0].sha256
+    assert not exports
+    assert Policy.load(bundle).exports == {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_query_reaches_its_launches_in_five_calls(
+    bundle: Bundle, exported: Callable[..., Path], observe: Callable[..., Observation], mode: Mode
+) -> None:
+    rule = RandomAcceptance(0.5, 0) if mode == "random" else None
+    policy = Policy.load(bundle, mode, "ort", engines=exported("fp32"), rule=rule)
+    calls: list[list[str]] = []
+
+    def launch() -> None:
+        stack = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent.name == "runtime"]
+        ours = [frame.name for frame in stack if not Path(frame.filename).name.startswith("test_")]
+        calls.append([*ours[ours.index("act_batch") :], "launch"])
+
+    for session in policy._forward.sessions.values():
+        for batch, (buffers, _) in session._prepared.items():  # type: ignore[attr-defined]
+            session._prepared[batch] = buffers, launch  # type: ignore[attr-defined]
+    policy.act_batch([observe(bundle.config.control, 0)], [0])
+    assert len(calls) == (1 if mode == "baseline" else 2)
+    assert max(map(len, calls)) <= 5, calls
 
 
 def test_a_compiled_backbone_needs_triton(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +150,6 @@ def test_an_unknown_backend_is_refused(name: str, hint: str) -> None:
     with pytest.raises(UserError) as error:
         check_backend(name)
     assert str(error.value) == f"backend {name!r} is unknown{hint}"
-
-
-def test_every_backend_is_known() -> None:
-    assert [check_backend(name) for name in BACKENDS] == list(BACKENDS)
 
 
 def test_half_precision_is_of_the_weights_not_of_the_ports(bundle: Bundle, exported: Callable[..., Path]) -> None:

@@ -9,22 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
+from examples.reference_policy.studies.fp8_sensitivity import sensitivity
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import ARM_DIMS, COMPONENTS, MODES, BackboneKind, Mode
+from rsd_trt.config import ARM_DIMS, COMPONENTS, MODES, BackboneKind, Backend, Mode
 from rsd_trt.errors import UserError
 from rsd_trt.eval.profile.components import ProfileRequest, profile
-from rsd_trt.eval.verify.backbone import BackboneParity, exact_float32, verify_backbone
-from rsd_trt.eval.verify.components import Parity, verify
-from rsd_trt.eval.verify.fp8_sensitivity import sensitivity
-from rsd_trt.eval.verify.scenes import INSTRUCTIONS, random_observations
+from rsd_trt.eval.verify.backbone import BackboneRequest, exact_float32, verify_backbone
+from rsd_trt.eval.verify.components import VerifyRequest, verify
+from rsd_trt.eval.verify.inputs import INSTRUCTIONS, random_observations
+from rsd_trt.eval.verify.result import BackboneParity, Parity
 from rsd_trt.export.run import ExportRequest, export_bundle
-from rsd_trt.initialise import initialise
-from rsd_trt.runtime.backends import Backend, Launcher, open_forward
+from rsd_trt.presets import initialise
+from rsd_trt.runtime.backends import Launcher, open_forward
 from rsd_trt.runtime.graph_forward import GraphForward
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
-from rsd_trt.runtime.speculate import Coin
+from rsd_trt.runtime.speculate import RandomAcceptance
 from rsd_trt.trt import find_distribution
 
 pytestmark = [
@@ -54,7 +56,7 @@ def engines(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("backend", ["graph", ORT])
 def test_every_component_equals_pytorch(bundle: Bundle, engines: Path, backend: Backend) -> None:
-    results = list(verify(bundle, [backend], CUDA, "fp32", engines, rows=64))
+    results = list(verify(bundle, VerifyRequest((backend,), CUDA, engines=engines)))
     assert len(results) == 2 * len(COMPONENTS)
     for result in results:
         assert isinstance(result, Parity), result
@@ -63,8 +65,7 @@ def test_every_component_equals_pytorch(bundle: Bundle, engines: Path, backend: 
 
 @pytest.mark.parametrize("backend", ["graph", ORT])
 def test_warm_sessions_allocate_nothing(bundle: Bundle, engines: Path, backend: Backend) -> None:
-    ways = (("ort", True), ("ort", False)) if backend == "ort" else ((backend, True),)
-    request = ProfileRequest(ways, (1, 8), CUDA, "fp32", engines, 50, 10)
+    request = ProfileRequest((backend,), (1, 8), CUDA, "fp32", engines, 50, 10)
     rows = list(profile(bundle, request))
     assert {(row.allocations, row.grown) for row in rows} == {(0, 0)}
 
@@ -80,15 +81,15 @@ def test_every_backend_acts_as_pytorch(
         np.testing.assert_allclose(fast.act(seen), slow.act(seen), atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("backbone", ["graph", "compiled"])
 def test_every_backbone_acts_as_the_eager_one(
-    bundle: Bundle, observe: Callable[..., Observation], backbone: BackboneKind, rows: int
+    bundle: Bundle, observe: Callable[..., Observation], backbone: BackboneKind, batch: int
 ) -> None:
     """In every mode; drafts of an untrained bundle are accepted now and then with a wide tolerance."""
-    rsd = dataclasses.replace(bundle.config.rsd, tolerance=(1.0,) * ARM_DIMS)
-    wide = dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, rsd=rsd))
-    slots = list(range(rows))
+    rsd = structs.replace(bundle.config.rsd, tolerance=(1.0,) * ARM_DIMS)
+    wide = dataclasses.replace(bundle, config=structs.replace(bundle.config, rsd=rsd))
+    environments = range(batch)
     with exact_float32():
         for mode in MODES:
             eager, fast = (
@@ -97,32 +98,33 @@ def test_every_backbone_acts_as_the_eager_one(
                     mode,
                     "graph",
                     "cuda",
-                    slots=rows,
-                    rows=rows,
+                    environments=batch,
+                    batch=batch,
                     backbone=kind,
-                    coin=Coin(0.5, 0) if mode == "random" else None,
+                    rule=RandomAcceptance(0.5, 0) if mode == "random" else None,
                 )
                 for kind in ("eager", backbone)
             )
             routes = set()
             for step in range(8):
-                seen = [observe(wide.config.control, 10 * step + row, "") for row in slots]  # as in the warm-up
-                for expected, found in zip(eager.act_batch(seen, slots), fast.act_batch(seen, slots), strict=True):
+                seen = [observe(wide.config.control, 10 * step + env, "") for env in environments]  # as in the warm-up
+                answers = (policy.act_batch(seen, environments) for policy in (eager, fast))
+                for expected, found in zip(*answers, strict=True):
                     assert (found.route, found.prefix, found.fault) == (expected.route, expected.prefix, None)
                     np.testing.assert_allclose(found.actions, expected.actions, atol=1e-4)
                     routes.add(found.route)
             assert len(routes) > 1 or mode == "baseline"
 
 
-def warm_forward(bundle: Bundle, rows: int) -> tuple[GraphForward, list[list[Observation]]]:
-    """A forward whose graphs are captured, and fresh observations of the same shape."""
+def warm_forward(bundle: Bundle, count: int) -> tuple[GraphForward, list[list[Observation]]]:
+    """A forward whose graphs are captured, and fresh batches of the same size."""
     forward = open_forward(Launcher(bundle, "graph", CUDA), "dynamic", "graph")
     assert isinstance(forward, GraphForward)
-    seen = random_observations(bundle.config.control, 8 * rows)
+    seen = random_observations(bundle.config.control, 8 * count)
     seen = [dataclasses.replace(x, instruction=INSTRUCTIONS[0]) for x in seen]
-    batches = [seen[i : i + rows] for i in range(0, len(seen), rows)]
-    for batch in batches[:2]:
-        decide(forward, batch)
+    batches = [seen[i : i + count] for i in range(0, len(seen), count)]
+    for some in batches[:2]:
+        decide(forward, some)
     return forward, batches
 
 
@@ -137,22 +139,22 @@ def decide(forward: GraphForward, batch: list[Observation]) -> None:
     forward.main()
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_warm_queries_allocate_nothing(bundle: Bundle, rows: int) -> None:
-    forward, batches = warm_forward(bundle, rows)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_warm_queries_allocate_nothing(bundle: Bundle, batch: int) -> None:
+    forward, batches = warm_forward(bundle, batch)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()
-    for batch in batches:
-        decide(forward, batch)
+    for seen in batches:
+        decide(forward, seen)
     torch.cuda.synchronize()
     after = torch.cuda.memory_stats()
     for counter in ("allocation.all.allocated", "num_alloc_retries", "num_device_alloc"):
         assert after.get(counter) == before.get(counter), counter
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_decision_waits_for_the_device_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    forward, batches = warm_forward(bundle, rows)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_decision_waits_for_the_device_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    forward, batches = warm_forward(bundle, batch)
     real, waits = GraphForward._wait, []
 
     def wait(self: GraphForward) -> None:
@@ -166,8 +168,8 @@ def test_a_decision_waits_for_the_device_once(bundle: Bundle, monkeypatch: pytes
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
             torch.ones(1, device=CUDA).item()
-        for batch in batches:
-            decide(forward, batch)
+        for seen in batches:
+            decide(forward, seen)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 3 * len(batches)
@@ -177,9 +179,12 @@ def test_a_decision_waits_for_the_device_once(bundle: Bundle, monkeypatch: pytes
 def test_fp8_is_close(tmp_path: Path) -> None:
     small = initialise(tmp_path / "small", "reference", seed=0)
     seen = random_observations(small.config.control, 8)
-    for result in verify_backbone(small, ["graph", "compiled"], ["bundle", "bf16", "fp8"], CUDA, seen):
+    request = BackboneRequest(("graph", "compiled"), ("bundle", "bf16", "fp8"), CUDA)
+    results = list(verify_backbone(small, request, seen))
+    for result in results:
         if not isinstance(result, BackboneParity):
-            assert "timm is not installed" in result.reason
+            refused = (result.backend, result.precision) == ("graph", "fp8")
+            assert refused or "timm is not installed" in result.reason
         else:
             assert not result.exceeded, result
     losses = {row.what: row for row in sensitivity(small, CUDA, seen)}
@@ -195,6 +200,6 @@ def test_tensorrt_equals_pytorch_or_says_why_not(bundle: Bundle, tmp_path: Path)
     except UserError as error:
         pytest.skip(f"not measured: {error}")
     export_bundle(bundle, ExportRequest(tmp_path, distribution=distribution), lambda _: None, lambda *_: None)
-    for result in verify(bundle, ["trt"], CUDA, "fp32", tmp_path, rows=64):
+    for result in verify(bundle, VerifyRequest(("trt",), CUDA, engines=tmp_path)):
         assert isinstance(result, Parity), result
         assert not result.exceeded, result

@@ -12,21 +12,21 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import MODES, HeadConfig, Mode
-from rsd_trt.initialise import initialise
 from rsd_trt.models.fast.backbone import FusedBackbone
-from rsd_trt.runtime import graph_forward, graph_session
+from rsd_trt.presets import initialise
+from rsd_trt.runtime import graph_forward, session
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.forward import EagerForward
 from rsd_trt.runtime.graph_forward import GraphForward
-from rsd_trt.runtime.graph_session import GraphSession
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import Preprocessor
-from rsd_trt.runtime.session import Launch, Session
-from rsd_trt.runtime.speculate import Coin
+from rsd_trt.runtime.session import GraphSession, Launch, Session
+from rsd_trt.runtime.speculate import RandomAcceptance
 
 CPU = torch.device("cpu")
 WORDS = ("pick up the bowl", "put the bowl on the plate", "lift", "open the drawer of the cabinet")
@@ -47,7 +47,7 @@ class Captures:
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     found = Captures()
-    for module in (graph_forward, graph_session):
+    for module in (graph_forward, session):
         monkeypatch.setattr(module, "capture", found)
     monkeypatch.setattr(graph_forward, "pinned", lambda shape, dtype: torch.zeros(tuple(shape), dtype=dtype))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", threading.get_ident)
@@ -55,36 +55,36 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     return found
 
 
-def policies(bundle: Bundle, mode: Mode, slots: int, tail: Literal["captured", "launched"]) -> list[Policy]:
+def policies(bundle: Bundle, mode: Mode, count: int, tail: Literal["captured", "launched"]) -> list[Policy]:
     """The eager policy and the one of graphs."""
     config = bundle.config
     preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), CPU)
     eager: list[Session] = [Launcher(bundle, "torch", CPU).open(name, "dynamic") for name in ("propose", "predict")]
     components = (bundle.component("propose"), bundle.component("predict"))
     sessions = [GraphSession(component, CPU) for component in components] if tail == "captured" else eager
-    coin = Coin(0.5, 0) if mode == "random" else None
+    rule = RandomAcceptance(0.5, 0) if mode == "random" else None
     forwards = (
         EagerForward(config, bundle.backbone(), *eager, preprocess),
         GraphForward(config, FusedBackbone(bundle.backbone()), *sessions, preprocess),
     )
-    return [Policy(config, forward, mode, slots=slots, coin=coin) for forward in forwards]
+    return [Policy(config, forward, mode, environments=count, rule=rule) for forward in forwards]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tail", ["captured", "launched"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_it_acts_as_the_eager_forward(
     bundle: Bundle,
     observe: Callable[..., Observation],
     captures: Captures,
     mode: Mode,
     tail: Literal["captured", "launched"],
-    rows: int,
+    batch: int,
 ) -> None:
-    wide = dataclasses.replace(bundle.config.rsd, tolerance=(1.0,) * 6)  # random drafts are accepted now and then
-    bundle = dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, rsd=wide))
-    check(policies(bundle, mode, rows, tail), observe, rows)
-    assert captures.count <= (2 if rows == 1 else 8)  # for all queries together
+    wide = structs.replace(bundle.config.rsd, tolerance=(1.0,) * 6)  # random drafts are accepted now and then
+    bundle = dataclasses.replace(bundle, config=structs.replace(bundle.config, rsd=wide))
+    check(policies(bundle, mode, batch, tail), observe, batch)
+    assert captures.count <= (2 if batch == 1 else 8)  # for all queries together
 
 
 @pytest.mark.parametrize("kind", ["conditioned", "textbook"])
@@ -95,12 +95,12 @@ def test_conditioned_heads_and_late_drafts(
     bundle = initialise(tmp_path / "tiny", "tiny", seed=0)
     config = bundle.config
     if kind == "textbook":
-        rsd = dataclasses.replace(config.rsd, draft_block=config.backbone.language.blocks)
-        config = dataclasses.replace(config, rsd=rsd)
+        rsd = structs.replace(config.rsd, draft_block=config.backbone.language.blocks)
+        config = structs.replace(config, rsd=rsd)
     else:
         from rsd_trt.models.head import build_head
 
-        config = dataclasses.replace(config, head=HeadConfig("conditioned", feature=32, width=16, embedding=4))
+        config = structs.replace(config, head=HeadConfig("conditioned", feature=32, width=16, embedding=4))
         head = build_head(config.head, config.dims, config.hidden)
         monkey = dataclasses.replace(bundle, config=config)
         from safetensors.torch import save_file
@@ -111,28 +111,28 @@ def test_conditioned_heads_and_late_drafts(
         check(policies(bundle, mode, 2, "captured"), observe, 2)
 
 
-def check(both: list[Policy], observe: Callable[..., Observation], rows: int) -> None:
+def check(both: list[Policy], observe: Callable[..., Observation], batch: int) -> None:
     eager, graphs = both
     for step in range(6):
-        seen = [observe(eager.config.control, 10 * step + row, WORDS[row]) for row in range(rows)]
-        slots = list(range(rows))
-        for expected, found in zip(eager.act_batch(seen, slots), graphs.act_batch(seen, slots), strict=True):
+        seen = [observe(eager.config.control, 10 * step + env, WORDS[env]) for env in range(batch)]
+        environments = range(batch)
+        for expected, found in zip(*(policy.act_batch(seen, environments) for policy in (eager, graphs)), strict=True):
             assert (found.route, found.prefix, found.full_query) == (
                 expected.route,
                 expected.prefix,
                 expected.full_query,
             )
-            assert (found.token_agreement, found.verdict) == (expected.token_agreement, expected.verdict)
+            assert (found.token_agreement, found.judgement) == (expected.token_agreement, expected.judgement)
             np.testing.assert_allclose(found.actions, expected.actions, atol=1e-5)
 
 
-def test_a_query_of_fewer_rows_after_one_of_more_reads_its_own(
+def test_a_smaller_batch_after_a_larger_one_reads_its_own(
     bundle: Bundle, observe: Callable[..., Observation], captures: Captures
 ) -> None:
     eager, graphs = policies(bundle, "baseline", 4, "captured")
-    seen = [observe(bundle.config.control, row, WORDS[row]) for row in range(4)]
-    for rows in ([0, 1, 2, 3], [2], [1, 3], [0, 2, 3]):
-        batch = [seen[row] for row in rows]
-        for expected, found in zip(eager.act_batch(batch, rows), graphs.act_batch(batch, rows), strict=True):
+    seen = [observe(bundle.config.control, env, WORDS[env]) for env in range(4)]
+    for environments in ([0, 1, 2, 3], [2], [1, 3], [0, 2, 3]):
+        batch = [seen[env] for env in environments]
+        for expected, found in zip(*(policy.act_batch(batch, environments) for policy in (eager, graphs)), strict=True):
             np.testing.assert_allclose(found.actions, expected.actions, atol=1e-5)
-    assert captures.count == 3  # of one row, of two, and of three and four
+    assert captures.count == 3  # of a batch of one, of two, and of three and four

@@ -1,4 +1,4 @@
-"""The policy's loop on scripted drafts and plans, and end to end on the tiny bundle."""
+"""The policy's loop on scripted drafts and chunks, and end to end on the tiny bundle."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import DIMS, DRAFT_BLOCK, Frame, N, Step, configure, scripted
+from scripted import DIMS, DRAFT_BLOCK, Frame, N, Step, scripted
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import ARM_DIMS, MODES, Mode
 from rsd_trt.errors import PolicyFault, UserError
+from rsd_trt.runtime.backends import check_device
+from rsd_trt.runtime.chunk import Judgement, Query, judge
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.plan import Query, Verdict, judge
-from rsd_trt.runtime.policy import Policy, check_device
-from rsd_trt.runtime.speculate import Acceptance, Coin, Route
+from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.speculate import ActionsAgree, Checks, RandomAcceptance, Route, Rule, TokensAgree
 
 T = DIMS.T
 OPEN, CLOSED = -1, 1
@@ -86,14 +87,14 @@ def test_zero_tolerance_and_refresh_one_act_as_the_baseline(script: list[Frame])
 
 @given(batch=st.lists(episodes, min_size=3, max_size=3), order=st.permutations([0, 1, 2]))
 @settings(max_examples=50)
-def test_a_batch_of_mixed_decisions_equals_each_row_alone(batch: list[list[Frame]], order: list[int]) -> None:
+def test_a_batch_of_mixed_decisions_equals_each_query_alone(batch: list[list[Frame]], order: list[int]) -> None:
     length = min(map(len, batch))
-    together, _ = scripted([frame for script in batch for frame in script[:length]], slots=3)
+    together, _ = scripted([frame for script in batch for frame in script[:length]], environments=3)
     alone = [scripted(script)[0] for script in batch]
     for i in range(length):
-        queries = together.act_batch([slot * length + i for slot in order], order)  # type: ignore[misc]
-        for slot, query in zip(order, queries, strict=True):
-            expected = alone[slot].act_batch([i], [0])[0]  # type: ignore[list-item]
+        queries = together.act_batch([env * length + i for env in order], order)  # type: ignore[misc]
+        for env, query in zip(order, queries, strict=True):
+            expected = alone[env].act_batch([i], [0])[0]  # type: ignore[list-item]
             np.testing.assert_array_equal(query.actions, expected.actions)
             assert (query.route, query.prefix) == (expected.route, expected.prefix)
             assert query.token_agreement == expected.token_agreement
@@ -118,13 +119,11 @@ def test_routes(script: list[Frame], routes: list[Route], actions: list[int]) ->
 
 @pytest.mark.parametrize(("draft", "share"), [(STILL, "draft_acceptance_rate"), (AWAY, "full_rejection_rate")])
 def test_a_perfect_draft_accepts_everything_and_a_contradicting_one_nothing(draft: list[Step], share: str) -> None:
-    record = Acceptance()
-    for query in play(scripted([Frame(draft, STILL)] * 20)[0], 20):
-        record.add(query.route)
-    assert record.rates()[share] == 1
+    queries = play(scripted([Frame(draft, STILL)] * 20)[0], 20)
+    assert Checks.of(query.route for query in queries).rates()[share] == 1
 
 
-def test_refresh_forces_a_full_pass() -> None:
+def test_refresh_forces_a_full_query() -> None:
     queries = play(scripted([Frame(STILL, STILL)] * 6, n_action_steps=1, refresh=3)[0], 6)
     assert [query.route for query in queries] == ["start", "accepted", "accepted", "refresh", "accepted", "accepted"]
 
@@ -177,7 +176,7 @@ def test_shadow_acts_as_the_baseline(script: list[Frame]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("draft", "main", "route", "verdict"),
+    ("draft", "main", "route", "judgement"),
     [
         (STILL, STILL, "accepted", "true_accept"),
         (STILL, AWAY, "accepted", "false_accept"),
@@ -189,16 +188,16 @@ def test_shadow_acts_as_the_baseline(script: list[Frame]) -> None:
     ],
 )
 def test_shadow_judges_what_rsd_would_have_done(
-    draft: list[Step], main: list[Step], route: Route, verdict: Verdict
+    draft: list[Step], main: list[Step], route: Route, judgement: Judgement
 ) -> None:
     policy, _ = scripted([Frame(STILL, STILL), Frame(draft, main)], "shadow")
     first, second = play(policy, 2)
-    assert (first.route, first.verdict) == ("start", None)
-    assert (second.route, second.verdict) == (route, verdict)
+    assert (first.route, first.judgement) == ("start", None)
+    assert (second.route, second.judgement) == (route, judgement)
 
 
 @pytest.mark.parametrize(
-    ("by_draft", "by_main", "verdict"),
+    ("by_draft", "by_main", "judgement"),
     [
         (0, 0, "true_reject"),
         (0, 1, "false_reject"),
@@ -208,8 +207,8 @@ def test_shadow_judges_what_rsd_would_have_done(
         (1, 0, "false_accept"),
     ],
 )
-def test_verdicts(by_draft: int, by_main: int, verdict: Verdict) -> None:
-    assert judge(by_draft, by_main) == verdict
+def test_judgements(by_draft: int, by_main: int, judgement: Judgement) -> None:
+    assert judge(by_draft, by_main) == judgement
 
 
 @pytest.mark.parametrize(
@@ -226,9 +225,9 @@ def test_verdicts(by_draft: int, by_main: int, verdict: Verdict) -> None:
         ("shadow", "head", "main head's logits or actions"),
     ],
 )
-def test_a_nan_ends_its_row_only(mode: Mode, nan: str, message: str) -> None:
+def test_a_nan_ends_its_query_only(mode: Mode, nan: str, message: str) -> None:
     good, bad = Frame(STILL, STILL), Frame(STILL, STILL, nan=nan)  # type: ignore[arg-type]
-    policy, _ = scripted([good, bad], mode, slots=3)
+    policy, _ = scripted([good, bad], mode, environments=3)
     first, fault, third = policy.act_batch([0, 1, 0], [0, 1, 2])  # type: ignore[list-item]
     assert [(len(query.actions), query.fault) for query in (first, third)] == [(2, None)] * 2
     assert fault.actions.shape == (0, DIMS.A)
@@ -239,7 +238,7 @@ def test_a_nan_ends_its_row_only(mode: Mode, nan: str, message: str) -> None:
 
 
 def held(plan: Sequence[Step], cursor: int) -> int:
-    """The steps of a plan from `cursor` on before it switches its gripper."""
+    """The steps of a chunk from `cursor` on before it switches its gripper."""
     n = 0
     while cursor + n < len(plan) and plan[cursor + n][1] == plan[max(cursor, 1) - 1][1]:
         n += 1
@@ -247,7 +246,7 @@ def held(plan: Sequence[Step], cursor: int) -> int:
 
 
 def control(
-    script: Sequence[Frame], coin: Coin, episode: tuple[int, ...], n_action_steps: int, refresh: int
+    script: Sequence[Frame], rule: RandomAcceptance, episode: tuple[int, ...], n_action_steps: int, refresh: int
 ) -> list[tuple[bool, list[Step]]]:
     """The loop of mode random in plain Python: (full query, actions) of each query. The draft has no say."""
     out: list[tuple[bool, list[Step]]] = []
@@ -255,7 +254,7 @@ def control(
     cursor = accepted = 0
     for query, frame in enumerate(script):
         n = min(held(plan, cursor), n_action_steps) if plan else 0
-        if n and accepted + 1 < refresh and coin.accepts(episode, query):
+        if n and accepted + 1 < refresh and rule.accepts((*episode, query)):
             out.append((False, plan[cursor : cursor + n]))
             cursor, accepted = cursor + n, accepted + 1
             continue
@@ -269,32 +268,35 @@ def control(
     script=episodes,
     n_action_steps=st.integers(1, T),
     refresh=st.integers(1, 5),
-    coin=st.builds(Coin, st.floats(0, 1), st.integers(0, 9)),
+    rule=st.builds(RandomAcceptance, st.floats(0, 1), st.integers(0, 9)),
 )
-def test_the_control_equals_the_textbook(script: list[Frame], n_action_steps: int, refresh: int, coin: Coin) -> None:
-    policy, world = scripted(script, "random", coin=coin, n_action_steps=n_action_steps, refresh=refresh)
+def test_the_random_acceptance_control_equals_the_textbook(
+    script: list[Frame], n_action_steps: int, refresh: int, rule: RandomAcceptance
+) -> None:
+    policy, world = scripted(script, "random", decided_by=rule, n_action_steps=n_action_steps, refresh=refresh)
     policy.reset(0, (3, 4))
     queries = play(policy, len(script))
-    expected = control(script, coin, (3, 4), n_action_steps, refresh)
+    expected = control(script, rule, (3, 4), n_action_steps, refresh)
     assert [(query.full_query, committed(query)) for query in queries] == expected
     for i, (full, _) in enumerate(expected):
         assert [block for frame, block in world.ran if frame == i] == list(range(1, (N if full else DRAFT_BLOCK) + 1))
 
 
 @given(step=steps, n_action_steps=st.integers(1, T), refresh=st.integers(1, 5))
-def test_a_coin_that_always_accepts_is_a_draft_that_always_agrees(
-    step: Step, n_action_steps: int, refresh: int
-) -> None:
+def test_accepting_always_is_a_draft_that_always_agrees(step: Step, n_action_steps: int, refresh: int) -> None:
     script = [Frame([step] * T, [step] * T)] * 20
     rsd, _ = scripted(script, "rsd", n_action_steps=n_action_steps, refresh=refresh)
-    control, _ = scripted(script, "random", coin=Coin(1.0, 0), n_action_steps=n_action_steps, refresh=refresh)
+    control, _ = scripted(
+        script, "random", decided_by=RandomAcceptance(1.0, 0), n_action_steps=n_action_steps, refresh=refresh
+    )
     for a, b in zip(play(rsd, len(script)), play(control, len(script)), strict=True):
         assert (a.route, a.prefix, committed(a)) == (b.route, b.prefix, committed(b))
 
 
-def test_a_slot_that_is_reset_in_the_middle_of_an_episode_goes_on_counting_its_queries() -> None:
-    coin = next(c for c in (Coin(0.5, seed) for seed in range(99)) if [c.accepts((0, 1), q) for q in (1, 3)] == [0, 1])
-    policy, _ = scripted([Frame(STILL, STILL)], "random", slots=2, coin=coin)
+def test_an_environment_that_is_reset_in_the_middle_of_an_episode_goes_on_counting_its_queries() -> None:
+    rules = (RandomAcceptance(0.5, seed) for seed in range(99))
+    rule = next(rule for rule in rules if [rule.accepts((0, 1, query)) for query in (1, 3)] == [0, 1])
+    policy, _ = scripted([Frame(STILL, STILL)], "random", environments=2, decided_by=rule)
     policy.reset(1, (0, 1))
 
     def route() -> Route:
@@ -307,14 +309,27 @@ def test_a_slot_that_is_reset_in_the_middle_of_an_episode_goes_on_counting_its_q
     assert [route(), route()] == ["start", "rejected"]
 
 
-@pytest.mark.parametrize(("mode", "coin"), [("random", None), ("rsd", Coin(0.5, 0)), ("baseline", Coin(0.5, 0))])
-def test_only_mode_random_has_a_coin(mode: Mode, coin: Coin | None, bundle: Bundle) -> None:
-    with pytest.raises(UserError, match=f"mode {mode} (needs a|has no) coin"):
-        Policy.load(bundle, mode, coin=coin)
+@pytest.mark.parametrize(
+    ("mode", "rule", "verb"),
+    [
+        ("random", None, "needs the"),
+        ("random", ActionsAgree(), "needs the"),
+        ("rsd", RandomAcceptance(0.5, 0), "has no"),
+        ("baseline", RandomAcceptance(0.5, 0), "has no"),
+    ],
+)
+def test_only_mode_random_has_the_rule_random(mode: Mode, rule: Rule | None, verb: str, bundle: Bundle) -> None:
+    with pytest.raises(UserError, match=f"mode {mode} {verb} rule random"):
+        Policy.load(bundle, mode, rule=rule)
+
+
+def test_a_rule_may_be_given_in_the_bundles_place() -> None:
+    policy, _ = scripted([Frame(AWAY, STILL, draft_token=1, main_token=1)] * 2, decided_by=TokensAgree(1.0))
+    assert [query.route for query in play(policy, 2)] == ["start", "accepted"]
 
 
 @pytest.mark.parametrize("nan", ["hidden k", "draft"])
-def test_a_fault_of_the_draft_ends_a_live_plan_too(nan: str) -> None:
+def test_a_fault_of_the_draft_ends_a_chunk_too(nan: str) -> None:
     policy, _ = scripted([Frame(STILL, STILL), Frame(STILL, STILL, nan=nan)])  # type: ignore[arg-type]
     policy.act_batch([0], [0])  # type: ignore[list-item]
     with pytest.raises(PolicyFault, match="not finite"):
@@ -333,8 +348,8 @@ def test_actions_belong_to_the_caller(mode: Mode) -> None:
         query.actions[:] = 9
 
 
-def test_reset_forgets_one_slot_or_all() -> None:
-    policy, _ = scripted([Frame(STILL, STILL)], slots=2)
+def test_reset_forgets_one_environment_or_all() -> None:
+    policy, _ = scripted([Frame(STILL, STILL)], environments=2)
     policy.act_batch([0, 0], [0, 1])  # type: ignore[list-item]
     policy.reset(1)
     assert [query.route for query in policy.act_batch([0, 0], [0, 1])] == ["accepted", "start"]  # type: ignore[list-item]
@@ -356,21 +371,13 @@ def test_n_action_steps_out_of_range(bundle: Bundle, n_action_steps: int) -> Non
         Policy.load(bundle, n_action_steps=n_action_steps)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"), [({"backend": "tensorflow"}, "tensorflow"), ({"device": "tpu"}, "device 'tpu'")]
-)
-def test_an_unknown_backend_or_device(bundle: Bundle, settings: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Policy.load(bundle, **settings)  # type: ignore[arg-type]
-
-
 def test_auto_is_a_device_that_works() -> None:
     assert check_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_tiny_bundle_end_to_end(mode: Mode, bundle: Bundle, observe: Callable[..., Observation]) -> None:
-    policy = Policy.load(bundle, mode, coin=Coin(0.5, 0) if mode == "random" else None)
+    policy = Policy.load(bundle, mode, rule=RandomAcceptance(0.5, 0) if mode == "random" else None)
     control = bundle.config.control
     queries = [policy.act_batch([observe(control, seed)], [0])[0] for seed in range(4)]
     assert queries[0].route == ("full" if mode == "baseline" else "start")
@@ -396,7 +403,3 @@ def test_the_baseline_is_backbone_then_head_then_codec(bundle: Bundle, observe: 
     hidden = backbone.hidden(backbone.run(inputs, until=config.backbone.language.blocks))
     tokens = bundle.head()(hidden).argmax(-1).view(config.dims.L, config.dims.T, config.dims.D).permute(1, 2, 0)
     np.testing.assert_allclose(actions, bundle.codec().decode(tokens[None])[0].detach().numpy(), rtol=0, atol=1e-6)
-
-
-def test_the_scripted_configuration_is_valid() -> None:
-    assert configure().rsd.draft_block == DRAFT_BLOCK < N

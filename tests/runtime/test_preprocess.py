@@ -8,14 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
 from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig, Quantiles
 from rsd_trt.errors import UserError
-from rsd_trt.initialise import byte_tokenizer
-from rsd_trt.presets import preset
+from rsd_trt.presets import byte_tokenizer, preset
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor
 
@@ -61,7 +61,7 @@ def test_pixels_equal_pils(
 ) -> None:
     control = ControlConfig(rotate_images=rotate, center_crop=crop, camera_size=side)
     images = np.stack([picture(side), picture(side)[::-1]])
-    backbone = dataclasses.replace(TINY, image_size=size)
+    backbone = structs.replace(TINY, image_size=size)
     pixels = preprocessor(control, backbone).pixels(torch.from_numpy(images[None].copy()))
     assert pixels.shape == (1, 2, len(TINY.towers), 3, size, size)
     for camera, image in enumerate(images):
@@ -83,7 +83,7 @@ def test_rotation_is_by_180_degrees() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pixels_have_the_backbones_dtype(dtype: str, observe: Observe) -> None:
-    process = preprocessor(backbone=dataclasses.replace(TINY, dtype=dtype))  # type: ignore[arg-type]
+    process = preprocessor(backbone=structs.replace(TINY, dtype=dtype))  # type: ignore[arg-type]
     assert process([observe(ControlConfig())]).pixels.dtype == getattr(torch, dtype)
 
 
@@ -150,7 +150,7 @@ def test_proprio_is_normalised_where_the_mask_is_true_and_clipped() -> None:
 
 
 def test_without_a_proprioception_token_there_is_none(observe: Observe) -> None:
-    blind = preprocessor(backbone=dataclasses.replace(TINY, proprio=False))
+    blind = preprocessor(backbone=structs.replace(TINY, proprio=False))
     assert blind([observe(ControlConfig())]).proprio is None
 
 

@@ -6,8 +6,8 @@ import pytest
 from scripted import DRAFT_BLOCK, Draft, Frame, Main, N, World, configure
 
 from rsd_trt.errors import PolicyFault
+from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.forward import EagerForward
-from rsd_trt.runtime.plan import Query
 from rsd_trt.runtime.scripted import Decision, ScriptedPolicy
 from rsd_trt.runtime.speculate import Route
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import gc
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +39,7 @@ CLASSES: dict[str, object] = {
     "config": trt.IBuilderConfig,
     "profile": trt.IOptimizationProfile,
     "cache": trt.ITimingCache,
-    "plan": trt.IHostMemory,
+    "serialised": trt.IHostMemory,
     "runtime": trt.Runtime,
     "loaded": trt.ICudaEngine,
     "inspector": trt.EngineInspector,
@@ -139,16 +141,36 @@ def test_the_real_bindings_refuse_a_file_that_is_no_engine(bundle: Bundle, tmp_p
 
 
 @dataclass
+class Context:
+    """An execution context: it enqueues an engine that writes ones wherever its outputs lie."""
+
+    double: Double
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return shape[0] <= MAX_BATCH
+
+    def set_tensor_address(self, name: str, memory: int) -> None:
+        self.addresses[name] = memory
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.double.enqueued.append((weakref.ref(self), stream))
+        for port in self.double.signature.outputs:
+            ctypes.memset(self.addresses[port.name], 1, 1)
+        return self.double.enqueues
+
+
+@dataclass
 class Double:
-    """The bindings' names, for an engine that writes ones wherever its outputs lie."""
+    """The bindings' names. It keeps nothing that it hands out, as TensorRT and CUDA keep nothing."""
 
     signature: Signature
     ports: list[str] | None  # None: the engine cannot be deserialised
     enqueues: bool = True
     loaded: list[bytes] = field(default_factory=list)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    addresses: dict[str, int] = field(default_factory=dict)
-    streams: list[int] = field(default_factory=list)
+    enqueued: list[tuple[weakref.ref[Context], int]] = field(default_factory=list)  # contexts and streams
 
     @property
     def distribution(self) -> Distribution:
@@ -162,43 +184,44 @@ class Double:
         self.loaded.append(content)
         if self.ports is None:
             return None
-        ports = self.ports
-        context = SimpleNamespace(
-            set_input_shape=self.set_input_shape,
-            set_tensor_address=self.addresses.__setitem__,
-            execute_async_v3=self.execute,
-        )
         return SimpleNamespace(
-            num_io_tensors=len(ports), get_tensor_name=ports.__getitem__, create_execution_context=lambda: context
+            num_io_tensors=len(self.ports),
+            get_tensor_name=self.ports.__getitem__,
+            create_execution_context=lambda: Context(self),
         )
 
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = shape
-        return shape[0] <= MAX_BATCH
+    @property
+    def context(self) -> Context:
+        """The context that was enqueued last."""
+        context = self.enqueued[-1][0]()
+        assert context is not None, "a graph runs in the memory of an execution context that is gone"
+        return context
 
-    def execute(self, stream: int) -> bool:
-        self.streams.append(stream)
-        for port in self.signature.outputs:
-            ctypes.memset(self.addresses[port.name], 1, 1)
-        return self.enqueues
+    def capture(self, launch: Launch, _device: torch.device) -> SimpleNamespace:
+        """A graph of what `launch` enqueues: like CUDA's, it knows addresses, and keeps neither launch nor context."""
+        launch()
+        recorded, stream = self.enqueued[-1]
+
+        def replay() -> None:
+            context = recorded()
+            assert context is not None, "the graph is replayed in the memory of an execution context that is gone"
+            context.execute_async_v3(stream)
+
+        return SimpleNamespace(replay=replay)
 
 
 @pytest.fixture
 def open_double(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[TrtSession, Double]]:
-    """open_double(ports, enqueues=True) -> a session of `propose` on the double, which captures by launching once."""
-
-    def capture(launch: Launch, _device: torch.device) -> SimpleNamespace:
-        launch()
-        return SimpleNamespace(replay=launch)
+    """open_double(ports, enqueues=True) -> a session of `propose` on the double."""
 
     def make(ports: list[str] | None, enqueues: bool = True) -> tuple[TrtSession, Double]:
-        monkeypatch.setattr(trt_session, "capture", capture)
+        double = Double(bundle.component("propose").signature, ports, enqueues)
+        monkeypatch.setattr(trt_session, "capture", double.capture)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
         file = tmp_path / "propose.engine"
         file.write_bytes(b"an engine")
-        double = Double(bundle.component("propose").signature, ports, enqueues)
         return TrtSession(file, double.signature, CPU, double.distribution), double
 
     return make
@@ -212,14 +235,14 @@ def test_an_engine_is_run_on_tensors_at_fixed_addresses(open_double: Callable[..
     hidden = torch.randn(3, 32)
     outputs = session.run({"hidden": hidden})
     assert double.loaded == [b"an engine"]
-    assert double.shapes == {"hidden": (3, 32)}
+    assert double.context.shapes == {"hidden": (3, 32)}
     buffers, _ = session._prepared[3]
-    assert double.addresses == {name: x.data_ptr() for name, x in {**buffers.inputs, **outputs}.items()}
+    assert double.context.addresses == {name: x.data_ptr() for name, x in {**buffers.inputs, **outputs}.items()}
     assert torch.equal(buffers.inputs["hidden"], hidden)
     assert outputs["finite"][0], "what the engine wrote is not what the session returned"
     assert outputs["tokens"].flatten()[0] == 1
     session.run({"hidden": hidden})
-    assert double.streams == [77] * 3  # the capture, then a replay for each run
+    assert [stream for _, stream in double.enqueued] == [77] * 3  # the capture, then a replay for each run
     assert session.run({"hidden": hidden})["tokens"].data_ptr() == outputs["tokens"].data_ptr()
 
 
@@ -247,10 +270,18 @@ def test_an_engine_that_does_not_fit_is_refused(
     assert str(error.value) == message.format(file=tmp_path / "propose.engine")
 
 
-def test_more_rows_than_an_engine_takes_are_refused(open_double: Callable[..., tuple[TrtSession, Double]]) -> None:
+def test_a_larger_batch_than_an_engine_takes_is_refused(open_double: Callable[..., tuple[TrtSession, Double]]) -> None:
     session, _ = open_double(PORTS)
-    with pytest.raises(UserError, match=r"the engine does not take 65 rows in hidden; exports take 1\.\.64"):
+    with pytest.raises(UserError, match=r"the engine does not take a batch of 65 in hidden; exports take 1\.\.64"):
         session.run({"hidden": torch.zeros(MAX_BATCH + 1, 32)})
+
+
+def test_each_batch_size_keeps_its_context(open_double: Callable[..., tuple[TrtSession, Double]]) -> None:
+    session, double = open_double(PORTS)
+    for batch in (1, 3, 1, 3):
+        gc.collect()
+        session.run({"hidden": torch.zeros(batch, 32)})
+        assert double.context.shapes == {"hidden": (batch, 32)}
 
 
 def test_a_failed_launch_is_not_silent(open_double: Callable[..., tuple[TrtSession, Double]]) -> None:

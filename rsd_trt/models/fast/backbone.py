@@ -2,7 +2,7 @@
 
 Query, key and value are one matrix product, gate and up another; a residual is added where the next norm reads it, so
 that both are one kernel when compiled; the two towers run on two CUDA streams; the last block computes the position
-that is read, and no other. A test holds it to its slow twin.
+that is read, and no other. Tests hold it to `Backbone`, with the same weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rsd_trt.models.vision import Block, VisionTower, cut
 
 Rope = tuple[Tensor, Tensor]
 Gate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of a SwiGLU in E4M3, as `kernels.gate`
-MOST_SHAPES = 256  # rows, prompt lengths and places that a block is compiled for
+MOST_SHAPES = 256  # batches, prompt lengths and places that a block is compiled for
 
 
 class FusedBlock(nn.Module):

@@ -78,7 +78,8 @@ def fp8_products(blocks: int) -> set[tuple[int, ProductName]]:
     """Those that are computed in E4M3 unless somebody chooses: the MLPs', two thirds of a 7B block's arithmetic.
 
     By measurement: of OpenVLA-7B's shapes with random weights, where attention's lose most, E4M3 in the MLPs leaves a
-    cosine of 0.9994 to the final hidden state in bfloat16, in all products 0.9967 (`rsd-trt verify --sensitivity`).
+    cosine of 0.9994 to the final hidden state in bfloat16, in all products 0.9967
+    (`examples/reference_policy/studies/fp8_sensitivity.py`).
     """
     return {(i, name) for i, name in every_product(blocks) if name in MLP}
 

@@ -12,8 +12,9 @@ from PIL import Image
 
 from rsd_trt.config import Dims
 from rsd_trt.errors import UserError
+from rsd_trt.eval.libero.course import Event
 from rsd_trt.eval.libero.episode import Assignment, Finished, run_episode, write_strip, write_video
-from rsd_trt.eval.libero.perturb import Perturbation
+from rsd_trt.eval.libero.target import Displace
 
 
 class Until(World):
@@ -31,14 +32,14 @@ def run(
     max_steps: int = 10,
     failures: Path | None = None,
     videos: Path | None = None,
-    perturbation: Perturbation | None = None,
+    perturbation: Displace | None = None,
     looks: bool = True,
 ) -> tuple[Finished, list[int]]:
     asked: list[int] = []
 
     def act(_: World, step: int) -> NDArray[np.float32]:
         asked.append(step)
-        return np.full((4, Dims.A), step, np.float32)
+        return np.full((4, Dims().A), step, np.float32)
 
     return run_episode(simulator, Assignment(0, 0, max_steps, failures, videos, perturbation), act, looks), asked
 
@@ -62,24 +63,24 @@ def test_renders_nothing_for_who_does_not_look() -> None:
 def test_the_target_is_displaced_once_before_its_step(step: int) -> None:
     """In the middle of a chunk, too; by the first candidate that there is room for."""
     simulator = Until(0)
-    finished, _ = run(simulator, perturbation=Perturbation(step, ((-0.03, 0.0), (0.02, 0.01), (0.04, 0.0))))
+    finished, _ = run(simulator, perturbation=Displace(step, ((-0.03, 0.0), (0.02, 0.01), (0.04, 0.0))))
     assert simulator.displaced == [(step, (0.02, 0.01))]
-    assert finished.displacement == (0.02, 0.01)
+    assert finished.event == Event("displace", step, (0.02, 0.01))
 
 
-@pytest.mark.parametrize("perturbation", [None, Perturbation(10, ((0.02, 0.0),)), Perturbation(2, ((-0.02, 0.0),))])
-def test_nothing_is_displaced(perturbation: Perturbation | None) -> None:
+@pytest.mark.parametrize("perturbation", [None, Displace(10, ((0.02, 0.0),)), Displace(2, ((-0.02, 0.0),))])
+def test_nothing_is_displaced(perturbation: Displace | None) -> None:
     """Nothing is asked for, the episode ends before, there is no room."""
     simulator = Until(0)
     finished, _ = run(simulator, perturbation=perturbation)
-    assert (simulator.displaced, finished.displacement) == ([], None)
+    assert (simulator.displaced, finished.event) == ([], None)
 
 
 def test_success_ends_the_episode_inside_a_chunk() -> None:
     simulator = Until(0)
     simulator.solved_at = 6
     finished, _ = run(simulator)
-    assert (finished.success, finished.actions.shape) == (True, (6, Dims.A))
+    assert (finished.success, finished.actions.shape) == (True, (6, Dims().A))
     assert len(simulator.rendered) == 6
 
 

@@ -96,10 +96,10 @@ def test_another_run_is_refused_with_both_values(tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", "line 2 is not an episode"),
+        ("not json", "line 2 cannot be read"),
         ("[1]", "line 2: the top level is"),
-        ("\udcff", "line 2 is not an episode"),
-        ("[" * 100_000, "line 2 is not an episode"),
+        ("\udcff", "line 2 cannot be read"),
+        ("[" * 100_000, "line 2 cannot be read"),
         ('{"task_id": 1}', "line 2: the key trial is missing"),
         ('{"task_idd": 1}', "unknown key task_idd; did you mean 'task_id'"),
     ],

@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 from rsd_trt.cli import main
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.perturb import draw
+from rsd_trt.eval.libero.perturb import PerturbSpec
+from rsd_trt.eval.libero.target import Displace
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.compare import compare
 
+EXPERT = ("--policy", "examples.reference_policy.scripted:act")
 EPISODE = ("--tasks", "3", "--trials", "1", "--max-steps", "8", "--n-action-steps", "2")
 
 
@@ -71,7 +73,7 @@ def test_the_shipped_policy_solves_its_task(tmp_path: Path) -> None:
     result = rsd_trt("eval", "--tasks", "0", "--trials", "1", "--n-action-steps", "8", "--out", tmp_path, "--json")
     assert result.exit_code == 0, result.output
     results = json.loads(result.stdout)
-    assert results["settings"]["trained"]
+    assert results["settings"]["bundle"]["trained"]
     assert results["total_successes"] == 1
 
 
@@ -98,8 +100,7 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(tiny_bun
     [
         (("--tasks", "10"), "libero_spatial has tasks 0..9, not 10"),
         (("--trials", "51"), "libero_spatial has 50 initial states for task 0, not 51"),
-        (("--suite", "libero_space"), "did you mean"),
-        (("--backend", "tensor"), "backend 'tensor' is unknown"),
+        (("--suite", "libero_goal", "--perturb", "0"), "--perturb displaces the bowl of libero_spatial"),
         (("--device", "cuda:9"), "device 'cuda:9' cannot be used"),
         (("--n-action-steps", "9"), "a chunk has 1..8 steps"),
     ],
@@ -117,10 +118,10 @@ def test_the_expert_succeeds_perturbed_or_not(tmp_path: Path) -> None:
     found = {}
     for name, extra in (("calm", ()), ("perturbed", ("--perturb", "0"))):
         out = tmp_path / name
-        arguments = ("eval", "--policy", "expert", "--out", out, "--tasks", "2", "--trials", "1", *extra)
+        arguments = ("eval", *EXPERT, "--out", out, "--tasks", "2", "--trials", "1", *extra)
         result = rsd_trt(*arguments, "--json")
         assert result.exit_code == 0, result.output
-        found[name] = read_run(out / "libero_spatial_expert_results.json")
+        found[name] = read_run(out / "libero_spatial_scripted.act_results.json")
         assert found[name].total_successes == 1
         assert (found[name].queries, found[name].avg_inference_time_ms, found[name].query_ms) == (0, None, None)
         assert not (out / "failures").exists()
@@ -128,44 +129,21 @@ def test_the_expert_succeeds_perturbed_or_not(tmp_path: Path) -> None:
         assert refused.exit_code == 1
         assert "perturb is" in refused.stderr
     (calm,), (perturbed,) = found["calm"].episodes, found["perturbed"].episodes
-    drawn = draw(0, 2, 0)
+    drawn = PerturbSpec("displace", 0).draw(2, 0)
+    assert isinstance(drawn, Displace)
     assert (calm.perturbed_at, calm.displacement) == (None, None)
     assert (perturbed.perturbed_at, perturbed.displacement in drawn.offsets) == (drawn.step, True)
     assert calm.actions != perturbed.actions
-    with pytest.raises(UserError, match="perturb is None and 0"):
+    with pytest.raises(UserError, match=r"both are of mode .*scripted:act"):
         compare(found["calm"], found["perturbed"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--mode", "rsd"), "--policy expert runs no bundle: leave out '--mode'"),
-        (("--n-action-steps", "2"), "leave out '--n-action-steps'"),
-        (("bundles/mine",), "leave out '[BUNDLE]'"),
-    ],
-)
-def test_the_expert_runs_no_bundle(arguments: tuple[str, ...], message: str) -> None:
-    result = rsd_trt("eval", "--policy", "expert", *arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
 @pytest.mark.libero
-def test_the_expert_and_the_disturbance_know_one_suite(tiny_bundle: Path, tmp_path: Path) -> None:
-    for arguments, message in (
-        (("--policy", "expert"), "--policy expert knows libero_spatial only, not libero_goal"),
-        ((tiny_bundle, "--perturb", "0"), "--perturb displaces the bowl of libero_spatial"),
-    ):
-        result = rsd_trt("eval", *arguments, "--suite", "libero_goal", "--out", tmp_path)
-        assert result.exit_code == 1
-        assert message in result.stderr
+def test_the_expert_knows_one_suite(tmp_path: Path) -> None:
+    result = rsd_trt("eval", *EXPERT, "--suite", "libero_goal", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "scripted:act is written for libero_spatial, not for libero_goal" in result.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_hidden_states_are_recorded_in_shadow_mode_only(tiny_bundle: Path, tmp_path: Path) -> None:
-    result = rsd_trt("eval", tiny_bundle, "--mode", "rsd", "--record-hidden", tmp_path / "h")
-    assert result.exit_code == 2
-    assert "--record-hidden needs --mode shadow" in result.stderr
 
 
 def test_without_libero_the_install_line_is_told(

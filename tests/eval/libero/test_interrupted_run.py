@@ -107,7 +107,7 @@ def test_a_stopped_run_says_how_to_go_on(
         os.killpg(process.pid, how)  # a terminal's Ctrl-C reaches the simulators' processes, too
         _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    assert f"of {EPISODES} episodes in {tmp_path / NAME}_episodes.jsonl; the same command goes on from there" in stderr
+    assert f"of {EPISODES} episodes in {tmp_path / NAME}_episodes.jsonl. The same command goes on from there" in stderr
     assert "Traceback" not in stderr
     finish(tiny_bundle, tmp_path)
     assert outcomes(tmp_path) == uninterrupted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -11,16 +10,17 @@ from pathlib import Path
 
 import pytest
 from doubles import Broken, Reader, Troubled, World, shake, unusable
+from msgspec import structs
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.episode import Assignment, Environment, serve
-from rsd_trt.eval.libero.perturb import Perturbation
 from rsd_trt.eval.libero.pool import HOPELESS, Meter, Schedule, run_episodes
+from rsd_trt.eval.libero.target import Displace
 from rsd_trt.eval.results import Episode
 from rsd_trt.runtime.policy import Policy
-from rsd_trt.runtime.speculate import Coin
+from rsd_trt.runtime.speculate import RandomAcceptance, Rule
 
 STEPS = 12
 
@@ -31,7 +31,7 @@ def run(
     workers: int = 2,
     tasks: int = 2,
     trials: int = 3,
-    rows: int = 1,
+    batch: int = 1,
     timeout: float = 60.0,
     meter: Meter | None = None,
 ) -> dict[tuple[int, int], Episode]:
@@ -39,11 +39,11 @@ def run(
     assignments = [Assignment(task, trial, STEPS) for task in range(tasks) for trial in range(trials)]
     found = {}
     for episode in run_episodes(
-        policy, partial(serve, build=build), assignments, workers, rows, timeout, meter or Meter()
+        policy, partial(serve, build=build), assignments, workers, batch, timeout, meter or Meter()
     ):
-        queries = tuple(dataclasses.replace(query, ms=0.0, rows=1) for query in episode.queries)
+        queries = tuple(structs.replace(query, ms=0.0, rows=1) for query in episode.queries)
         assert episode.key not in found
-        found[episode.key] = dataclasses.replace(episode, seconds=0.0, queries=queries)
+        found[episode.key] = structs.replace(episode, seconds=0.0, queries=queries)
     assert sorted(found) == [(a.task, a.trial) for a in assignments]
     return found
 
@@ -57,22 +57,29 @@ def calm() -> dict[tuple[int, int], Episode]:
     return found
 
 
-@pytest.mark.parametrize(("workers", "rows"), [(2, 1), (5, 5), (9, 3)])
-def test_the_number_of_processes_changes_nothing(calm: dict[tuple[int, int], Episode], workers: int, rows: int) -> None:
+@pytest.mark.parametrize(("workers", "batch"), [(2, 1), (5, 5), (9, 3)])
+def test_the_number_of_processes_changes_nothing(
+    calm: dict[tuple[int, int], Episode], workers: int, batch: int
+) -> None:
     policy, meter = Reader(), Meter()
-    assert run(policy, World, workers=workers, rows=rows, meter=meter) == calm
-    assert max(policy.batches) <= min(rows, workers)
-    assert (meter.forwards, meter.rows) == (len(policy.batches), sum(policy.batches))
+    assert run(policy, World, workers=workers, batch=batch, meter=meter) == calm
+    assert max(policy.batches) <= min(batch, workers)
+    assert (meter.forwards, meter.queries) == (len(policy.batches), sum(policy.batches))
 
 
-@pytest.mark.parametrize(("mode", "coin"), [("rsd", None), ("random", Coin(0.6, 7))])
+@pytest.mark.parametrize(("mode", "rule"), [("rsd", None), ("random", RandomAcceptance(0.6, 7))])
 def test_a_real_policy_on_the_cpu_gives_the_same_episodes_for_any_number_of_processes(
-    bundle: Bundle, mode: Mode, coin: Coin | None
+    bundle: Bundle, mode: Mode, rule: Rule | None
 ) -> None:
     control = bundle.config.control
     build = partial(World, side=control.camera_size, cameras=len(control.cameras))
     found = [
-        run(Policy.load(bundle, mode, slots=workers, n_action_steps=3, coin=coin), build, workers=workers, trials=2)
+        run(
+            Policy.load(bundle, mode, environments=workers, n_action_steps=3, rule=rule),
+            build,
+            workers=workers,
+            trials=2,
+        )
         for workers in (1, 3)
     ]
     assert found[0] == found[1]
@@ -115,7 +122,7 @@ def test_an_accident_is_tried_again_once(
 def test_a_fault_of_the_policy_ends_that_episode_alone(
     calm: dict[tuple[int, int], Episode], fault: str, message: str
 ) -> None:
-    found = run(Reader(fault=fault), World, workers=4, rows=4)
+    found = run(Reader(fault=fault), World, workers=4, batch=4)
     for (task, trial), episode in found.items():
         if task == 0 and calm[task, trial].steps > 4:
             assert (episode.error, episode.steps, episode.success) == (message, 4, False)
@@ -211,11 +218,11 @@ def test_a_script_acts_in_the_processes_and_nobody_is_asked() -> None:
 
 def test_displacements_are_recorded() -> None:
     """That of trial 1 comes too late, that of trial 2 has no room."""
-    planned = (Perturbation(2, ((0.02, 0.03),)), Perturbation(STEPS, ((0.02, 0.03),)), Perturbation(2, ((-0.03, 0.0),)))
+    planned = (Displace(2, ((0.02, 0.03),)), Displace(STEPS, ((0.02, 0.03),)), Displace(2, ((-0.03, 0.0),)))
     assignments = [Assignment(0, trial, STEPS, perturbation=planned[trial]) for trial in range(3)]
     episodes = run_episodes(None, partial(serve, build=World, script=shake), assignments, 1, 1, 60.0, Meter())
-    found = [(episode.perturbed_at, episode.displacement) for episode in episodes]
-    assert found == [(2, (0.02, 0.03)), (None, None), (None, None)]
+    found = [(episode.perturbed_by, episode.perturbed_at, episode.displacement) for episode in episodes]
+    assert found == [("displace", 2, (0.02, 0.03)), (None, None, None), (None, None, None)]
 
 
 def test_a_process_keeps_its_task_and_then_takes_where_most_is_left() -> None:

@@ -34,6 +34,22 @@ def test_axis_angle(quaternion: list[float], expected: list[float]) -> None:
     assert axis_angle(np.array(quaternion, float)) == pytest.approx(np.array(expected), abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("quaternion", "expected"),
+    [
+        ([0, 0, 0, 1], [0, 0, 0]),
+        ([0, 0, 0, -1], [0, 0, 0]),
+        ([HALF, 0, 0, HALF], [np.pi / 2, 0, 0]),
+        ([-HALF, 0, 0, -HALF], [-3 * np.pi / 2, 0, 0]),
+        ([1, 0, 0, 0], [np.pi, 0, 0]),
+        ([np.cos(0.1), 0, 0, -np.sin(0.1)], [np.pi + 0.2, 0, 0]),
+        ([0, 0, 0, -1.0000001], [0, 0, 0]),
+    ],
+)
+def test_axis_angle_as_openvla_oft_takes_it(quaternion: list[float], expected: list[float]) -> None:
+    assert axis_angle(np.array(quaternion, float), "robosuite") == pytest.approx(np.array(expected), abs=1e-6)
+
+
 def test_no_opengl_is_one_line_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise OSError(name)

@@ -19,11 +19,11 @@ from rsd_trt.eval.profile.components import (
     textbook,
     time_calls,
 )
-from rsd_trt.eval.verify.components import hidden_states, make_case
+from rsd_trt.eval.verify.inputs import hidden_states, make_case
 from rsd_trt.runtime.backends import Launcher
 
 CPU = torch.device("cpu")
-REQUEST = ProfileRequest((("torch", True), ("trt", True)), (1, 3), CPU, "fp32", Path("nowhere"), samples=3, warm_up=2)
+REQUEST = ProfileRequest(("torch", "trt"), (1, 3), CPU, "fp32", Path("nowhere"), samples=3, warm_up=2)
 
 
 def test_speedups_are_ratios_of_medians_at_the_same_batch() -> None:
@@ -81,10 +81,9 @@ def test_every_component_the_pair_and_the_textbook_are_timed(bundle: Bundle) -> 
             assert row.reason == (None if backend == "torch" else wanted)
 
 
-def test_the_textbook_sequence_computes_what_the_chain_does(bundle: Bundle) -> None:
+def test_the_textbook_sequence_computes_what_predict_does(bundle: Bundle) -> None:
     launcher = Launcher(bundle, "torch", CPU)
-    prefix, final = hidden_states(bundle, 3, None, CPU)
-    case = make_case(launcher, prefix, final, torch.tensor(bundle.config.rsd.tolerance))
+    case = make_case(launcher, *hidden_states(bundle, 3, None, CPU))
     sessions = {component: launcher.open(component, "dynamic") for component in COMPONENTS}
     accepted, actions = textbook(sessions, case.inputs, bundle.config.rsd.token_share)
     predict = sessions["predict"].run(case.inputs["predict"])

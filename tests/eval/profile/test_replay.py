@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from replayable import FEW, made
 from synthetic import run, write
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
 from rsd_trt.eval.profile import replay as module
+from rsd_trt.eval.profile.inputs import InputSize
 from rsd_trt.eval.profile.replay import ReplayRequest, choose, replay, write_replay
 from rsd_trt.eval.profile.replay_record import Replay, read_replay
-from rsd_trt.eval.profile.shapes import Shape
 from rsd_trt.eval.results import Episode, Results
 from rsd_trt.runtime import policy
 from rsd_trt.runtime.backends import Launcher
@@ -35,11 +35,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(bundle: Bundle, *paths: Path, episodes: int = 50, tokens: int | None = None) -> ReplayRequest:
-    return ReplayRequest(paths, episodes, Launcher(bundle, "torch", CPU), "eager", "bundle", Shape(None, tokens))
+    return ReplayRequest(paths, episodes, Launcher(bundle, "torch", CPU), "eager", "bundle", InputSize(None, tokens))
 
 
 def replayed(bundle: Bundle, *paths: Path, episodes: int = 50) -> Replay:
-    return replay(asked(bundle, *paths, episodes=episodes), "rsd-trt profile --replay")
+    return replay(asked(bundle, *paths, episodes=episodes), "rsd-trt replay")
 
 
 def priced(track: module.Track, ms: float) -> None:
@@ -139,11 +139,11 @@ def test_every_route_of_every_run_is_met() -> None:
     """One episode has a route that no other has: it is among the chosen ones."""
 
     def refreshed(episode: Episode) -> Episode:
-        query = dataclasses.replace(episode.queries[0], route="refresh")
-        return dataclasses.replace(episode, queries=(query, *episode.queries[1:])) if episode.key == (1, 1) else episode
+        query = structs.replace(episode.queries[0], route="refresh")
+        return structs.replace(episode, queries=(query, *episode.queries[1:])) if episode.key == (1, 1) else episode
 
     plain = made(trials=5)
-    rare = dataclasses.replace(plain, episodes=tuple(map(refreshed, plain.episodes)))
+    rare = structs.replace(plain, episodes=tuple(map(refreshed, plain.episodes)))
     for seed in range(3):
         assert (1, 1) in choose([plain, rare], "libero_spatial", 1, seed)
 
@@ -188,7 +188,7 @@ def test_other_actions_a_query_have_no_baseline(bundle: Bundle, tmp_path: Path) 
 
 def test_another_prompt_is_asked_of_all_tasks(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: list[str] = []
-    monkeypatch.setattr(module, "_warm_up", lambda forward, scene, texts: prompts.extend(texts))
+    monkeypatch.setattr(module, "_warm_up", lambda forward, given, texts: prompts.extend(texts))
     monkeypatch.setattr(module, "_replay_episode", lambda track, *_: priced(track, 1.0))
     path = write(tmp_path / "rsd.json", made())
     assert replay(asked(bundle, path, tokens=30), "").prompt_tokens == 30
@@ -199,7 +199,7 @@ def test_another_prompt_is_asked_of_all_tasks(bundle: Bundle, tmp_path: Path, mo
 
 def test_it_is_written_and_read(bundle: Bundle, tmp_path: Path) -> None:
     path = write(tmp_path / "rsd.json", made())
-    record = write_replay(asked(bundle, path, episodes=1), tmp_path / "out", "rsd-trt profile --replay rsd.json")
+    record = write_replay(asked(bundle, path, episodes=1), tmp_path / "out", "rsd-trt replay rsd.json")
     assert read_replay(tmp_path / "out" / "replay.json") == record
     assert record.bundle_sha256 == bundle.fingerprint and record.hardware["cpu"] and record.versions["torch"]
     with pytest.raises(UserError, match=r"rsd\.json/x cannot be written: Not a directory"):
@@ -212,7 +212,7 @@ def test_what_cannot_be_replayed_is_refused(bundle: Bundle, tmp_path: Path) -> N
             replayed(bundle, write(tmp_path / "r.json", results), *more)
 
     refused(made("shadow"), r"r\.json is a run of shadow: only baseline, rsd and random decide what is computed")
-    refused(made("baseline", policy="expert"), r"r\.json is a run of expert")
+    refused(made("baseline", policy="expert", bundle=None), r"r\.json is a run of expert")
     refused(made(n_action_steps=9), r"r\.json has 9 actions a query, the chunk of .* 8 steps")
     accepted = run("rsd", acceptance=1.0, **FEW)  # type: ignore[arg-type]
     refused(accepted, r"r\.json, task 0, trial 0, step \d+: a plan has more steps than the chunk of")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from synthetic import replay, run
 
 from rsd_trt.errors import UserError
 from rsd_trt.eval.profile.replay_record import ReplayRow, read_replay
-from rsd_trt.jsonio import to_json
+from rsd_trt.records import to_json
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_run_is_timed_once(tmp_path: Path) -> None:
 def test_times_are_times(changes: dict[str, object], message: str) -> None:
     (row,) = replay((run("baseline"), 12.5, None)).rows
     with pytest.raises(UserError, match=message):
-        ReplayRow(**{**dataclasses.asdict(row), **changes})
+        ReplayRow(**{**structs.asdict(row), **changes})
 
 
 @pytest.mark.parametrize(

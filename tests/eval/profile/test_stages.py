@@ -7,41 +7,49 @@ import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from msgspec import structs
 from PIL import Image
 from timm_double import TimmDouble
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision, Component
 from rsd_trt.errors import UserError
-from rsd_trt.eval.profile import floor, query_times, stage_calls, stages
+from rsd_trt.eval.profile import queries, roofline, stage_calls, stages
+from rsd_trt.eval.profile.charts import stage_chart
 from rsd_trt.eval.profile.clock import Clock
-from rsd_trt.eval.profile.query_times import QUERIES
-from rsd_trt.eval.profile.roofline import Machine
-from rsd_trt.eval.profile.shapes import Shape, make_scene
-from rsd_trt.eval.profile.stages import ORACLE, StageProfile, StagesRequest, StageTiming, Way, profile_stages, speedups
-from rsd_trt.eval.profile.work import STAGES, Stage
-from rsd_trt.eval.report.plots import draw_stages, stage_chart
+from rsd_trt.eval.profile.inputs import InputSize, make_inputs
+from rsd_trt.eval.profile.queries import QUERIES
+from rsd_trt.eval.profile.roofline import STAGES, Machine, Stage
+from rsd_trt.eval.profile.stages import (
+    ORACLE,
+    Configuration,
+    QueryProfile,
+    QueryRequest,
+    StageTiming,
+    profile_query,
+)
+from rsd_trt.eval.profile.tables import stage_tables
 from rsd_trt.eval.verify import oracle
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.fast.backbone import FusedBackbone
-from rsd_trt.runtime import backends, graph_forward, graph_session
+from rsd_trt.runtime import backends, graph_forward, session
 from rsd_trt.runtime.graph_forward import GraphForward
-from rsd_trt.runtime.graph_session import GraphSession
-from rsd_trt.runtime.session import Launch, Session
+from rsd_trt.runtime.session import GraphSession, Launch, Session
 
 CPU = torch.device("cpu")
 EVERYTHING = {*STAGES, *QUERIES}
-SHAPES = (Shape(1, 28), Shape(2, 40))
+IMAGES = (1, 2)
 
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor, "CPU_COPY", 1 << 20)
-    monkeypatch.setattr(floor, "CPU_SIDE", 64)
+    monkeypatch.setattr(roofline, "CPU_COPY", 1 << 20)
+    monkeypatch.setattr(roofline, "CPU_SIDE", 64)
     monkeypatch.setattr(oracle, "timm_tower", TimmDouble)
 
 
@@ -53,7 +61,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         launch()
         return SimpleNamespace(replay=lambda: torch.inference_mode()(launch)())
 
-    for module in (graph_forward, graph_session, stage_calls):
+    for module in (graph_forward, session, stage_calls):
         monkeypatch.setattr(module, "capture", capture)
     monkeypatch.setattr(graph_forward, "pinned", lambda shape, dtype: torch.zeros(tuple(shape), dtype=dtype))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", threading.get_ident)
@@ -75,40 +83,44 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def request(
-    *backbones: tuple[BackboneKind, BackbonePrecision], shapes: tuple[Shape, ...] = (Shape(),)
-) -> StagesRequest:
-    return StagesRequest(backbones, shapes, CPU, "fp32", samples=2, warm_up=1)
+    *kinds: BackboneKind, precisions: tuple[BackbonePrecision, ...] = ("bundle",), images: tuple[int, ...] = ()
+) -> QueryRequest:
+    return QueryRequest(kinds, precisions, images, (28,) if images else (), CPU, "fp32", samples=2, warm_up=1)
 
 
-def by_way(found: StageProfile) -> dict[Way, dict[str, StageTiming]]:
-    ways: dict[Way, dict[str, StageTiming]] = {}
+def by_configuration(found: QueryProfile) -> dict[Configuration, dict[str, StageTiming]]:
+    configurations: dict[Configuration, dict[str, StageTiming]] = {}
     for row in found.rows:
-        assert row.what not in ways.setdefault(row.way, {})
-        ways[row.way][row.what] = row
-    return ways
+        assert row.what not in configurations.setdefault(row.configuration, {})
+        configurations[row.configuration][row.what] = row
+    return configurations
 
 
 @pytest.mark.usefixtures("graphs")
-def test_every_stage_and_query_of_every_way_is_timed(bundle: Bundle) -> None:
-    found = profile_stages(bundle, request(("eager", "bundle"), ("graph", "bundle"), shapes=SHAPES))
-    ways = by_way(found)
-    assert list(ways) == [
-        Way(backbone, "fp32", *vars(shape).values())
+def test_every_stage_and_query_of_every_configuration_is_timed(bundle: Bundle) -> None:
+    found = profile_query(bundle, request("eager", "graph", images=IMAGES))
+    configurations = by_configuration(found)
+    assert list(configurations) == [
+        Configuration(backbone, "fp32", images, 28)
         for backbones in ((ORACLE, "eager"), ("graph",))
-        for shape in SHAPES
+        for images in IMAGES
         for backbone in backbones
     ]
-    for way, rows in ways.items():
-        assert set(rows) == ({"vision", "baseline query"} if way.backbone == ORACLE else EVERYTHING)
+    for configuration, rows in configurations.items():
+        assert set(rows) == ({"vision", "baseline query"} if configuration.backbone == ORACLE else EVERYTHING)
         for row in rows.values():
             assert len(row.ms) == 2 and min(row.ms) > 0 and row.reason is None
-            assert row.outside_ms == ()  # no GPU
-    assert [startup.way for startup in found.startups] == [way for way in ways if way.backbone != ORACLE]
+            assert row.host_overhead_ms == ()  # no GPU
+    ours = [x for x in configurations if x.backbone != ORACLE]
+    assert [startup.configuration for startup in found.startups] == ours
     assert all(startup.load_s > 0 and startup.first_s > 0 for startup in found.startups)
+    tables = stage_tables(found)
+    assert [table.title for table in tables] == ["1 image, 28 prompt tokens", "2 images, 28 prompt tokens"]
+    assert sum(len(table.rows) for table in tables) == len(found.rows)
 
 
-def test_a_query_has_the_work_and_the_floor_of_its_stages(bundle: Bundle) -> None:
-    ((_, _), (_, rows)) = by_way(profile_stages(bundle, request(("eager", "bundle")))).items()
+def test_a_query_has_the_work_and_the_bound_of_its_stages(bundle: Bundle) -> None:
+    ((_, _), (_, rows)) = by_configuration(profile_query(bundle, request("eager"))).items()
     for query, parts in QUERIES.items():
         for name in ("bytes", "flops", "roofline_ms"):
             total = sum(getattr(rows[stage], name) for stage in parts)
@@ -120,29 +132,29 @@ def test_a_query_has_the_work_and_the_floor_of_its_stages(bundle: Bundle) -> Non
 @pytest.mark.usefixtures("graphs")
 def test_a_stage_computes_what_the_eager_one_does(bundle: Bundle) -> None:
     """Both cut the query at the same places."""
-    scene = make_scene(bundle, Shape(2, 30))
+    given = make_inputs(bundle, InputSize(2, 30))
     compared: list[Stage] = ["blocks <= k", "blocks > k"]
-    eager = stage_calls.stage_calls(bundle.backbone(), backends.Launcher(scene.bundle, "torch", CPU), scene)
+    eager = stage_calls.stage_calls(bundle.backbone(), backends.Launcher(given.bundle, "torch", CPU), given)
     with torch.inference_mode():
         expected = [eager[stage]() for stage in compared]
     captured: list[object] = []
 
-    def keep(run: stage_calls.Run, device: torch.device) -> stage_calls.Run:
+    def keep(run: stage_calls.Call, device: torch.device) -> stage_calls.Call:
         captured.append(run())
         return run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_calls, "_replayed", keep)
         fused = FusedBackbone(bundle.backbone())
-        stage_calls.stage_calls(fused, backends.Launcher(scene.bundle, "graph", CPU), scene)
+        stage_calls.stage_calls(fused, backends.Launcher(given.bundle, "graph", CPU), given)
     for value, wanted in zip(captured[2:], expected, strict=True):
         torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_late_draft_has_no_blocks_after_it(bundle: Bundle) -> None:
-    rsd = dataclasses.replace(bundle.config.rsd, draft_block=bundle.config.backbone.language.blocks)
-    late = dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, rsd=rsd))
-    *_, rows = by_way(profile_stages(late, request(("eager", "bundle")))).values()
+    rsd = structs.replace(bundle.config.rsd, draft_block=bundle.config.backbone.language.blocks)
+    late = dataclasses.replace(bundle, config=structs.replace(bundle.config, rsd=rsd))
+    *_, rows = by_configuration(profile_query(late, request("eager"))).values()
     assert set(rows) == EVERYTHING - {"blocks > k"}
 
 
@@ -151,11 +163,14 @@ def test_what_cannot_run_is_a_row_with_the_reason(bundle: Bundle, monkeypatch: p
         raise UserError("timm is not installed. Install it: pip install timm transformers")
 
     monkeypatch.setattr(stages, "Oracle", missing)
-    found = by_way(profile_stages(bundle, request(("graph", "bundle"), ("eager", "fp8"), ("eager", "bf16"))))
-    reasons = {way.name: rows["baseline query"].reason for way, rows in found.items()}
+    found = by_configuration(profile_query(bundle, request("eager", "compiled", precisions=("bf16", "fp8"))))
+    reasons = {x.name: rows["baseline query"].reason for x, rows in found.items()}
+    needs_cuda = "backbone compiled needs a CUDA device, not cpu. Use: --backbone eager"
     assert reasons == {
-        "graph fp32": "backbone graph needs a CUDA device, not cpu. Use: --backbone eager",
-        "eager fp8": "backbone precision fp8 needs --backbone graph or compiled: eager is the reference",
+        "compiled bf16": needs_cuda,
+        "compiled fp8": needs_cuda,
+        "eager fp8": "backbone precision fp8 does not go with --backbone eager: only what is compiled is "
+        "faster than bf16. Use: --backbone compiled",
         f"{ORACLE} bf16": "timm is not installed. Install it: pip install timm transformers",
         "eager bf16": None,
     }
@@ -163,56 +178,57 @@ def test_what_cannot_run_is_a_row_with_the_reason(bundle: Bundle, monkeypatch: p
 
 def test_a_prompt_has_the_tokens_that_were_asked_for(bundle: Bundle) -> None:
     for tokens in (2, 28, 64, 200):
-        scene = make_scene(bundle, Shape(3, tokens))
-        assert (scene.images, scene.prompt_tokens) == (3, tokens)
-        assert {observation.images.shape[0] for observation in scene.observations} == {3}
-    assert make_scene(bundle, Shape()).bundle.config.control == bundle.config.control
+        given = make_inputs(bundle, InputSize(3, tokens))
+        assert (given.images, given.prompt_tokens) == (3, tokens)
+        assert {observation.images.shape[0] for observation in given.observations} == {3}
+    assert make_inputs(bundle, InputSize()).bundle.config.control == bundle.config.control
     with pytest.raises(UserError, match="no text gives a prompt of 1 tokens with the tokenizer of"):
-        make_scene(bundle, Shape(None, 1))
+        make_inputs(bundle, InputSize(None, 1))
 
 
-def test_the_hosts_share_of_a_query_is_what_the_device_does_not_need(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_overhead_is_what_the_device_does_not_need(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
 
     class Fake(Clock):
         def __init__(self) -> None:
             self.cuda = True
 
-        def wall(self, run: stage_calls.Run) -> float:
+        def wall(self, run: stage_calls.Call) -> float:
             run()
             return 5.0
 
-        def queued(self, run: stage_calls.Run) -> float:
+        def queued(self, run: stage_calls.Call) -> float:
             return 4.0
 
-    monkeypatch.setattr(query_times, "launch", lambda forward, kind, observation: launched.append(kind))
-    monkeypatch.setattr(query_times, "EagerForward", FusedBackbone)  # so that this one's device has a time of its own
-    scene = make_scene(bundle, Shape())
-    forward = backends.open_forward(backends.Launcher(scene.bundle, "torch", CPU), "1")
-    times = query_times.time_queries(forward, scene, Fake(), samples=2, warm_up=1)
-    assert {kind: (t.wall, t.outside) for kind, t in times.items()} == dict.fromkeys(QUERIES, ((5, 5), (1, 1)))
+    monkeypatch.setattr(queries, "launch", lambda forward, kind, observation: launched.append(kind))
+    monkeypatch.setattr(queries, "EagerForward", FusedBackbone)  # so that this one's device has a time of its own
+    given = make_inputs(bundle, InputSize())
+    forward = backends.open_forward(backends.Launcher(given.bundle, "torch", CPU), "1")
+    times = queries.time_queries(forward, given, Fake(), samples=2, warm_up=1)
+    assert {kind: (t.wall, t.host_overhead) for kind, t in times.items()} == dict.fromkeys(QUERIES, ((5, 5), (1, 1)))
 
 
 MACHINE = Machine(1e11, {"fp32": 1e12}, 64, 1 << 20)
 
 
 def made_up(backbone: str, images: int = 1, **ms: float) -> list[StageTiming]:
-    way = Way(backbone, "fp32", images, 28)
-    return [StageTiming(what.replace("_", " "), way, (p50, p50), roofline_ms=p50 / 2) for what, p50 in ms.items()]
+    configuration = Configuration(backbone, "fp32", images, 28)
+    return [
+        StageTiming(what.replace("_", " "), configuration, (p50, p50), roofline_ms=p50 / 2) for what, p50 in ms.items()
+    ]
 
 
 MADE_UP = [
     *made_up(ORACLE, vision=4, baseline_query=12),
     *made_up("graph", preprocess=1, vision=2, propose=0.1, predict=0.2, accepted_query=3.4, baseline_query=4),
     *made_up("graph", images=2, vision=3, baseline_query=5),
-    StageTiming("baseline query", Way("compiled", "fp8", 1, 28), reason="no GPU"),
+    StageTiming("baseline query", Configuration("compiled", "fp8", 1, 28), reason="no GPU"),
 ]
 
 
-def test_speedups_are_over_the_eager_stack_in_the_same_shape() -> None:
-    assert speedups(MADE_UP) == [1, 1, None, 2, None, None, None, 3, None, None, None]
+def test_speedups_are_over_the_eager_stack_at_the_same_size() -> None:
+    found = QueryProfile(MACHINE, tuple(MADE_UP), ()).speedups()
+    assert found == [1, 1, None, 2, None, None, None, 3, None, None, None]
 
 
 def test_a_row_is_summed_up() -> None:
@@ -222,15 +238,21 @@ def test_a_row_is_summed_up() -> None:
     json.dumps(row)
 
 
-def test_the_chart_shows_what_was_measured(tmp_path: Path) -> None:
-    stage_chart(MADE_UP, "a made-up GPU", tmp_path / "stages.png")
+def test_every_panel_of_the_chart_is_as_wide_as_the_longest_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Figure] = []
+    real = Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:
+        saved.append(figure)
+        real(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    stage_chart([*MADE_UP, *made_up("graph", images=3, vision=40)], "a made-up GPU", tmp_path / "stages.png")
+    (figure,) = saved
+    assert [axes.get_xlim()[0] for axes in figure.axes] == [0, 0, 0]
+    assert min(axes.get_xlim()[1] for axes in figure.axes) > 40
     with Image.open(tmp_path / "stages.png") as chart:
         chart.verify()
         assert min(chart.size) > 200
-
-
-def test_every_panel_of_the_chart_is_as_wide_as_the_longest_bar() -> None:
-    figure = Figure()
-    draw_stages(figure, [*made_up("graph", vision=3, baseline_query=4), *made_up("graph", images=2, vision=40)])
-    assert [axes.get_xlim()[0] for axes in figure.axes] == [0, 0]
-    assert min(axes.get_xlim()[1] for axes in figure.axes) > 40

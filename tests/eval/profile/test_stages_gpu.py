@@ -7,23 +7,22 @@ import torch
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.eval.profile.clock import Clock
-from rsd_trt.eval.profile.query_times import QUERIES
-from rsd_trt.eval.profile.shapes import Shape
-from rsd_trt.eval.profile.stages import ORACLE, StagesRequest, profile_stages
-from rsd_trt.eval.profile.work import STAGES
+from rsd_trt.eval.profile.queries import QUERIES
+from rsd_trt.eval.profile.roofline import STAGES
+from rsd_trt.eval.profile.stages import ORACLE, QueryRequest, profile_query
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda")
 
 
 def test_every_backbone_is_timed_stage_by_stage(bundle: Bundle) -> None:
-    kinds = (("eager", "bundle"), ("graph", "bundle"), ("compiled", "bundle"))
-    request = StagesRequest(kinds, (Shape(1, 28), Shape(2, 40)), CUDA, "fp32", samples=5, warm_up=3)
-    found = profile_stages(bundle, request)
+    kinds = ("eager", "graph", "compiled")
+    request = QueryRequest(kinds, ("bundle",), (1, 2), (28,), CUDA, "fp32", samples=5, warm_up=3)
+    found = profile_query(bundle, request)
     for row in found.rows:
-        assert row.ms or row.way.backbone == ORACLE, row
-        captured = row.what in QUERIES and row.way.backbone in ("graph", "compiled")
-        assert len(row.outside_ms) == (5 if captured else 0), row
+        assert row.ms or row.configuration.backbone == ORACLE, row
+        captured = row.what in QUERIES and row.configuration.backbone in ("graph", "compiled")
+        assert len(row.host_overhead_ms) == (5 if captured else 0), row
     assert {row.what for row in found.rows} == {*STAGES, *QUERIES}
     assert found.machine.bytes_per_s > 1e11
 

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-
 import numpy as np
 import pytest
-from synthetic import run
+from msgspec import structs
+from synthetic import TRAINING, run
 
 from rsd_trt.config import RsdConfig
-from rsd_trt.eval.report.breakdown import (
-    Phase,
-    agreement_by_dimension,
-    agreement_by_step,
-    executed,
-    full_query_share,
-    gripper_switches,
-    phases,
-    route_times,
-    share_outside,
-)
+from rsd_trt.eval.report.breakdown import Breakdown, Gripper, Layer, Phase, breakdown, share_outside
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, Results
 
 IN, OUT = 0.05, 0.2  # within and outside the tolerance of 0.1
@@ -30,14 +18,18 @@ def only(*queries: QueryRecord, steps: int = 20, **changes: object) -> Results:
     """A run of one episode."""
 
     def change(episode: Episode) -> Episode:
-        return dataclasses.replace(episode, queries=queries, steps=steps)
+        return structs.replace(episode, queries=queries, steps=steps)
 
     return run("rsd", tasks=(0,), trials=1, change=change, **changes)
 
 
+def of(*queries: QueryRecord, **changes: object) -> Breakdown:
+    return breakdown(only(*queries, **changes))
+
+
 def test_phases_are_deciles_of_the_steps() -> None:
     tested = [(0, "accepted"), (1, "partial"), (2, "rejected"), (19, "accepted"), (20, "accepted")]
-    found = phases(only(*(QueryRecord(s, r, 1, 1.0, False) for s, r in tested)))  # type: ignore[arg-type]
+    found = of(*(QueryRecord(s, r, 1, 1.0, False) for s, r in tested)).phases  # type: ignore[arg-type]
     assert len(found) == 10
     assert found[0] == Phase(accepted=1, partial=1)
     assert found[1] == Phase(rejected=1)
@@ -45,27 +37,20 @@ def test_phases_are_deciles_of_the_steps() -> None:
     assert sum(phase.tested for phase in found) == 5
 
 
-def test_phases_leave_out_queries_without_a_live_plan_and_broken_episodes() -> None:
-    assert sum(phase.tested for phase in phases(only(QueryRecord(0, "start", 1, 1.0, True)))) == 0
-    broken = only(QueryRecord(0, "accepted", 1, 1.0, False), broken=((0, 0),))
-    assert sum(phase.tested for phase in phases(broken)) == 0
+def test_phases_leave_out_queries_without_a_chunk_and_broken_episodes() -> None:
+    assert sum(phase.tested for phase in of(QueryRecord(0, "start", 1, 1.0, True)).phases) == 0
+    broken = of(QueryRecord(0, "accepted", 1, 1.0, False), broken=((0, 0),))
+    assert sum(phase.tested for phase in broken.phases) == 0
 
 
 def test_route_times_share_the_policy_time() -> None:
     routes = [("accepted", 1.0), ("accepted", 3.0), ("start", 4.0), ("gripper", 2.0)]
-    found = route_times(only(*(QueryRecord(0, r, 1, ms, False) for r, ms in routes)))  # type: ignore[arg-type]
-    assert [(part.group, part.ms, part.share) for part in found] == [
-        ("accepted", (1.0, 3.0), 0.4),
-        ("full query", (4.0, 2.0), 0.6),
+    found = of(*(QueryRecord(0, r, 1, ms, False) for r, ms in routes)).routes  # type: ignore[arg-type]
+    assert [(part.group, part.queries, part.ms["p50"], part.share) for part in found] == [
+        ("accepted", 2, 2.0, 0.4),
+        ("full query", 2, 3.0, 0.6),
     ]
-    assert route_times(only()) == ()
-
-
-def test_full_pass_share() -> None:
-    assert (
-        full_query_share(only(QueryRecord(0, "start", 1, 1.0, True), QueryRecord(1, "accepted", 1, 1.0, False))) == 0.5
-    )
-    assert full_query_share(only()) is None
+    assert of().routes == ()
 
 
 def gaps(draft: list[float], main: list[float], gripper: tuple[float, float] = (0, 0)) -> QueryRecord:
@@ -75,7 +60,7 @@ def gaps(draft: list[float], main: list[float], gripper: tuple[float, float] = (
 
 
 def test_agreement_by_dimension() -> None:
-    found = agreement_by_dimension(only(gaps([IN, OUT], [IN, IN]), gaps([0.1, IN], [OUT, IN], gripper=(1, 0))))
+    found = of(gaps([IN, OUT], [IN, IN]), gaps([0.1, IN], [OUT, IN], gripper=(1, 0))).by_dimension
     assert found is not None
     assert found.draft == (0.75, 1, 1, 1, 1, 1, 0.5)
     assert found.main == (0.75, 1, 1, 1, 1, 1, 1)
@@ -84,14 +69,13 @@ def test_agreement_by_dimension() -> None:
 
 
 def test_agreement_uses_the_runs_own_tolerance() -> None:
-    tight = RsdConfig(draft_block=10, tolerance=(0.01,) * 6)
-    found = agreement_by_dimension(only(gaps([IN], [0.0]), rsd=tight))
+    found = of(gaps([IN], [0.0]), rsd=RsdConfig(draft_block=10, tolerance=(0.01,) * 6)).by_dimension
     assert found is not None
     assert (found.draft[0], found.main[0]) == (0, 1)
 
 
 def test_agreement_by_step_needs_every_dimension() -> None:
-    found = agreement_by_step(only(gaps([IN, OUT], [IN, IN]), gaps([IN], [IN], gripper=(1, 0)), gaps([], [])))
+    found = of(gaps([IN, OUT], [IN, IN]), gaps([IN], [IN], gripper=(1, 0)), gaps([], [])).by_step
     assert found is not None
     assert found.draft == (0.5, 0)
     assert found.main == (1, 1)
@@ -99,31 +83,54 @@ def test_agreement_by_step_needs_every_dimension() -> None:
     assert found.gap == pytest.approx((IN, OUT))
 
 
-@pytest.mark.parametrize("of", [agreement_by_dimension, agreement_by_step])
-def test_no_agreement_without_shadow_data(of: Callable[[Results], object]) -> None:
-    assert of(only(QueryRecord(0, "accepted", 1, 1.0, False))) is None
-    assert of(only(gaps([], []))) is None
+@pytest.mark.parametrize("query", [QueryRecord(0, "accepted", 1, 1.0, False), gaps([], [])])
+def test_no_agreement_without_shadow_data(query: QueryRecord) -> None:
+    assert (of(query).by_dimension, of(query).by_step) == (None, None)
+
+
+def test_a_layer_near_chance_is_odd() -> None:
+    found = of(QueryRecord(0, "start", 1, 1.0, True, prefix=0, token_agreement=(0.9, 1 / 7 + 0.04))).layers
+    assert found == (Layer(0.9, 1 / 7, "ok"), Layer(1 / 7 + 0.04, 1 / 7, "odd: chance"))
+    assert breakdown(run("baseline")).layers == ()
+
+
+def executed(*actions: np.ndarray, **changes: object) -> Breakdown:  # type: ignore[type-arg]
+    """Of episodes that executed these actions [n, A] each."""
+
+    def change(episode: Episode) -> Episode:
+        mine = actions[episode.trial].astype(np.float32)
+        return structs.replace(episode, actions=ActionStatistics.of(mine), steps=len(mine))
+
+    return breakdown(run("rsd", tasks=(0,), trials=len(actions), change=change, **changes))
 
 
 def test_executed_actions_are_those_of_all_episodes() -> None:
     random = np.random.default_rng(0)
-    actions = {trial: random.uniform(-1, 1, (5 + trial, 7)).astype(np.float32) for trial in range(3)}
-
-    def change(episode: Episode) -> Episode:
-        mine = actions[episode.trial]
-        return dataclasses.replace(episode, actions=ActionStatistics.of(mine), steps=len(mine))
-
-    found = executed(run("rsd", tasks=(0,), trials=3, change=change))
-    together = np.concatenate(list(actions.values()))
-    whole = ActionStatistics.of(together)
-    assert found is not None
-    assert found.steps == len(together)
-    assert (found.minimum, found.maximum, found.histogram) == (whole.minimum, whole.maximum, whole.histogram)
-    assert found.mean == pytest.approx(whole.mean, abs=1e-4)
+    actions = [random.uniform(-1, 1, (5 + trial, 7)) for trial in range(3)]
+    found = executed(*actions)
+    whole = ActionStatistics.of(np.concatenate(actions).astype(np.float32))
+    assert found.action_steps == 18
+    for i, one in enumerate(found.actions):
+        assert (one.minimum, one.maximum, one.histogram) == (whole.minimum[i], whole.maximum[i], whole.histogram[i])
+        assert one.mean == pytest.approx(whole.mean[i], abs=1e-4)
+        assert one.training == (TRAINING.q01[i], TRAINING.q99[i])
 
 
-def test_executed_actions_may_be_absent() -> None:
-    assert executed(run("rsd", change=lambda episode: dataclasses.replace(episode, actions=None))) is None
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(-0.7, 0.9, "ok"), (-0.95, 0.9, "odd: outside"), (0.0, 0.3, "odd: narrow"), (-0.74, 0.2, "odd: biased")],
+)
+def test_executed_actions_are_judged_by_the_training_data(low: float, high: float, verdict: str) -> None:
+    column = np.where(np.arange(100) < 60, low, high)[:, None]
+    found = executed(np.repeat(column, 7, axis=1) * np.eye(7)[0])
+    assert found.actions[0].verdict == verdict
+    assert found.actions[-1].verdict == "ok", "a gripper has no range"
+
+
+def test_actions_without_statistics_are_not_judged() -> None:
+    assert breakdown(run("rsd", change=lambda episode: structs.replace(episode, actions=None))).actions == ()
+    found = executed(np.zeros((3, 7)), training_actions=None)
+    assert {(one.training, one.outside, one.verdict) for one in found.actions} == {(None, None, "not measured")}
 
 
 def test_share_outside_counts_whole_bins_only() -> None:
@@ -134,6 +141,19 @@ def test_share_outside_counts_whole_bins_only() -> None:
     assert share_outside([0] * 20, -0.5, 0.5) == 0
 
 
-def test_gripper_switches_by_outcome() -> None:
-    assert gripper_switches(run("rsd", success=0.5), success=True) == 2
-    assert gripper_switches(run("rsd", success=2.0), success=False) is None
+@pytest.mark.parametrize(("switches", "verdict"), [(0, "odd: hardly ever closes"), (2, "ok"), (11, "odd: chatters")])
+def test_the_gripper_is_judged_by_the_failed_episodes(switches: int, verdict: str) -> None:
+    def change(episode: Episode) -> Episode:
+        assert episode.actions is not None
+        if episode.success:
+            return episode
+        return structs.replace(episode, actions=structs.replace(episode.actions, gripper_switches=switches))
+
+    assert breakdown(run("rsd", success=0.5, change=change)).gripper == Gripper(2, switches, verdict)  # type: ignore[arg-type]
+    assert breakdown(run("rsd", success=2.0)).gripper == Gripper(2, None, "not measured")
+
+
+@pytest.mark.parametrize(("mse", "verdict"), [(1e-6, "ok"), (2e-4, "odd: lossy")])
+def test_the_codec_is_judged_by_its_round_trip(mse: float, verdict: str) -> None:
+    found = breakdown(run("rsd", codec_mse=mse))
+    assert (found.codec_rms, found.codec_verdict) == (pytest.approx(mse**0.5), verdict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
 from numpy.typing import NDArray
 from synthetic import run as shadow_run
 
@@ -17,15 +17,15 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.cli import main
 from rsd_trt.config import ARM_DIMS, Dims
 from rsd_trt.errors import UserError
-from rsd_trt.eval.report.calibrate import Judged, calibrate, choose_tolerance, draft_spread, judged, measure
-from rsd_trt.jsonio import to_json
+from rsd_trt.eval.report.calibrate import Judged, calibrate, choose_tolerance, draft_spread, effect, judged
+from rsd_trt.records import to_json
 
 ONES = np.ones(ARM_DIMS)
 
 
 def gaps(*steps: float, gripper: int | None = None) -> NDArray[np.float64]:
     """[n, A]: the same gap on every arm dimension of a step; `gripper`: the step at which signs differ."""
-    found = np.repeat(np.array(steps, float)[:, None], Dims.A, axis=1)
+    found = np.repeat(np.array(steps, float)[:, None], Dims().A, axis=1)
     found[:, ARM_DIMS] = [i == gripper for i in range(len(steps))]
     return found
 
@@ -49,7 +49,7 @@ def test_the_score_is_the_scale_at_which_a_query_is_accepted_wrongly(query: Judg
 
 
 def drawn(random: np.random.Generator, count: int) -> list[list[Judged]]:
-    """Episodes whose gaps are larger where the plan is wrong, but not always, and more so in some episodes."""
+    """Episodes whose gaps are larger where the chunk is wrong, but not always, and more so in some episodes."""
     episodes = []
     for _ in range(count):
         queries, hard = [], random.uniform(0.5, 1.5)
@@ -72,7 +72,7 @@ def test_new_episodes_are_accepted_wrongly_at_a_mean_rate_of_alpha_at_most(alpha
     for _ in range(100):
         spread = draft_spread(drawn(random, 20))
         tolerance = choose_tolerance(drawn(random, 60), spread, alpha)
-        rates.append(measure(tolerance, drawn(random, 40), alpha).false_accepts)
+        rates.append(effect(tolerance, drawn(random, 40), alpha).false_accepts)
     error = 3 * float(np.std(rates)) / math.sqrt(len(rates))
     assert alpha / 4 < np.mean(rates) < alpha + error
 
@@ -81,7 +81,7 @@ def test_a_larger_alpha_accepts_more() -> None:
     random = np.random.default_rng(1)
     spread, episodes, held_out = draft_spread(drawn(random, 50)), drawn(random, 200), drawn(random, 200)
     alphas = (0.01, 0.05, 0.2, 0.5)
-    found = [measure(choose_tolerance(episodes, spread, alpha), held_out, alpha).acceptance for alpha in alphas]
+    found = [effect(choose_tolerance(episodes, spread, alpha), held_out, alpha).acceptance for alpha in alphas]
     assert found == sorted(found)
     assert found[0] < found[-1]
 
@@ -104,7 +104,7 @@ def test_too_few_episodes_are_told_with_the_number_that_is_needed() -> None:
     with pytest.raises(UserError, match=message):
         choose_tolerance(episodes, ONES, 0.05)
     assert len(choose_tolerance(episodes, ONES, 0.1)) == ARM_DIMS
-    with pytest.raises(UserError, match="in no query did the main head confirm the plan"):
+    with pytest.raises(UserError, match="in no query did the main head confirm the chunk"):
         draft_spread(episodes)
 
 
@@ -117,7 +117,7 @@ def test_measure() -> None:
         ],
         [Judged(gaps(0.3), right=1)],  # rejected; it could not have been wrong
     ]
-    found = measure(ONES * 0.1, episodes, None)
+    found = effect(ONES * 0.1, episodes, None)
     assert (found.acceptance, found.false_accepts) == (0.5, 0.25)
     assert found.false_accepts_interval is None
 
@@ -131,7 +131,7 @@ def test_gaps_of_a_run_are_judged_by_the_limit() -> None:
 
 def shadow_file(bundle: Bundle, folder: Path, **changes: object) -> Path:
     """A made-up shadow run of the bundle."""
-    changes = {"bundle_sha256": bundle.fingerprint, "trials": 20, **changes}
+    changes = {"policy_sha256": bundle.fingerprint, "trials": 20, **changes}
     path = folder / "shadow.json"
     path.write_text(json.dumps(to_json(shadow_run(**{"mode": "shadow", **changes}))))  # type: ignore[arg-type]
     return path
@@ -146,7 +146,7 @@ def test_the_command_writes_a_copy_that_differs_in_the_tolerance_alone(bundle: B
     copy = Bundle.open(tmp_path / "copy")
     assert copy.config.rsd.tolerance == tuple(found["chosen"]["tolerance"])
     assert copy.config.rsd.tolerance != bundle.config.rsd.tolerance
-    assert dataclasses.replace(copy.config.rsd, tolerance=bundle.config.rsd.tolerance) == bundle.config.rsd
+    assert structs.replace(copy.config.rsd, tolerance=bundle.config.rsd.tolerance) == bundle.config.rsd
     assert {k: v for k, v in copy.fingerprints.items() if k != "config.json"} == {
         k: v for k, v in bundle.fingerprints.items() if k != "config.json"
     }
@@ -163,8 +163,8 @@ def test_the_command_writes_a_copy_that_differs_in_the_tolerance_alone(bundle: B
     ("changes", "message"),
     [
         ({"mode": "rsd"}, "the results are of mode rsd; calibrate needs: rsd-trt eval --mode shadow"),
-        ({"bundle_sha256": "ff" * 32}, "the results are of bundle ffffffffffff"),
-        ({"tasks": (0,), "trials": 1}, "1 episodes that tested a plan are too few to hold some out"),
+        ({"policy_sha256": "ff" * 32}, "the results are of bundle ffffffffffff"),
+        ({"tasks": (0,), "trials": 1}, "1 episodes that tested a chunk are too few to hold some out"),
     ],
 )
 def test_what_cannot_be_calibrated_is_one_line(
@@ -178,6 +178,6 @@ def test_what_cannot_be_calibrated_is_one_line(
 
 
 def test_the_limit_defaults_to_the_runs_own_tolerance(bundle: Bundle) -> None:
-    shadow = shadow_run("shadow", bundle_sha256=bundle.fingerprint, trials=20)
-    assert calibrate(bundle, shadow, 0.1).limit == shadow.settings.rsd.tolerance
+    shadow = shadow_run("shadow", policy_sha256=bundle.fingerprint, trials=20)
+    assert calibrate(bundle, shadow, 0.1).limit == shadow.settings.of_bundle.rsd.tolerance
     assert calibrate(bundle, shadow, 0.1, limit=0.2).limit == (0.2,) * ARM_DIMS

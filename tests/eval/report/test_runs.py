@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from msgspec import structs
 from synthetic import run, throughput, write
 
 from rsd_trt.config import MODES, RsdConfig
@@ -50,19 +50,19 @@ def paired(*runs: Results) -> dict[str, tuple[str | None, str | None]]:
 def test_tolerances_are_told_apart() -> None:
     """Of rsd and shadow; a baseline has none, and a bundle that compares tokens neither."""
     own = RsdConfig(draft_block=10)
-    wide = dataclasses.replace(own, tolerance=(0.4,) * 6)
-    mixed = dataclasses.replace(own, tolerance=(0.1,) * 3 + (0.02,) * 3)
+    wide = structs.replace(own, tolerance=(0.4,) * 6)
+    mixed = structs.replace(own, tolerance=(0.1,) * 3 + (0.02,) * 3)
     made = [run("baseline", rsd=own), *(run("rsd", rsd=rsd) for rsd in (own, wide, mixed))]
     assert run_names(made) == ["baseline", "rsd, tolerance 0.1", "rsd, tolerance 0.4", "rsd, tolerance 0.1/0.02"]
-    assert variant(run("random").settings) == "accepting 70.0%"
-    assert variant(run("rsd", rsd=dataclasses.replace(own, rule="tokens")).settings) == ""
+    assert variant(run("random").settings.of_bundle) == "accepting 70.0%"
+    assert variant(run("rsd", rsd=structs.replace(own, rule="tokens")).settings.of_bundle) == ""
 
 
 def test_where_some_are_perturbed_every_run_says_whether_it_is() -> None:
-    made = [run("baseline", n_action_steps=1), run("baseline", n_action_steps=2, perturb=0), run("rsd")]
+    made = [run("baseline", n_action_steps=1), run("baseline", n_action_steps=2, perturb="displace:0"), run("rsd")]
     assert run_names(made) == [
         "baseline, 1 action a query, unperturbed",
-        "baseline, 2 actions a query, perturbed with seed 0",
+        "baseline, 2 actions a query, perturbed (displace:0)",
         "rsd, unperturbed",
     ]
 
@@ -84,8 +84,8 @@ def test_the_nearest_hardware_is_preferred_and_named() -> None:
 
 
 def test_a_report_is_on_runs_of_bundles(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.json", run("baseline", policy="expert"))
-    with pytest.raises(UserError, match=r"r\.json is a run of the expert; a report is on runs of bundles"):
+    path = write(tmp_path / "r.json", run("baseline", policy="expert", bundle=None))
+    with pytest.raises(UserError, match=r"r\.json is a run of expert, a script; a report is on runs of bundles"):
         read_runs([path])
 
 

@@ -15,19 +15,9 @@ from torch import Tensor
 from rsd_trt.bundle import HIDDEN_STATES, Bundle
 from rsd_trt.config import COMPONENTS, PRECISIONS, Component, Dims, Precision
 from rsd_trt.errors import UserError
-from rsd_trt.eval.verify.components import (
-    TOLERANCES,
-    Case,
-    NotMeasured,
-    Parity,
-    flags_nan,
-    hidden_states,
-    make_case,
-    measure,
-    run_rows,
-    to_json,
-    verify,
-)
+from rsd_trt.eval.verify.components import TOLERANCES, VerifyRequest, flags_nan, parity, run_batches, verify
+from rsd_trt.eval.verify.inputs import Case, hidden_states, make_case
+from rsd_trt.eval.verify.result import NotMeasured, Parity
 from rsd_trt.export.to_onnx import export_onnx
 from rsd_trt.manifest import Batch
 from rsd_trt.models.signature import Exportable, Signature
@@ -48,15 +38,14 @@ class Reference:
     outputs: dict[Component, dict[str, Tensor]]
 
     def compare(self, component: Component, found: dict[str, Tensor], precision: Precision = "fp32") -> Parity:
-        return measure(component, "x", precision, "dynamic", self.case, self.outputs[component], found)
+        return parity(component, "x", precision, "dynamic", self.case, self.outputs[component], found)
 
 
 @pytest.fixture(scope="module")
 def reference(bundle: Bundle) -> Reference:
     launcher = Launcher(bundle, "torch", CPU)
-    prefix, final = hidden_states(bundle, ROWS, None, CPU)
-    case = make_case(launcher, prefix, final, torch.tensor(bundle.config.rsd.tolerance))
-    outputs = {c: run_rows(launcher.open(c, "dynamic"), case.inputs[c], ROWS) for c in COMPONENTS}
+    case = make_case(launcher, *hidden_states(bundle, ROWS, None, CPU))
+    outputs = {c: run_batches(launcher.open(c, "dynamic"), case.inputs[c], ROWS) for c in COMPONENTS}
     return Reference(case, outputs)
 
 
@@ -66,18 +55,18 @@ def matrices(module: Exportable) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_equal_backend_passes(bundle: Bundle, exported: Callable[..., Path], precision: Precision) -> None:
-    results = list(verify(bundle, ["ort"], CPU, precision, exported(precision), ROWS))
+    results = list(verify(bundle, VerifyRequest(("ort",), CPU, precision, exported(precision), ROWS)))
     assert [(r.component, r.batch) for r in results] == [(c, b) for c in COMPONENTS for b in get_args(Batch)]
     for result in results:
         assert isinstance(result, Parity)
         assert result.exceeded == (), result
-        assert (result.backend, result.precision, result.rows) == ("ort", precision, ROWS)
-        assert (result.flips is None) == (result.component == "decoder")
-        assert (result.decision_flips is None) == (result.component not in ("propose", "predict"))
+        assert (result.backend, result.precision, result.inputs) == ("ort", precision, ROWS)
+        assert (result.token_mismatch is None) == (result.component == "decoder")
+        assert (result.decision_mismatch is None) == (result.component not in ("propose", "predict"))
         assert (result.action_max_abs is None) == (result.component in ("draft", "head"))
         assert result.mean_abs <= result.p99_abs <= result.max_abs
         assert result.cosine > 0.999
-        assert to_json(result)["status"] == "passed"
+        assert result.status == "passed"
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -86,21 +75,21 @@ def test_one_percent_more_of_any_weight_fails(bundle: Bundle, reference: Referen
     session, clean = TorchSession(module), {name: weight.clone() for name, weight in matrices(module).items()}
     for name, weight in matrices(module).items():
         weight.mul_(1.01)
-        result = reference.compare(component, run_rows(session, reference.case.inputs[component], ROWS))
+        result = reference.compare(component, run_batches(session, reference.case.inputs[component], ROWS))
         assert result.exceeded, f"1% more of {name} is not noticed"
         weight.copy_(clean[name])
-    assert not reference.compare(component, run_rows(session, reference.case.inputs[component], ROWS)).exceeded
+    assert not reference.compare(component, run_batches(session, reference.case.inputs[component], ROWS)).exceeded
 
 
 @pytest.mark.parametrize(
     ("component", "name", "exceeded"),
     [
-        ("draft", "input_projection.weight", {"logits", "token flips"}),
-        ("head", "feature_proj.0.weight", {"logits", "token flips"}),
+        ("draft", "input_projection.weight", {"logits", "token mismatch"}),
+        ("head", "feature_proj.0.weight", {"logits", "token mismatch"}),
         ("decoder", "decoder.2.weight", {"actions of equal tokens"}),
-        ("propose", "draft.decoder.decoder_layer.linear2.weight", {"token flips", "decision flips"}),
-        ("predict", "head.layer_heads.7.3.weight", {"token flips"}),
-        ("predict", "decoder.decoder.0.weight", {"actions of equal tokens", "decision flips"}),
+        ("propose", "draft.decoder.decoder_layer.linear2.weight", {"token mismatch", "decision mismatch"}),
+        ("predict", "head.layer_heads.7.3.weight", {"token mismatch"}),
+        ("predict", "decoder.decoder.0.weight", {"actions of equal tokens", "decision mismatch"}),
     ],
 )
 def test_one_percent_more_of_an_exported_weight_fails(
@@ -110,9 +99,9 @@ def test_one_percent_more_of_an_exported_weight_fails(
     matrices(module)[name].mul_(1.01)
     (graph,) = export_onnx(module, "1", tmp_path / "graph.onnx")
     session = OrtSession(graph, module.signature, CPU)
-    result = reference.compare(component, run_rows(session, reference.case.inputs[component], step=1))
+    result = reference.compare(component, run_batches(session, reference.case.inputs[component], batch=1))
     assert {text.rsplit(" ", 3)[0] for text in result.exceeded} == exceeded
-    assert to_json(result)["status"] == "failed"
+    assert result.status == "failed"
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -130,7 +119,7 @@ def test_a_wrong_finite_flag_fails(reference: Reference, component: Component) -
     assert reference.compare(component, found).exceeded == ("finite flags 0.031 > 0",)
 
 
-def test_token_flips_are_counted_for_each_layer(reference: Reference) -> None:
+def test_token_mismatch_is_counted_for_each_layer(reference: Reference) -> None:
     dims = Dims()
     found = {name: x.clone() for name, x in reference.outputs["predict"].items()}
     for layer, count in ((0, 3), (7, 64)):
@@ -139,15 +128,15 @@ def test_token_flips_are_counted_for_each_layer(reference: Reference) -> None:
         found["tokens"][..., layer] = tokens.view(ROWS, dims.T, dims.D)
     result = reference.compare("predict", found)
     share = 1 / (ROWS * dims.T * dims.D)
-    assert result.flips == pytest.approx((3 * share, 0, 0, 0, 0, 0, 0, 64 * share))
-    assert result.exceeded == (f"token flips {64 * share:.2g} > 0.001",)
+    assert result.token_mismatch == pytest.approx((3 * share, 0, 0, 0, 0, 0, 0, 64 * share))
+    assert result.exceeded == (f"token mismatch {64 * share:.2g} > 0.001",)
 
 
-def test_token_flips_of_logits_are_those_of_their_argmax(reference: Reference) -> None:
+def test_token_mismatch_of_logits_is_that_of_their_argmax(reference: Reference) -> None:
     found = {"logits": reference.outputs["draft"]["logits"].clone()}
     best = found["logits"][:32, 1].argmax(-1, keepdim=True)  # half of the rows of L1
     found["logits"][:32, 1] = found["logits"][:32, 1].scatter(-1, best, -1e3)
-    assert reference.compare("draft", found).flips == (0, 0.5, 0)
+    assert reference.compare("draft", found).token_mismatch == (0, 0.5, 0)
 
 
 def test_errors_are_those_of_hand_made_logits(reference: Reference) -> None:
@@ -164,25 +153,25 @@ def test_errors_are_those_of_hand_made_logits(reference: Reference) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "step", "flips"),
+    ("rows", "step", "share"),
     [
         ((), 0, 0),
         ((0, 1, 2, 3), 0, 4 / ROWS),
-        ((0,), Dims.T - 1, 1 / ROWS),
+        ((0,), Dims().T - 1, 1 / ROWS),
     ],
 )
-def test_decision_flips_are_rows_with_another_prefix(
-    reference: Reference, rows: tuple[int, ...], step: int, flips: float
+def test_decision_mismatch_is_rows_with_another_prefix(
+    reference: Reference, rows: tuple[int, ...], step: int, share: float
 ) -> None:
     found = {name: x.clone() for name, x in reference.outputs["predict"].items()}
     assert found["agreement"][:4].all(), "these rows agree in full"
     for row in rows:
         found["agreement"][row, step] = False
-    assert reference.compare("predict", found).decision_flips == pytest.approx(flips)
+    assert reference.compare("predict", found).decision_mismatch == pytest.approx(share)
     coarse = {name: x.clone() for name, x in reference.outputs["propose"].items()}
     for row in rows:
         coarse["actions"][row, step, 0] += 1
-    assert reference.compare("propose", coarse).decision_flips == pytest.approx(flips)
+    assert reference.compare("propose", coarse).decision_mismatch == pytest.approx(share)
 
 
 def test_decisions_behind_the_first_disagreement_do_not_count(reference: Reference) -> None:
@@ -190,19 +179,19 @@ def test_decisions_behind_the_first_disagreement_do_not_count(reference: Referen
     stopped = (~found["agreement"][:, 0]).nonzero().flatten()
     assert len(stopped)
     found["agreement"][stopped, 1:] = ~found["agreement"][stopped, 1:]
-    assert reference.compare("predict", found).decision_flips == 0
+    assert reference.compare("predict", found).decision_mismatch == 0
 
 
 def test_with_the_rule_tokens_decisions_are_those_of_token_shares(reference: Reference) -> None:
-    for component, other in (("propose", "plan_tokens"), ("predict", "draft_tokens")):
+    for component, other in (("propose", "chunk_tokens"), ("predict", "draft_tokens")):
         expected = reference.outputs[component]
-        coarse = expected["tokens"][..., : Dims.C]  # as if draft and plan had agreed in every token
+        coarse = expected["tokens"][..., : Dims().C]  # as if draft and plan had agreed in every token
         case = dataclasses.replace(reference.case, token_share=1.0, **{other: coarse})
         found = {name: x.clone() for name, x in expected.items()}
-        found["tokens"][:3, 2, 0, 0] = (found["tokens"][:3, 2, 0, 0] + 1) % Dims.K
-        found["tokens"][:, :, :, Dims.C :] = 0  # fine layers have no say
-        result = measure(component, "x", "fp32", "dynamic", case, expected, found)
-        assert result.decision_flips == pytest.approx(3 / ROWS)
+        found["tokens"][:3, 2, 0, 0] = (found["tokens"][:3, 2, 0, 0] + 1) % Dims().K
+        found["tokens"][:, :, :, Dims().C :] = 0  # fine layers have no say
+        result = parity(component, "x", "fp32", "dynamic", case, expected, found)
+        assert result.decision_mismatch == pytest.approx(3 / ROWS)
 
 
 @dataclasses.dataclass
@@ -237,13 +226,13 @@ def test_a_backend_that_does_not_flag_nan_fails(
         return Liar(session, says=True) if launcher.backend == "ort" and name == component else session
 
     monkeypatch.setattr(Launcher, "open", lie)
-    exceeded = {r.component: r.exceeded for r in verify(bundle, ["ort"], CPU, "fp32", Path(), rows=8)}
+    exceeded = {r.component: r.exceeded for r in verify(bundle, VerifyRequest(("ort",), CPU, "fp32", Path(), 8))}
     assert exceeded == {c: () for c in COMPONENTS} | {component: ("a NaN in a hidden state is not flagged",)}
 
 
-def test_actions_of_flipped_steps_are_not_held_against_the_decoder(reference: Reference) -> None:
+def test_actions_of_other_tokens_are_not_held_against_the_decoder(reference: Reference) -> None:
     found = {name: x.clone() for name, x in reference.outputs["propose"].items()}
-    found["tokens"][0, 0, 0, 0] = (found["tokens"][0, 0, 0, 0] + 1) % Dims.K
+    found["tokens"][0, 0, 0, 0] = (found["tokens"][0, 0, 0, 0] + 1) % Dims().K
     found["actions"][0, 0] += 0.01
     result = reference.compare("propose", found)
     assert result.exceeded == ()
@@ -253,7 +242,7 @@ def test_actions_of_flipped_steps_are_not_held_against_the_decoder(reference: Re
 
 
 def test_the_cases_are_close_calls(reference: Reference) -> None:
-    """Prefixes of several lengths, so that a backend's rounding has decisions to flip."""
+    """Prefixes of several lengths, so that a backend's rounding has decisions to change."""
     prefixes = reference.outputs["predict"]["agreement"].int().cumprod(1).sum(1)
     assert len(set(prefixes.tolist())) >= 4
 
@@ -266,7 +255,7 @@ def test_every_component_has_a_tolerance_in_every_precision() -> None:
 
 
 def test_an_unavailable_backend_is_not_measured_with_the_reason(bundle: Bundle, tmp_path: Path) -> None:
-    results = list(verify(bundle, ["graph", "ort", "trt", "torch"], CPU, "fp32", tmp_path, rows=4))
+    results = list(verify(bundle, VerifyRequest(("graph", "ort", "trt", "torch"), CPU, "fp32", tmp_path, 4)))
     assert len(results) == 4 * 2 * len(COMPONENTS)
     reasons = {
         "graph": "backend graph needs a CUDA device, not cpu. Use: --backend torch or ort",
@@ -281,7 +270,7 @@ def test_an_unavailable_backend_is_not_measured_with_the_reason(bundle: Bundle, 
         missing = f"{tmp_path}/tiny has no {result.component} fp32 batch {result.batch} (onnx). Build it: "
         assert result.reason.startswith(reasons.get(result.backend, missing))
         # A missing export is the user's to build; a missing GPU is not.
-        assert to_json(result)["status"] == ("failed" if result.backend == "ort" else "not measured")
+        assert result.status == ("failed" if result.backend == "ort" else "not measured")
 
 
 def recorded(rows: int = 8, width: int = 32, dtype: torch.dtype = torch.float32, **others: Tensor) -> dict[str, Tensor]:
@@ -324,7 +313,7 @@ def test_hidden_states_that_do_not_fit_are_refused(
     else:
         save_file(states, file)
     with pytest.raises(UserError) as error:
-        list(verify(bundle, ["torch"], CPU, "fp32", tmp_path, rows=8, hidden=file))
+        list(verify(bundle, VerifyRequest(("torch",), CPU, "fp32", tmp_path, 8, file)))
     assert str(error.value).startswith(f"{file} {message}")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         hidden_states(bundle, 8, tmp_path / "missing", CPU)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
 import torch
+from msgspec import structs
 from timm_double import TimmDouble
 
 from rsd_trt.config import PROPRIO_DIM, BackboneConfig
@@ -19,11 +19,11 @@ from rsd_trt.models.backbone import Backbone, BackboneInputs
 from rsd_trt.presets import preset
 
 TINY = preset("tiny", "tiny").backbone
-GRIP = dataclasses.replace(  # another GELU, another rotary base, no proprioception token
+GRIP = structs.replace(  # another GELU, another rotary base, no proprioception token
     TINY,
     proprio=False,
-    towers=tuple(dataclasses.replace(tower, gelu="tanh", prefix_tokens=1) for tower in TINY.towers),
-    language=dataclasses.replace(TINY.language, rope_theta=5e3),
+    towers=tuple(structs.replace(tower, gelu="tanh", prefix_tokens=1) for tower in TINY.towers),
+    language=structs.replace(TINY.language, rope_theta=5e3),
 )
 
 

@@ -1,14 +1,14 @@
-"""The fused backbone against its slow twin."""
+"""The fused backbone against `Backbone`, with the same weights."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from msgspec import structs
 from torch import Tensor
 
 from rsd_trt.models.backbone import Backbone, BackboneInputs
@@ -34,18 +34,18 @@ def fused(backbone: Backbone) -> FusedBackbone:
 
 def make_inputs(lengths: list[int], images: int) -> BackboneInputs:
     generator = torch.Generator().manual_seed(1)
-    side, rows = CONFIG.image_size, len(lengths)
+    side, batch = CONFIG.image_size, len(lengths)
     return BackboneInputs(
-        pixels=torch.randn(rows, images, len(CONFIG.towers), 3, side, side, generator=generator),
-        tokens=torch.randint(0, CONFIG.language.vocab, (rows, max(lengths)), generator=generator),
+        pixels=torch.randn(batch, images, len(CONFIG.towers), 3, side, side, generator=generator),
+        tokens=torch.randint(0, CONFIG.language.vocab, (batch, max(lengths)), generator=generator),
         lengths=torch.tensor(lengths),
-        proprio=torch.randn(rows, 8, generator=generator),
+        proprio=torch.randn(batch, 8, generator=generator),
     )
 
 
 @pytest.mark.parametrize(("lengths", "images"), [([5], 1), ([5], 2), ([3, 9, 6], 2)])
 @pytest.mark.parametrize("k", range(1, N))
-def test_hidden_states_equal_the_slow_twins(
+def test_hidden_states_are_equal(
     backbone: Backbone, fused: FusedBackbone, lengths: list[int], images: int, k: int
 ) -> None:
     inputs = make_inputs(lengths, images)
@@ -91,7 +91,7 @@ def plain_gate(product: Tensor, row_scale: Tensor, column_scale: Tensor) -> tupl
 
 
 def test_an_mlp_in_e4m3_is_the_same_with_its_gate_in_one_kernel(randomise: Callable[..., None]) -> None:
-    wide = replace(CONFIG, language=replace(CONFIG.language, intermediate=96))  # a multiple of 16
+    wide = structs.replace(CONFIG, language=structs.replace(CONFIG.language, intermediate=96))  # a multiple of 16
     module = Backbone(wide).requires_grad_(False).to(torch.bfloat16)
     randomise(module)
     block = FusedBackbone(module, {(0, "w13"), (0, "w2")}).layers[0]

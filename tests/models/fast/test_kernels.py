@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsd_trt.models import fused_backbone
 from rsd_trt.models.backbone import Backbone
+from rsd_trt.models.fast import backbone as fused_backbone
 from rsd_trt.models.fast.backbone import FusedBackbone
 from rsd_trt.models.fast.products import to_fp8
 from rsd_trt.presets import preset

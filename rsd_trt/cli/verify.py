@@ -1,0 +1,159 @@
+"""Commands that compare a bundle's components, and its backbone, with a reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rsd_trt.cli.console import (
+    Several,
+    bundle_argument,
+    command_line,
+    device_option,
+    engines_option,
+    from_options,
+    json_option,
+    list_reasons,
+    precision_option,
+    show,
+)
+from rsd_trt.config import BACKBONE_PRECISIONS, BACKBONES, BACKENDS, SUITES, BackboneKind
+from rsd_trt.errors import UserError
+
+if TYPE_CHECKING:
+    from rsd_trt.eval.table import Table
+    from rsd_trt.eval.verify.result import Result
+
+LEAST_INPUTS = 64  # fewer prove little
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--backend",
+    "backends",
+    type=Several(BACKENDS),
+    default="graph,ort,trt",
+    show_default=True,
+    help="Backends to check.",
+)
+@click.option(
+    "-n",
+    "--inputs",
+    type=click.IntRange(LEAST_INPUTS),
+    default=LEAST_INPUTS,
+    show_default=True,
+    help="Hidden states that every component runs on.",
+)
+@click.option(
+    "--hidden",
+    type=click.Path(path_type=Path),
+    help="safetensors with recorded hidden states. [default: the bundle's, else seeded ones]",
+)
+@precision_option
+@device_option
+@engines_option
+@json_option
+def verify(bundle: Path, device: str, as_json: bool, **options: object) -> None:
+    """Compare every component on every backend with PyTorch: errors, token mismatch, decisions, actions.
+
+    Exit code 1 if a tolerance is exceeded, or nothing could be measured.
+
+    \b
+    Example: rsd-trt verify --backend ort --precision fp16
+    """
+    from rsd_trt.bundle import Bundle
+    from rsd_trt.eval.verify import components
+    from rsd_trt.eval.verify.result import Parity, parity_table, record, to_json
+    from rsd_trt.runtime.backends import check_device
+
+    request = from_options(components.VerifyRequest, options, device=check_device(device))
+    opened = Bundle.open(bundle)
+    results = list(components.verify(opened, request))
+    table = parity_table([x for x in results if isinstance(x, Parity)])
+    _conclude(results, table, record(opened, request.device, command_line(), rows=list(map(to_json, results))), as_json)
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--backbone",
+    "backbones",
+    type=Several(BACKBONES),
+    default=(),
+    help=f"Ways of running it: {', '.join(BACKBONES)}. [default: all that may run here]",
+)
+@click.option(
+    "--backbone-precision",
+    "precisions",
+    type=Several(BACKBONE_PRECISIONS),
+    default="bundle",
+    show_default=True,
+    help=f"Precisions of each: {', '.join(BACKBONE_PRECISIONS)}.",
+)
+@click.option("-n", "--inputs", type=click.IntRange(1), help=f"Images of noise to show it. [default: {LEAST_INPUTS}]")
+@click.option(
+    "--libero", type=click.Choice(SUITES), help="Show it the first images of every task of a suite, not noise."
+)
+@device_option
+@json_option
+def verify_backbone(
+    bundle: Path,
+    backbones: tuple[BackboneKind, ...],
+    inputs: int | None,
+    libero: str | None,
+    device: str,
+    as_json: bool,
+    **options: object,
+) -> None:
+    """Compare the backbone, in every way it is run, with timm's towers and transformers' Llama on the same weights.
+
+    Preprocessing is compared with PIL's, and towers and Llama blocks each alone, too. Exit code 1 if a limit is
+    exceeded, or nothing could be measured.
+
+    \b
+    Example: rsd-trt verify-backbone --backbone eager,compiled --backbone-precision bundle,bf16
+    """
+    if libero and inputs is not None:
+        raise click.UsageError("-n counts images of noise: it cannot be used with --libero")
+    from rsd_trt.bundle import Bundle
+    from rsd_trt.eval.verify import backbone
+    from rsd_trt.eval.verify.inputs import libero_observations, random_observations
+    from rsd_trt.eval.verify.result import BackboneParity, backbone_table, record, to_json
+    from rsd_trt.runtime.backends import check_device
+
+    target = check_device(device)
+    usual = BACKBONES if target.type == "cuda" else BACKBONES[:1]
+    request = from_options(backbone.BackboneRequest, options, backbones=backbones or usual, device=target)
+    opened = Bundle.open(bundle)
+    control = opened.config.control
+    seen = (
+        list(libero_observations(libero, control)) if libero else random_observations(control, inputs or LEAST_INPUTS)
+    )
+    results = list(backbone.verify_backbone(opened, request, seen))
+    table = backbone_table([x for x in results if isinstance(x, BackboneParity)])
+    _conclude(results, table, record(opened, target, command_line(), rows=list(map(to_json, results))), as_json)
+
+
+def _conclude(results: Sequence[Result], table: Table, found: dict[str, object], as_json: bool) -> None:
+    """Prints the table or the record, and raises UserError if a comparison failed or none could be made."""
+    from rsd_trt.eval.verify.result import NotMeasured
+
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        show(*[table] if table else [])
+        missing = [x for x in results if isinstance(x, NotMeasured)]
+        list_reasons("not measured", ((f"{x.backend} {x.component}", x.reason) for x in missing if not x.failed))
+        list_reasons("FAILED", ((f"{x.backend} {x.component}", x.reason) for x in missing if x.failed))
+    if failed := sum(result.status == "failed" for result in results):
+        raise UserError(f"{failed} of {len(results)} comparisons failed")
+    if all(result.status == "not measured" for result in results):
+        raise UserError("nothing could be measured")
+
+
+COMMANDS = (verify, verify_backbone)

@@ -1,0 +1,74 @@
+"""What a profile writes: every sample, the chart, and what stands in the way. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from timings import MADE_UP
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.errors import UserError
+from rsd_trt.eval.profile import components
+from rsd_trt.eval.profile.components import ProfileRequest, Timing
+from rsd_trt.eval.profile.write import write_components
+
+REQUEST = ProfileRequest(("torch",), (1,), torch.device("cpu"), "fp32", Path("nowhere"), samples=3, warm_up=2)
+
+
+def test_a_profile_is_written_with_every_sample(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(components, "profile", lambda *_: iter(MADE_UP))
+    written, _, _ = write_components(bundle, REQUEST, tmp_path / "out", "rsd-trt profile --backend 'a b'")
+    report = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert report == written
+    assert report["samples"] == [list(map(float, row.ms)) for row in MADE_UP]
+    assert report["command"] == "rsd-trt profile --backend 'a b'"
+    assert "synchronised" in report["boundary"]
+    assert report["bundle_sha256"] == bundle.fingerprint
+    assert report["hardware"]["cpu"]
+    assert report["versions"]["torch"]
+    rows = report["rows"]
+    assert [row["speedup"] for row in rows] == [1, 2, 3, 1, 0.5, None, None, 1]
+    assert [row["cuda_graph"] for row in rows] == [row.cuda_graph for row in MADE_UP]
+    assert (rows[6]["ms"], rows[6]["reason"]) == (None, "no GPU")
+    with Image.open(tmp_path / "out" / "profile.png") as chart:
+        chart.verify()
+        assert chart.format == "PNG"
+        assert min(chart.size) > 200
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "profile.html",
+        "profile.json",
+        "profile.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"), [([MADE_UP[6]], "no GPU"), ([], "no backend is given")], ids=["all unavailable", "none given"]
+)
+def test_nothing_measured_is_an_error(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Timing], reason: str
+) -> None:
+    monkeypatch.setattr(components, "profile", lambda *_: iter(rows))
+    with pytest.raises(UserError) as error:
+        write_components(bundle, REQUEST, tmp_path / "out", "")
+    assert str(error.value) == f"nothing could be measured: {reason}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_matplotlib_and_a_file_in_the_way_are_told(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(components, "profile", lambda *_: iter(MADE_UP))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/out cannot be written: Not a directory"):
+        write_components(bundle, REQUEST, tmp_path / "file" / "out", "")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError) as error:
+        write_components(bundle, REQUEST, tmp_path, "")
+    assert str(error.value) == "matplotlib is not installed. Install it: pip install 'rsd-trt[report]'"
