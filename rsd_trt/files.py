@@ -49,14 +49,22 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 @contextlib.contextmanager
 def locked(path: Path, on_busy: Callable[[], None]) -> Iterator[None]:
     """One holder of the lock file `path` at a time; the lock dies with its process. When another process has it,
-    `on_busy` is called: it raises, or returns to wait."""
-    with path.open("w") as stream:
+    `on_busy` is called: it raises, or returns to wait. What lies there is neither followed, emptied nor waited for.
+
+    Raises:
+        UserError: it is a link, or no regular file.
+    """
+    own(path)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    try:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             on_busy()
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

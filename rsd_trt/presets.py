@@ -56,7 +56,7 @@ def conventions(name: Preset) -> ControlConfig:
     if name == "rvq":
         control = ControlConfig(cameras=("agentview_image",), prompt="{instruction}", lowercase=False)
         return with_protocol(control, "original")
-    control = ControlConfig(center_crop=0.9, suffix_token=LLAMA_SPACE, gripper="openvla")
+    control = ControlConfig(center_crop=0.9, suffix_token=LLAMA_SPACE, rotation="robosuite", gripper="openvla")
     return control if name == "openvla-oft" else replace(control, cameras=control.cameras[:1])
 
 

@@ -105,12 +105,13 @@ class Preprocessor:
         return self._prompts[instruction]
 
     def proprio(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[B, 8] -> [B, 8]; with quantiles, 2 (x - q01) / (q99 - q01) - 1 where the mask is true (OpenVLA-OFT)."""
+        """[B, 8] -> [B, 8]; with quantiles, 2 (x - q01) / (q99 - q01) - 1 where the mask is true, and all of it clipped
+        to [-1, 1], as OpenVLA-OFT does."""
         x = values.astype(np.float32)
         if (quantiles := self.control.proprio_quantiles) is not None:
             q01, q99 = np.array(quantiles.q01, np.float32), np.array(quantiles.q99, np.float32)
-            normalised = np.clip(2 * (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)
-            x = np.where(quantiles.mask, normalised, x).astype(np.float32)
+            normalised = 2 * (x - q01) / (q99 - q01 + 1e-8) - 1
+            x = np.clip(np.where(quantiles.mask, normalised, x), -1, 1).astype(np.float32)
         return x
 
     def check(self, observation: Observation) -> None:

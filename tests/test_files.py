@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
+from rsd_trt.errors import UserError
 from rsd_trt.files import locked, replacing, write_atomically
 
 
@@ -60,3 +62,14 @@ def test_a_second_process_is_told_and_may_wait_or_leave(tmp_path: Path) -> None:
     with locked(tmp_path / ".lock", done.set):
         assert done.is_set()
     process.join(30)
+
+
+def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("content")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(UserError, match=rf"{name} is (a symbolic link|no regular file)"):  # noqa: SIM117
+            with locked(tmp_path / name, lambda: None):
+                pass
+    assert (tmp_path / "kept").read_text() == "content"

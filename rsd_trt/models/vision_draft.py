@@ -272,5 +272,5 @@ def _normalisation(quantiles: Quantiles | None) -> dict[str, Tensor]:
         span = q99 - q01 + 1e-8
         scale = torch.where(mask, 2 / span, scale)
         offset = torch.where(mask, -2 * q01 / span - 1, offset)
-        limit = torch.where(mask, 1.0, limit)
+        limit = torch.ones(PROPRIO_DIM)
     return {"scale": scale, "offset": offset, "limit": limit}

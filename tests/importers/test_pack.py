@@ -171,7 +171,7 @@ def test_what_the_presets_set(folder: Path, tmp_path: Path) -> None:
         assert (protocol_name(control), control.settle_steps) == ("oft", 10)
         assert (control.rotate_images, control.gripper, control.resize) == (True, "openvla", "resize-naive")
         assert (control.suffix_token, control.lowercase, control.center_crop) == (29871, True, 0.9)
-        assert control.statistics == DATA
+        assert (control.rotation, control.statistics) == ("robosuite", DATA)
         assert control.action_quantiles is not None
         assert list(control.action_quantiles.q99) == quantiles["q99"]
         assert list(control.action_quantiles.mask) == [True] * 6 + [False]

@@ -131,19 +131,19 @@ def test_a_batch_is_padded_on_the_right(observe: Observe) -> None:
         assert torch.equal(batch.proprio[row], alone.proprio[0])
 
 
-def test_proprio_is_normalised_where_the_mask_is_true_and_clipped() -> None:
+def test_proprio_is_normalised_where_the_mask_is_true_and_clipped_everywhere() -> None:
     quantiles = Quantiles(
         q01=(0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 2.0),
         q99=(2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 4.0, 4.0),
         mask=(True, True, True, True, True, False, True, True),
     )
     control = ControlConfig(proprio_quantiles=quantiles)
-    raw = np.array([0.5, 2, 0, 9, -9, 0.25, 3, 2], np.float32)
+    raw = np.array([0.5, 2, 0, 9, -9, 2.5, 3, 2], np.float32)
     images = np.zeros((2, 256, 256, 3), np.uint8)
     out = preprocessor(control)([Observation(images, raw, "go")]).proprio
     assert out is not None
     assert out.dtype == torch.float32
-    assert out[0].tolist() == pytest.approx([-0.5, 1, 0, 1, -1, 0.25, 0.5, -1], abs=1e-6)
+    assert out[0].tolist() == pytest.approx([-0.5, 1, 0, 1, -1, 1, 0.5, -1], abs=1e-6)
     untouched = preprocessor()([Observation(images, raw, "go")]).proprio
     assert untouched is not None
     assert untouched[0].tolist() == raw.tolist()
