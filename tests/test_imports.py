@@ -22,7 +22,7 @@ LAYERS = (
     {"bundle", "trt", "manifest"},
     {"presets"},
     {"importers", "export", "runtime"},
-    {"eval", "tables"},
+    {"eval"},
     {"cli"},
 )
 APART = {"export", "runtime"}

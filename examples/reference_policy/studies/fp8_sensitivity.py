@@ -118,14 +118,14 @@ def hidden_states(fused: FusedBackbone, k: int, stream: Tensor, last: Tensor) ->
     return (fused.read(middle, last) if k <= last_block else final), final
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a record of all choices as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE)
     parser.add_argument("--libero", choices=SUITES, help="show a suite's first scenes, not noise")
     parser.add_argument("-n", "--inputs", type=int, default=64, help="how many images of noise")
     parser.add_argument("--device", default="auto")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     bundle, device = Bundle.open(given.bundle), check_device(given.device)
     control = bundle.config.control
     seen = (

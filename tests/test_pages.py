@@ -1,0 +1,95 @@
+"""The pages are true: every command on them parses as it stands, every module runs, every target and link is there."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from rsd_trt.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "engines/README.md")),
+    ROOT / "docs" / "architecture.md",
+    *sorted((ROOT / "docs" / "results").glob("**/README.md")),
+    *sorted((ROOT / "examples").glob("**/README.md")),
+]
+PLACEHOLDER = re.compile(r"[A-Z]+(\.\.\.)?|\.\.\.")  # BUNDLE, RESULTS..., K
+RUN = ("rsd-trt info", "rsd-trt init bundles/mine --size reference", "rsd-trt eval --help", "rsd-trt --version")
+
+
+def commands() -> list[str]:
+    """Every command of the pages: what stands in backquotes, and the lines of code blocks, without their comments."""
+    found: list[str] = []
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+        lines = [line for block in blocks for line in block.splitlines()]
+        lines += [line for line in text.splitlines() if line.startswith("    ")]
+        inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for code in (*lines, *(" ".join(code.split()) for code in inline)):
+            command = code.strip().removeprefix(".venv/bin/").partition("  #")[0].strip()
+            if re.match(r"(rsd-trt|make|python -m examples\.\S+) ", command):
+                found.append(command)
+    return list(dict.fromkeys(found))
+
+
+COMMANDS = commands()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("rsd-trt")])
+def test_a_command_is_taken_as_it_stands(command: str) -> None:
+    name, *arguments = shlex.split(command)[1:]
+    if name.startswith("-"):
+        assert any(name in parameter.opts for parameter in main.params) or name in ("--help", "--version")
+        return
+    assert name in main.commands, f"no command {name}"
+    given = [argument for argument in arguments if argument.startswith("-")]
+    if "--help" not in given and arguments and not any(map(PLACEHOLDER.fullmatch, arguments)):
+        main.commands[name].make_context(name, list(arguments))
+        return
+    known = {option for parameter in main.commands[name].params for option in parameter.opts} | {"--help"}
+    assert set(given) <= known
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python")])
+def test_a_module_has_the_options_that_it_is_given(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(words[2]).main(["--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    for option in (word for word in words if word.startswith("--")):
+        assert re.search(rf"{option}\b", told), option
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_a_target_is_there_and_is_no_file(command: str) -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None and command.split()[1] in phony[1].split()
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_what_is_quick_is_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_pages_name_every_command() -> None:
+    named = {shlex.split(command)[1] for command in COMMANDS if command.startswith("rsd-trt")}
+    assert set(main.commands) <= named
+    assert isinstance(main, click.Group)
