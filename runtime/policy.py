@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -86,6 +87,7 @@ class Policy:
         self._forward = forward
         self._tolerance = np.array(config.rsd.tolerance, np.float32)
         self._chunks = [Chunk() for _ in range(environments)]
+        self._turn = threading.RLock()  # forwards and buffers are one thread's at a time
         self._textbook = config.rsd.draft_block == config.backbone.language.blocks  # the draft reads the last block
         if mode != "baseline" and self._textbook:
             log.warning(
@@ -152,10 +154,11 @@ class Policy:
         episode: its task and trial, which together with the number of the query decide what the rule `random` draws.
         None: the environment goes on counting where it was.
         """
-        for i in range(len(self._chunks)) if env is None else (env,):
-            old = self._chunks[i]
-            same = Chunk(episode=old.episode, queries=old.queries)
-            self._chunks[i] = same if episode is None else Chunk(episode=episode)
+        with self._turn:
+            for i in range(len(self._chunks)) if env is None else (env,):
+                old = self._chunks[i]
+                same = Chunk(episode=old.episode, queries=old.queries)
+                self._chunks[i] = same if episode is None else Chunk(episode=episode)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
         """The next actions [n, A] of environment 0, in environment units.
@@ -170,22 +173,36 @@ class Policy:
 
     @torch.inference_mode()
     def act_batch(self, observations: Sequence[Observation], environments: Sequence[int]) -> list[Query]:
-        """One query for each observation and the index of its environment. A fault ends that query only."""
-        started = self._now()
-        chunks = [self._chunks[env] for env in environments]
-        if self.mode == "baseline":
-            self._forward.whole(observations)
-            queries = self._full(self._forward.main(), chunks, ["full"] * len(chunks), None)
-        else:
-            self._forward.early(observations)
-            queries = (self._shadow if self.mode == "shadow" else self._speculate)(chunks)
-        ms = (self._now() - started) * 1e3
-        for chunk in chunks:
-            chunk.queries += 1
-        for query, env in zip(queries, environments, strict=True):
-            if query.fault is not None:
-                self.reset(env)
-        return [replace(query, ms=ms) for query in queries]
+        """One query for each observation and the index of its environment. A fault ends that query only. Threads take
+        turns.
+
+        Raises:
+            UserError: no observation, as many environments as observations are not named, one is named twice or is not
+                there, or an observation is not what the bundle takes.
+        """
+        if not observations or len(observations) != len(environments):
+            raise UserError(f"act_batch got {len(observations)} observations for {len(environments)} environments")
+        if len(set(environments)) < len(environments) or not set(environments) <= set(range(len(self._chunks))):
+            raise UserError(
+                f"act_batch got the environments {list(environments)}, each of 0..{len(self._chunks) - 1} at most once",
+                "More at a time: Policy.load(..., environments=N)",
+            )
+        with self._turn:
+            started = self._now()
+            chunks = [self._chunks[env] for env in environments]
+            if self.mode == "baseline":
+                self._forward.whole(observations)
+                queries = self._full(self._forward.main(), chunks, ["full"] * len(chunks), None)
+            else:
+                self._forward.early(observations)
+                queries = (self._shadow if self.mode == "shadow" else self._speculate)(chunks)
+            ms = (self._now() - started) * 1e3
+            for chunk in chunks:
+                chunk.queries += 1
+            for query, env in zip(queries, environments, strict=True):
+                if query.fault is not None:
+                    self.reset(env)
+            return [replace(query, ms=ms) for query in queries]
 
     def _speculate(self, chunks: list[Chunk]) -> list[Query]:
         """Executes what the rule lets pass, and runs the rest of the backbone for the other queries."""

@@ -44,7 +44,7 @@ class Preprocessor:
         """A batch of observations -> inputs on the device.
 
         Raises:
-            ValueError: images or proprio of another shape or dtype than the configuration states.
+            UserError: images, proprio or an instruction that are not what the configuration states.
         """
         for observation in observations:
             self.check(observation)
@@ -115,16 +115,31 @@ class Preprocessor:
         return x
 
     def check(self, observation: Observation) -> None:
-        """Raises ValueError unless images and proprio are what the configuration states."""
-        side = self.control.camera_size
-        shape = (len(self.control.cameras), side, side, 3)
-        if observation.images.shape != shape or observation.images.dtype != np.uint8:
-            raise ValueError(f"images are {observation.images.dtype} {observation.images.shape}, not uint8 {shape}")
-        if observation.proprio.shape != (PROPRIO_DIM,):
-            raise ValueError(f"proprio is {observation.proprio.shape}, not ({PROPRIO_DIM},)")
+        """Raises UserError unless images, proprio (where the backbone reads it) and instruction are what the
+        configuration states."""
+        images, side = observation.images, self.control.camera_size
+        shape = [len(self.control.cameras), side, side, 3]
+        if _described(images) != (wanted := f"uint8 {shape}"):
+            raise UserError(
+                f"images are {_described(images)}, the bundle takes {wanted} ({', '.join(self.control.cameras)})",
+                f"Give RGB frames of {side} x {side}, a camera each: resize them before",
+            )
+        if self.backbone.proprio:
+            state = observation.proprio
+            if not isinstance(state, np.ndarray) or state.shape != (PROPRIO_DIM,) or state.dtype.kind not in "fiu":
+                raise UserError(f"proprio is {_described(state)}, the bundle takes float32 [{PROPRIO_DIM}]")
+            if not np.isfinite(state).all():
+                raise UserError(f"proprio[{int(np.argmin(np.isfinite(state)))}] is not finite: {state.tolist()}")
+        if not isinstance(observation.instruction, str):
+            raise UserError(f"instruction is of type {type(observation.instruction).__name__}, not a string")
 
     def _channels(self, values: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor(values, device=self.device).view(1, 1, len(values), 3, 1, 1)
+
+
+def _described(value: object) -> str:
+    """`uint8 [2, 256, 256, 3]`; what is no array, by its type."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def resize(x: Tensor, size: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import numpy as np
@@ -403,3 +404,36 @@ def test_the_baseline_is_backbone_then_head_then_codec(bundle: Bundle, observe: 
     hidden = backbone.hidden(backbone.run(inputs, until=config.backbone.language.blocks))
     tokens = bundle.head()(hidden).argmax(-1).view(config.dims.L, config.dims.T, config.dims.D).permute(1, 2, 0)
     np.testing.assert_allclose(actions, bundle.codec().decode(tokens[None])[0].detach().numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("observations", "environments", "message"),
+    [
+        ([], [], "0 observations for 0 environments"),
+        ([0, 1], [0], "2 observations for 1 environments"),
+        ([0, 1], [1, 1], r"environments \[1, 1\], each of 0..1 at most once"),
+        ([0], [2], r"environments \[2\], each of 0..1"),
+    ],
+)
+def test_a_call_that_cannot_be_answered(observations: list[int], environments: list[int], message: str) -> None:
+    policy, _ = scripted([Frame(STILL, STILL)] * 2, environments=2)
+    with pytest.raises(UserError, match=message):
+        policy.act_batch(observations, environments)  # type: ignore[arg-type]
+
+
+def test_threads_take_turns(bundle: Bundle, observe: Callable[..., Observation]) -> None:
+    control, count = bundle.config.control, 4
+    seen = [[observe(control, 10 * env + i) for i in range(count)] for env in range(2)]
+    alone = []
+    for env in range(2):
+        policy = Policy.load(bundle, "rsd")
+        alone.append([policy.act(observation) for observation in seen[env]])
+    shared = Policy.load(bundle, "rsd", environments=2)
+
+    def drive(env: int) -> list[Query]:
+        return [shared.act_batch([observation], [env])[0] for observation in seen[env]]
+
+    with ThreadPoolExecutor(2) as pool:
+        for expected, found in zip(alone, pool.map(drive, range(2)), strict=True):
+            for a, b in zip(expected, found, strict=True):
+                np.testing.assert_array_equal(a, b.actions)
