@@ -68,8 +68,13 @@ def read_results(path: Path) -> Results:
         most = min(MAX_BYTES, max(ALWAYS, MAX_RATIO * path.stat().st_size)) if compressed else MAX_BYTES
         with gzip.open(path) if compressed else path.open("rb") as stream:
             text = stream.read(most + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there", "rsd-trt eval writes results") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if path.suffix == ".jsonl":
+        whole = path.name.replace("_episodes.jsonl", "_results.json")
+        raise UserError(f"{path} is a run's log of episodes", f"Give its results: {path.with_name(whole)}")
     if len(text) > most:
         raise UserError(f"{path} holds more than {most:,} bytes: no results file does")
     try:

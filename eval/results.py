@@ -203,6 +203,7 @@ class Settings(Record, frozen=True):
     control: ControlConfig
     hardware: dict[str, str | int]
     versions: dict[str, str]
+    suite_sha256: Annotated[str, told("of the tasks' files and initial states; empty where it was not recorded")] = ""
 
     def __post_init__(self) -> None:
         """Raises UserError: a suite that may lead anywhere."""

@@ -25,7 +25,7 @@ says that the policy has nothing safe to do:
 >>> rsd_trt.Policy.load("no/such/bundle")
 Traceback (most recent call last):
     ...
-rsd_trt.errors.UserError: no/such/bundle is not a bundle (config.json is missing). Make one: rsd-trt init no/such/bundle
+rsd_trt.errors.UserError: there is no folder no/such/bundle. A bundle is a folder, made by rsd-trt pack
 >>> rsd_trt.Policy.load(backend="tr")
 Traceback (most recent call last):
     ...

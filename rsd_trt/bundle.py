@@ -61,7 +61,10 @@ class Bundle:
         try:
             return cls(path, read_record(BundleConfig, path / CONFIG))
         except FileNotFoundError:
-            raise UserError(f"{path} is not a bundle ({CONFIG} is missing)", f"Make one: rsd-trt init {path}") from None
+            there = f"{path} is no bundle: it has no {CONFIG}" if path.exists() else f"there is no folder {path}"
+            raise UserError(there, "A bundle is a folder, made by rsd-trt pack") from None
+        except NotADirectoryError:
+            raise UserError(f"{path} is a file, and a bundle is a folder", f"Give the folder: {path.parent}") from None
 
     def file(self, part: str) -> Path:
         """The bundle's own weights of one of `PARTS`."""

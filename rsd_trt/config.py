@@ -283,6 +283,16 @@ class BundleConfig(Record, frozen=True):
             _require(lengths == {size}, f"{name} has lists of {sorted(lengths)} numbers, not {size}")
 
     @property
+    def late_draft(self) -> str | None:
+        """Why the draft cannot save time; None where it can."""
+        if self.rsd.draft_block < self.backbone.language.blocks:
+            return None
+        return (
+            f"the draft reads block {self.rsd.draft_block}, the backbone's last: a check costs as much as a full "
+            "query, and no time can be saved"
+        )
+
+    @property
     def hidden(self) -> int:
         """H, the width that draft and head read."""
         return self.backbone.language.hidden

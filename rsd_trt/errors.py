@@ -8,6 +8,8 @@ import reprlib
 import sys
 from collections.abc import Iterable
 
+# What people call our backends.
+OTHERWISE = {"tensorrt": "trt", "onnx": "ort", "onnxruntime": "ort", "pytorch": "torch", "cuda": "graph"}
 MOST_SHOWN = 400  # characters of a library's error
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlist, _SHOWN.maxdict = 3, 200, 200, 12, 12
@@ -55,7 +57,7 @@ def named(key: object) -> str:
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest option, else the list of all options."""
     names = sorted(options)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = [OTHERWISE[name]] if OTHERWISE.get(name) in names else difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f" (one of: {', '.join(names)})"
 
 

@@ -96,10 +96,11 @@ def read_record(cls: type[RecordT], path: Path) -> RecordT:
     Raises:
         UserError: as `from_text`, or the file is a link or cannot be read.
         FileNotFoundError: there is no such file.
+        NotADirectoryError: what should be its folder is a file.
     """
     try:
         return from_text(cls, own(path).read_bytes(), str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 FP8_CAPABILITY = (8, 9)  # of the first GPUs with E4M3 matrix products
 
 
@@ -109,7 +111,7 @@ def open_forward(
     bundle, device = launcher.bundle, launcher.device
     kind = backbone or default_backbone(launcher.backend, device)
     for part in PARTS:
-        if not bundle.has(part):
+        if part != "draft" and not bundle.has(part):
             raise UserError(f"{bundle.path} has no {part}: nothing can act by it")
     started = time.perf_counter()
     forward = assemble(launcher, batch, open_backbone(bundle, device, kind, precision))
@@ -160,7 +162,8 @@ def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbon
     """What a query computes, from a loaded backbone: forwards of several configurations may share one."""
     bundle, device = launcher.bundle, launcher.device
     config = bundle.config
-    propose, predict = launcher.open("propose", batch), launcher.open("predict", batch)
+    propose = launcher.open("propose", batch) if bundle.has("draft") else None
+    predict = launcher.open("predict", batch)
     dtype: torch.dtype = backbone.projector.fc1.weight.dtype
     preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), device, dtype)
     if isinstance(backbone, Backbone):
@@ -195,10 +198,10 @@ def check_device(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not DEVICE.fullmatch(device):
+        raise UserError(f"device {device!r} is unknown: there are cpu, cuda, cuda:N and auto")
     try:
         target = torch.device(device)
-        if target.type not in ("cpu", "cuda"):
-            raise UserError(f"device {device!r} is not supported", "Use: --device cpu or cuda")
         torch.zeros(1, device=target)
         if target.type == "cuda" and target.index is not None:
             torch.cuda.set_device(target)  # graphs are captured, and engines loaded, on the current device

@@ -55,7 +55,7 @@ class Forward(Protocol):
     """Computes queries. What it gives belongs to it: the next query may overwrite it."""
 
     device: torch.device
-    sessions: Mapping[Component, Session]  # what runs `propose` and `predict`
+    sessions: Mapping[Component, Session]  # what runs `predict` and, where there is a draft, `propose`
 
     def early(self, observations: Sequence[Observation]) -> None:
         """Enqueues preprocessing, vision, the blocks up to k, the draft and the decoding of its tokens."""
@@ -92,7 +92,7 @@ class EagerForward:
         self,
         config: BundleConfig,
         backbone: Backbone,
-        propose: Session,
+        propose: Session | None,
         predict: Session,
         preprocess: Preprocessor,
     ) -> None:
@@ -100,7 +100,10 @@ class EagerForward:
         self._config = config
         self._blocks = config.backbone.language.blocks
         self._backbone = backbone
-        self.sessions: Mapping[Component, Session] = {"propose": propose, "predict": predict}
+        sessions: dict[Component, Session] = {"predict": predict}
+        if propose is not None:
+            sessions["propose"] = propose
+        self.sessions: Mapping[Component, Session] = sessions
         self._preprocess = preprocess
         self._tolerance = torch.tensor(config.rsd.tolerance, device=self.device)
         self._early: tuple[BackboneState, Tensor, Tensors]

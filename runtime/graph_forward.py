@@ -137,7 +137,7 @@ class GraphForward:
         self,
         config: BundleConfig,
         backbone: FusedBackbone,
-        propose: Session,
+        propose: Session | None,
         predict: Session,
         preprocess: Preprocessor,
     ) -> None:
@@ -147,7 +147,10 @@ class GraphForward:
         self._n = config.backbone.language.blocks
         self._textbook = self._k == self._n  # nothing is left for `late` but the head
         self._backbone = backbone
-        self.sessions: Mapping[Component, Session] = {"propose": propose, "predict": predict}
+        sessions: dict[Component, Session] = {"predict": predict}
+        if propose is not None:
+            sessions["propose"] = propose
+        self.sessions: Mapping[Component, Session] = sessions
         self._preprocess = preprocess
         self._tolerance = torch.tensor(config.rsd.tolerance, device=self.device)
         self._pool = torch.cuda.graph_pool_handle()

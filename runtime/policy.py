@@ -79,6 +79,8 @@ class Policy:
         if isinstance(rule, RandomAcceptance) != (mode == "random"):
             verb = "needs the" if mode == "random" else "has no"
             raise UserError(f"mode {mode} {verb} rule random: checks that are accepted at a rate, by chance")
+        if mode != "baseline" and "propose" not in forward.sessions:
+            raise UserError(f"{config.name} has no draft, and mode {mode} checks with one", "Use: --mode baseline")
         self.exports: dict[str, str] = {
             name: session.sha256 for name, session in forward.sessions.items() if session.sha256 is not None
         }
@@ -88,12 +90,9 @@ class Policy:
         self._tolerance = np.array(config.rsd.tolerance, np.float32)
         self._chunks = [Chunk() for _ in range(environments)]
         self._turn = threading.RLock()  # forwards and buffers are one thread's at a time
-        self._textbook = config.rsd.draft_block == config.backbone.language.blocks  # the draft reads the last block
+        self._textbook = config.late_draft is not None
         if mode != "baseline" and self._textbook:
-            log.warning(
-                "rsd.draft_block is %d, the backbone's last: an accepted query costs as much as a full one",
-                config.rsd.draft_block,
-            )
+            log.warning("%s", config.late_draft)
 
     @classmethod
     def load(

@@ -129,7 +129,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) 
     (tmp_path / "a\x1b[2J").mkdir()
     done = CliRunner().invoke(main, ["info", str(tmp_path / "a\x1b[2J")])
     assert done.exit_code == 1
-    assert "\\x1b[2J is not a bundle" in done.stderr
+    assert "\\x1b[2J is no bundle" in done.stderr
     assert "\x1b[2J" not in done.stderr
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
@@ -84,15 +87,18 @@ def evaluate(
 def _prepare(request: EvalRequest) -> tuple[Driver, dict[int, str]]:
     """What acts, ready to do so, and the instruction of every task."""
     acting = Bundle.open(request.bundle) if request.policy is None else Script.find(request.policy)
-    instructions = _tasks(request)
+    instructions, suite_sha256 = _tasks(request)
     if request.perturb is not None:
         request.perturb.check(request.suite, list(instructions))
     if request.video:
         check_video_writer()
     _seed_everything(request.seed)
     if isinstance(acting, Script):
-        return script_driver(request, acting, tuple(instructions)), instructions
-    return bundle_driver(request, acting, tuple(instructions)), instructions
+        driver = script_driver(request, acting, tuple(instructions))
+    else:
+        driver = bundle_driver(request, acting, tuple(instructions))
+    settings = structs.replace(driver.settings, suite_sha256=suite_sha256)
+    return replace(driver, settings=settings), instructions
 
 
 @contextmanager
@@ -117,6 +123,8 @@ def _own_folder(request: EvalRequest) -> Iterator[None]:
             f"another evaluation writes {request.out / request.name}_*", "Wait for it, or choose another --out"
         )
 
+    if request.out.exists() and not request.out.is_dir():
+        raise UserError(f"--out {request.out} is a file, and results go into a folder")
     request.out.mkdir(parents=True, exist_ok=True)
     with locked(request.out / f".{request.name}.lock", refuse):
         yield
@@ -170,23 +178,28 @@ def _write_hidden(path: Path, policy: Policy) -> None:
     write_atomically(path, save({"prefix": prefix, "final": final}))
 
 
-def _tasks(request: EvalRequest) -> dict[int, str]:
-    """The instruction of every task of the request.
+def _tasks(request: EvalRequest) -> tuple[dict[int, str], str]:
+    """The instruction of every task of the request, and the sha256 of their files and initial states: another benchmark
+    may go by the same name.
 
     Raises:
         UserError: a suite, task or trial that LIBERO does not have, or LIBERO cannot be used here.
     """
     benchmark = open_suite(request.suite)
     tasks = request.tasks if request.tasks is not None else tuple(range(benchmark.n_tasks))
+    digest = hashlib.sha256()
     for task in tasks:
         check_task(benchmark, request.suite, task)
-        available = len(initial_states(benchmark, task))
+        states = initial_states(benchmark, task)
+        digest.update(Path(benchmark.get_task_bddl_file_path(task)).read_bytes())
+        digest.update(states.tobytes())
+        available = len(states)
         if request.trials > available:
             raise UserError(
                 f"{request.suite} has {available} initial states for task {task}, not {request.trials}: "
                 f"--trials {available}"
             )
-    return {task: str(benchmark.get_task(task).language) for task in tasks}
+    return {task: str(benchmark.get_task(task).language) for task in tasks}, digest.hexdigest()
 
 
 def _seed_everything(seed: int) -> None:

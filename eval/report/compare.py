@@ -21,10 +21,11 @@ from rsd_trt.records import to_json
 
 Difference = Literal["higher", "lower", "not shown"]
 
+SHOWN = 3  # settings in which runs differ that a message names
 # What must be equal. The mode is what differs; `timing` and `hardware` may, and then no speed-up is given.
 SAME = (
-    *("policy_sha256", "suite", "tasks", "trials", "perturb", "device", "protocol", "max_steps", "n_action_steps"),
-    *("seed", "control", "versions"),
+    *("policy_sha256", "suite", "suite_sha256", "tasks", "trials", "perturb", "device", "protocol", "max_steps"),
+    *("n_action_steps", "seed", "control", "versions"),
     *("backend", "precision", "backbone", "backbone_precision", "exports_sha256"),  # of the bundle's
 )
 
@@ -94,7 +95,8 @@ def compare(a: Results, b: Results, free: Collection[str] = ()) -> Comparison:
         UserError: the runs differ in something that makes their figures incomparable, or share no episode.
     """
     if different := differences(a.settings, b.settings, free):
-        raise UserError(f"these runs cannot be compared: {'; '.join(different)}")
+        more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+        raise UserError(f"these runs cannot be compared: {'; '.join(different[:SHOWN])}{more}")
     pairs = list(_pairs(a, b))
     if not pairs:
         raise UserError("these runs cannot be compared: no episode ended without an error in both")

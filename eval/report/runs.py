@@ -44,11 +44,12 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path], replay: Replay | None = None) -> tuple[Run, ...]:
-    """Every file as a run, as `pair_up`.
+    """Every file, and every results file of a folder, as a run, as `pair_up`.
 
     Raises:
         UserError: as `read_run`, a file is given twice, or a run is not of a bundle.
     """
+    paths = [file for path in paths for file in (_of_folder(path) if path.is_dir() else [path])]
     resolved = [path.resolve() for path in paths]
     for path, place in zip(paths, resolved, strict=True):
         if resolved.count(place) > 1:
@@ -58,6 +59,17 @@ def read_runs(paths: Sequence[Path], replay: Replay | None = None) -> tuple[Run,
         if results.settings.bundle is None:
             raise UserError(f"{path} is a run of {results.settings.policy}, a script; a report is on runs of bundles")
     return pair_up(runs, replay)
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    """Its results files.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not (found := sorted(folder.glob("*_results.json*"))):
+        raise UserError(f"{folder} has no *_results.json", "rsd-trt eval writes them")
+    return found
 
 
 def pair_up(runs: Sequence[tuple[Path, Results]], replay: Replay | None = None) -> tuple[Run, ...]:

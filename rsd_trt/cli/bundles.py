@@ -49,7 +49,8 @@ def info(bundle: Path, engines: Path, whole: bool, as_json: bool) -> None:
     from rsd_trt.bundle import Bundle
     from rsd_trt.cli.info import bundle_table, conventions_table, describe, exports_table
 
-    description = describe(Bundle.open(bundle), engines, whole)
+    opened = Bundle.open(bundle)
+    description = describe(opened, engines, whole)
     if as_json:
         click.echo(json.dumps(description, indent=2))
         return
@@ -57,7 +58,9 @@ def info(bundle: Path, engines: Path, whole: bool, as_json: bool) -> None:
     if description["exports"]:
         show(exports_table(description))
     else:
-        click.echo("nothing exported yet: rsd-trt export")
+        click.echo(f"nothing exported yet: rsd-trt export {bundle}")
+    if opened.has("draft") and opened.config.late_draft:
+        click.echo(f"note: {opened.config.late_draft}")
 
 
 @click.command()
@@ -103,6 +106,18 @@ def pack(as_json: bool, **options: object) -> None:
     click.echo(f"{how}: {packed.bytes / 1e9:.2f} GB of backbone weights in {packed.backbone}")
     if packed.not_read:
         click.echo(f"not read: {', '.join(packed.not_read)}")
+    from rsd_trt.bundle import Bundle
+
+    config = Bundle.open(request.out).config
+    control = config.control
+    images = "rotated by 180 degrees" if control.rotate_images else "as rendered"
+    prompt = f"{control.prompt!r}{', lower case' * control.lowercase}"
+    click.echo(
+        f"assumed: prompt {prompt}; cameras {', '.join(control.cameras)}; images {images}; rotation "
+        f"{control.rotation}; gripper {control.gripper} (rsd-trt info {request.out} shows all)"
+    )
+    if "draft" in packed.parts and config.late_draft:
+        click.echo(f"note: {config.late_draft}")
 
 
 COMMANDS = (init, pack, info)

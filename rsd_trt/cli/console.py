@@ -152,6 +152,7 @@ class EpisodeProgress(Bar):
         from rsd_trt.eval.statistics import what_can_be_shown
 
         self.episodes = done
+        self.total, self.found = total, len(done)
         self.progress.console.print(what_can_be_shown(total), soft_wrap=True)
         self.progress.update(self.bar, total=total, completed=len(done))
         self.progress.start()

@@ -195,6 +195,8 @@ def evaluate(as_json: bool, **options: object) -> None:
     else:
         from rsd_trt.eval.report.tables import runs_table, tasks_table
 
+        if progress.found == progress.total:
+            click.echo(f"all {progress.total} episodes were there already; to run them again: --fresh")
         show(tasks_table(results), runs_table({results.settings.label: results}))
         click.echo(f"results: {request.results_file}")
         note_untrained(results.settings.bundle is None or results.settings.bundle.trained)
@@ -221,10 +223,12 @@ def refuse_clashes(request: EvalRequest) -> None:
     if request.record_hidden is not None and request.mode != "shadow":
         raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
     if (request.accept_rate is not None) != (request.mode == "random"):
-        raise click.UsageError("--mode random needs --accept-rate, and no other mode has one")
+        raise click.UsageError(
+            "--mode random needs --accept-rate, such as 0.68 or an rsd run's results file, and no other mode has one"
+        )
     if request.tolerance is not None and request.mode not in ("rsd", "shadow"):
         raise click.UsageError(
-            f"--tolerance is of the modes rsd and shadow: {request.mode} compares no draft with a plan"
+            f"--tolerance is of the modes rsd and shadow: {request.mode} compares no draft with a chunk"
         )
     if "engines" in given and request.backend not in ("ort", "trt"):
         raise click.UsageError(f"--engines is of the backends ort and trt: {request.backend} runs no export")

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from msgspec import structs
 
-from rsd_trt.cli.console import FiniteRange, bundle_argument, command_line, json_option, note_untrained, show
-from rsd_trt.config import MAX_TOLERANCE
+from rsd_trt.cli.console import FiniteRange, command_line, json_option, note_untrained, show
+from rsd_trt.config import DEFAULT_BUNDLE, MAX_TOLERANCE
 
 
 @click.command()
@@ -52,7 +52,7 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
 )
 @json_option
 def report(results: tuple[Path, ...], out: Path, replay: Path | None, as_json: bool) -> None:
-    """Write a report on one or more results files: OUT/report.html, report.md and performance_comparison.json.
+    """Write a report on results files, or on those of a folder: OUT/report.html, .md, performance_comparison.json.
 
     Every run is compared with the baseline of the same settings, and judged by the experiment's targets: success
     above 85%, speed-up above 1.2x, acceptance above 60%. Runs with several n_action_steps whose times are known make
@@ -77,8 +77,7 @@ def report(results: tuple[Path, ...], out: Path, replay: Path | None, as_json: b
 
 
 @click.command()
-@bundle_argument
-@click.argument("shadow", type=click.Path(path_type=Path))
+@click.argument("paths", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="[BUNDLE] SHADOW")
 @click.option(
     "--alpha",
     type=FiniteRange(1e-4, 1, max_open=True),
@@ -98,7 +97,7 @@ def report(results: tuple[Path, ...], out: Path, replay: Path | None, as_json: b
 )
 @json_option
 def calibrate(
-    bundle: Path, shadow: Path, alpha: float, limit: float | None, seed: int, out: Path | None, as_json: bool
+    paths: tuple[Path, ...], alpha: float, limit: float | None, seed: int, out: Path | None, as_json: bool
 ) -> None:
     """Choose the acceptance tolerance from a shadow run, and write it into a copy of the bundle.
 
@@ -108,6 +107,9 @@ def calibrate(
     \b
     Example: rsd-trt calibrate bundles/mine results/libero_spatial_shadow_results.json --alpha 0.05
     """
+    if len(paths) > 2:
+        raise click.UsageError(f"got {len(paths)} paths: give a shadow run's results file, or a bundle and the file")
+    bundle, shadow = paths if len(paths) == 2 else (DEFAULT_BUNDLE, paths[0])
     from rsd_trt.bundle import Bundle, copy_with
     from rsd_trt.eval.read import read_run
     from rsd_trt.eval.report.calibrate import calibrate as choose

@@ -188,10 +188,12 @@ def fit(parts: Mapping[Part, Checkpoint], steps: int) -> Dims:
     for classifier in (draft, head):
         if classifier and (logits := _logits(classifier)) != steps * latent * levels:
             others, rest = divmod(logits, max(1, latent * levels))
-            hint = "" if rest else f". For chunks of {others} steps: --chunk {others}"
+            told = "" if rest else f"For chunks of {others} steps: --chunk {others}"
+            told = told if codec else "Give the codec, too (--codec): it holds latent dimensions and levels"
             raise UserError(
                 f"{classifier.file} gives {logits} logits a layer; {steps} steps of {latent} latent dimensions with "
-                f"{levels} levels are {steps * latent * levels}{hint}"
+                f"{levels} levels are {steps * latent * levels}",
+                told or None,
             )
     drafted = draft.count(r"classification_heads\.(\d+)\.") if draft else None
     read = _condition(conditioned, steps * latent) if conditioned else None

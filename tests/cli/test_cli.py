@@ -93,8 +93,8 @@ def test_wrong_usage_is_exit_code_two(arguments: tuple[str, ...], message: str) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("info", "nothing"), "nothing is not a bundle (config.json is missing). Make one: rsd-trt init nothing"),
-        (("eval", "nothing"), "nothing is not a bundle"),
+        (("info", "nothing"), "there is no folder nothing. A bundle is a folder, made by rsd-trt pack"),
+        (("eval", "nothing"), "there is no folder nothing"),
         (("init", "."), "exists; choose another path or remove it first"),
         (("compare", "a.json", "b.json"), "a.json"),
     ],

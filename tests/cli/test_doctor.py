@@ -300,7 +300,7 @@ def test_the_bundle(bundle_copy: Path, tmp_path: Path) -> None:
     draft.unlink()
     broken(line(), "the bundle has no draft", "take another copy of the bundle")
     (bundle_copy / "config.json").unlink()
-    broken(line(), f"{bundle_copy} is not a bundle (config.json is missing)", "Make one: rsd-trt init")
+    broken(line(), f"{bundle_copy} is no bundle: it has no config.json", "A bundle is a folder")
 
 
 def test_exports(bundle_copy: Path, exported: Callable[[Precision], Path], tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from rsd_trt.cli import main
 from rsd_trt.errors import UserError
+from rsd_trt.eval.libero import run
 from rsd_trt.eval.libero.perturb import PerturbSpec
+from rsd_trt.eval.libero.simulator import initial_states
 from rsd_trt.eval.libero.target import Displace
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.compare import compare
@@ -78,7 +80,9 @@ def test_the_shipped_policy_solves_its_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.libero
-def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ("eval", tiny_bundle, "--mode", "baseline", "--out", tmp_path, *EPISODE)
     first = rsd_trt(*arguments, "--video")
     assert first.exit_code == 0, first.output
@@ -87,11 +91,19 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(tiny_bun
     assert [video.name for video in videos] == ["task3_trial0_failure.mp4"]
     episodes = tmp_path / "libero_spatial_baseline_episodes.jsonl"
     before = episodes.read_text()
-    assert rsd_trt(*arguments).exit_code == 0
+    again = rsd_trt(*arguments)
+    assert again.exit_code == 0
+    assert "all 1 episodes were there already" in again.stdout
     assert episodes.read_text() == before
     refused = rsd_trt(*arguments, "--seed", 8)
     assert refused.exit_code == 1
     assert "seed is 7 there and 8 here" in refused.stderr
+    monkeypatch.setattr(run, "initial_states", lambda *task: initial_states(*task) + 1)  # another suite of that name
+    refused = rsd_trt(*arguments)
+    assert refused.exit_code == 1
+    assert "suite_sha256 is " in refused.stderr
+    (tmp_path / "file").write_text("")
+    assert "file is a file, and results go into a folder" in rsd_trt(*arguments, "--out", tmp_path / "file").stderr
 
 
 @pytest.mark.libero

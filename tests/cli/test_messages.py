@@ -1,0 +1,58 @@
+"""What people type by mistake, and the one line that sends them on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from synthetic import run, write
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.cli import main
+from rsd_trt.errors import UserError
+from rsd_trt.runtime.policy import Policy
+
+SAID = {
+    "eval nosuch": (1, "there is no folder nosuch. A bundle is a folder"),
+    "info .": (1, ". is no bundle: it has no config.json"),
+    "eval baseline.json": (1, "baseline.json is a file, and a bundle is a folder"),
+    "report empty": (1, "empty has no *_results.json. rsd-trt eval writes them"),
+    "report nosuch.json": (1, "nosuch.json is not there. rsd-trt eval writes results"),
+    "report x_episodes.jsonl": (1, "is a run's log of episodes. Give its results: x_results.json"),
+    "calibrate nosuch.json": (1, "nosuch.json is not there"),
+    "calibrate a b c": (2, "got 3 paths"),
+    "eval --backend tensorrt": (2, "did you mean 'trt'?"),
+    "eval --backend onnx": (2, "did you mean 'ort'?"),
+    "eval --mode rds": (2, "did you mean 'rsd'?"),
+    "eval --mode random": (2, "needs --accept-rate, such as 0.68 or an rsd run's results file"),
+    "profile --device gpu": (1, "device 'gpu' is unknown: there are cpu, cuda, cuda:N and auto"),
+}
+
+
+@pytest.mark.parametrize("command", SAID)
+def test_a_slip_is_one_line(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x_episodes.jsonl").write_text("{}\n{}\n")
+    write(tmp_path / "baseline.json", run("baseline"))
+    code, message = SAID[command]
+    done = CliRunner().invoke(main, command.split())
+    assert (done.exit_code, message in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_a_report_takes_a_folder(tmp_path: Path) -> None:
+    for mode in ("baseline", "rsd"):
+        write(tmp_path / f"libero_spatial_{mode}_results.json", run(mode))  # type: ignore[arg-type]
+    done = CliRunner().invoke(main, ["report", str(tmp_path), "-o", str(tmp_path / "report")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_only_checking_needs_a_draft(bundle_copy: Path) -> None:
+    (bundle_copy / "draft.safetensors").unlink()
+    bundle = Bundle.open(bundle_copy)
+    assert Policy.load(bundle, "baseline").exports == {}
+    with pytest.raises(UserError, match=r"has no draft, and mode rsd checks with one\. Use: --mode baseline"):
+        Policy.load(bundle, "rsd")
