@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -146,6 +147,7 @@ def serve(
     `run` is what an episode is, where it is no trial.
     """
     end_with_parent()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever asks, nobody answers
     line = Line(connection)
 
     def act(simulator: EnvironmentT, step: int) -> NDArray[np.float32]:

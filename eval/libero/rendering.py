@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, reason
 
 GL_LIBRARIES = {"egl": ("libEGL.so.1",), "osmesa": ("libOSMesa.so.8", "libOSMesa.so")}
 
@@ -21,6 +22,9 @@ def choose_gl() -> str:
     Raises:
         UserError: none is, or the one that MUJOCO_GL names is not.
     """
+    device = os.environ.get("MUJOCO_EGL_DEVICE_ID", "0")
+    if not (device.isascii() and device.isdigit()):
+        raise UserError(f"MUJOCO_EGL_DEVICE_ID is {device!r}, not the number of a device", "Unset it, or set it to 0")
     wanted = os.environ.get("MUJOCO_GL", "").lower()
     if wanted and wanted not in GL_LIBRARIES:
         return wanted
@@ -28,12 +32,26 @@ def choose_gl() -> str:
         for library in GL_LIBRARIES[name]:
             with contextlib.suppress(OSError):
                 ctypes.CDLL(library)
-                os.environ["MUJOCO_GL"] = name
+                os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = name  # MuJoCo refuses two that differ
                 return name
     raise UserError(
         f"no headless OpenGL for {wanted or 'EGL or OSMesa'}",
         f"Install it: apt-get install {'libosmesa6' if wanted == 'osmesa' else 'libegl1'}",
     )
+
+
+@contextlib.contextmanager
+def robosuite_alone() -> Iterator[None]:
+    """For robosuite's import and its contexts. It takes CUDA_VISIBLE_DEVICES for the number of an EGL device, and opens
+    a log file below the temporary folder, which may be another user's. In the block it finds neither."""
+    visible, handler = os.environ.pop("CUDA_VISIBLE_DEVICES", None), logging.FileHandler
+    logging.FileHandler = lambda *_: logging.NullHandler()  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        logging.FileHandler = handler  # type: ignore[misc]
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def check_gl() -> None:
@@ -64,6 +82,11 @@ def explaining_gl() -> Iterator[None]:
             gc.collect()
         finally:
             sys.unraisablehook = hook
+        if "MUJOCO_EGL_DEVICE_ID" in str(error):
+            device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+            raise UserError(
+                f"MUJOCO_EGL_DEVICE_ID is {device!r}: {reason(error)}", "Unset it, or set it to 0"
+            ) from None
         raise UserError(
             f"{name} gives no OpenGL context ({str(error).splitlines()[0]})",
             "Install a driver: apt-get install libegl-mesa0, or libosmesa6 with MUJOCO_GL=osmesa",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rsd_trt.config import SUITES, ControlConfig, Rotation
 from rsd_trt.errors import UserError, did_you_mean, missing_extra
 from rsd_trt.eval.libero.course import Cameras, Course, Perturbation
-from rsd_trt.eval.libero.rendering import check_gl, choose_gl, explaining_gl
+from rsd_trt.eval.libero.rendering import check_gl, choose_gl, explaining_gl, robosuite_alone
 from rsd_trt.runtime.observation import Observation
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Simulator:
         self._rendering = True
         self.cameras: Cameras = "asked"
         self._images: dict[str, NDArray[np.uint8]] = {}
-        with _quiet(), explaining_gl():
+        with _quiet(), robosuite_alone(), explaining_gl():
             self._env = OffScreenRenderEnv(
                 bddl_file_name=benchmark.get_task_bddl_file_path(task_id),
                 camera_names=[name.removesuffix("_image") for name in control.cameras],
@@ -212,7 +212,7 @@ def open_suite(suite: str) -> Benchmark:
     choose_gl()
     _check_configured()
     try:
-        with _quiet(), explaining_gl():
+        with _quiet(), robosuite_alone(), explaining_gl():
             import libero.libero.envs  # noqa: F401  (what may fail, fails here)
             from libero.libero import benchmark
 

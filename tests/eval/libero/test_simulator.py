@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
+import subprocess
+import sys
 from contextlib import closing
 
 import numpy as np
@@ -151,3 +155,43 @@ def test_a_lost_gl_context_is_an_error_and_not_a_wrong_image() -> None:
         simulator.step(ACTION, render=False)
         with pytest.raises(RuntimeError, match="the OpenGL context is lost"):
             simulator.step(ACTION, render=True)
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "1"}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-00000000", "MUJOCO_EGL_DEVICE_ID": "0"}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "", "PYOPENGL_PLATFORM": "glx"}, ""),
+        ({"MUJOCO_EGL_DEVICE_ID": "7"}, "MUJOCO_EGL_DEVICE_ID is '7': .* Unset it, or set it to 0"),
+        ({"MUJOCO_EGL_DEVICE_ID": "x"}, "MUJOCO_EGL_DEVICE_ID is 'x', not the number of a device. Unset it"),
+    ],
+    ids=str,
+)
+def test_it_renders_whatever_the_environment_holds(environment: dict[str, str], message: str) -> None:
+    code = (
+        "import os\n"
+        "from rsd_trt.config import ControlConfig\n"
+        "from rsd_trt.eval.libero.simulator import Simulator\n"
+        "simulator = Simulator('libero_spatial', 0, ControlConfig(camera_size=64, settle_steps=1))\n"
+        "simulator.reset(0)\n"
+        "assert simulator.observation().images.any()\n"
+        "print(os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+    if message:
+        assert re.search(message, done.stderr), done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{environment['CUDA_VISIBLE_DEVICES']}\n"
+
+
+@pytest.mark.libero
+def test_the_log_of_another_user_is_not_opened() -> None:
+    code = "import sys\nfrom rsd_trt.eval.libero.simulator import open_suite\n"
+    code += "sys.addaudithook(lambda event, a: event != 'open' or 'robosuite.log' not in str(a[0]) or 1 / 0)\n"
+    code += "open_suite('libero_spatial')\n"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
