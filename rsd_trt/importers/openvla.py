@@ -23,7 +23,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STATISTICS = "dataset_statistics.json"
 MOST_NAMES = 100  # of data sets, in a message
 PROPRIO = "proprio_projector."
-FILES = ("*.json", "*.safetensors", "proprio_projector--*.pt")  # what a hub repository is asked for
+UNSUPPORTED = {  # files beside the shards, and what they say
+    "vision_backbone--*.pt": "was fine-tuned with FiLM: its vision tower lies apart",
+    "noise_predictor--*.pt": "has a diffusion head",
+    "adapter_config.json": "holds LoRA adapters that are not merged into the weights",
+}
+FILES = ("*.json", "*.safetensors", "proprio_projector--*.pt", *UNSUPPORTED)  # what a hub repository is asked for
 SHARD = re.compile(r"model[\w.-]*\.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -119,6 +124,9 @@ def read_folder(path: Path) -> OpenVLAFolder:
             f"{file} is of model_type {kind}, architectures {architectures}: only {MODEL_TYPE!r} (OpenVLA, "
             "OpenVLA-OFT) can be packed"
         )
+    for pattern, told in UNSUPPORTED.items():
+        if beside := sorted(path.glob(pattern)):
+            raise UserError(f"{path} {told} ({beside[0].name}), which rsd-trt does not compute")
     processor = path / "preprocessor_config.json"
     shards, found = _shards(path)
     config, resize = backbone_config(file, data, processor, _read_object(processor), found)

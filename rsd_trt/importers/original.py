@@ -17,8 +17,10 @@ from rsd_trt.errors import UserError, named, reason
 from rsd_trt.importers.archive import check_archive
 from rsd_trt.weights import Entry
 
-WRAPPINGS = ("model_state_dict", "model")  # the keys under which a checkpoint may hold its state dict
-PREFIX = "module."  # of every key, when the model was wrapped for training on several GPUs
+WRAPPINGS = ("model_state_dict", "model", "state_dict")  # the keys under which a checkpoint may hold its state dict
+# What training on several GPUs and torch.compile put into keys, wherever the wrapped module stands.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+CONFIGS = ("extra_state", "hyper_parameters")  # what a configuration may lie below
 
 Part = Literal["draft", "head", "codec", "proprio_projector"]
 MARKS: dict[Part, str] = {  # a key that only this part has
@@ -37,6 +39,7 @@ class Checkpoint:
     part: Part
     state: Mapping[str, Tensor]
     config: Mapping[str, object]
+    unread: tuple[str, ...] = ()  # other sets of weights in the file, such as a moving average
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -90,12 +93,12 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     except Exception as error:  # a damaged file makes torch and its unpickler raise nearly anything
         raise UserError(f"{file} cannot be read as a checkpoint of PyTorch 1.6 or later: {reason(error)}") from None
     top = data if isinstance(data, Mapping) else {}
-    wrapped = next((top[key] for key in WRAPPINGS if isinstance(top.get(key), Mapping)), top)
-    state = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
+    under = next((key for key in WRAPPINGS if isinstance(top.get(key), Mapping)), None)
+    wrapped = top if under is None else top[under]
+    state = {_unwrapped(str(key)): value for key, value in wrapped.items() if isinstance(value, Tensor)}
     if not state or len(state) != len(wrapped):
         raise UserError(f"{file} holds no state dict, neither bare nor under {' or '.join(WRAPPINGS)}")
-    if all(key.startswith(PREFIX) for key in state):
-        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    unread = tuple(named(key) for key, value in top.items() if key != under and _holds_tensors(value))
     kind = next((kind for kind, mark in MARKS.items() if any(re.fullmatch(mark, key) for key in state)), None)
     if kind != part:
         raise UserError(f"{file} is {f'a {kind}' if kind else 'of an unknown kind'}, not a {part}")
@@ -104,8 +107,17 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
         raise UserError(f"{file} has {size} bytes, its tensors would take {shown}. Save them as clones: they overlap")
     for key, value in state.items():
         check_finite(file, key, value.float() if value.dtype == torch.float64 else value)  # as it will be saved
-    config = top.get("config")
-    return Checkpoint(file, part, state, config if isinstance(config, Mapping) else {})
+    below = (top[key] for key in CONFIGS if isinstance(top.get(key), Mapping))
+    config = next((c for x in (top, *below) if isinstance(c := x.get("config"), Mapping)), {})
+    return Checkpoint(file, part, state, config, unread)
+
+
+def _unwrapped(key: str) -> str:
+    return ".".join(name for name in key.split(".") if name not in WRAPPERS)
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
 
 
 def check_finite(file: Path, key: str, value: Tensor) -> None:

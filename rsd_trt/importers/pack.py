@@ -78,7 +78,7 @@ class Packed:
     parts: tuple[str, ...]
     backbone: str  # where its weights are
     bytes: int  # of the backbone's weights
-    not_read: tuple[str, ...]  # `.pt` files that lie in the backbone's folder and are no part of the bundle
+    not_read: tuple[str, ...]  # `.pt` files in the backbone's folder, and sets of weights in others, that are left out
 
 
 def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None) -> Packed:
@@ -125,7 +125,10 @@ def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None)
         ("backbone", *parts),
         str(request.out) if request.copy else str(source.path),
         sum(file.bytes for file in weights),
-        tuple(file.name for file in sorted(source.path.glob("*.pt")) if file not in used),
+        (
+            *(file.name for file in sorted(source.path.glob("*.pt")) if file not in used),
+            *(f"{checkpoint.file.name}: {key}" for checkpoint in parts.values() for key in checkpoint.unread),
+        ),
     )
 
 

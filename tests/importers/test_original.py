@@ -226,6 +226,34 @@ def test_how_a_codec_scales_is_never_guessed(saved_as: bool | None, scale: str, 
         codec_config(codec, scale)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod."])
+def test_what_wrappers_put_into_keys_is_no_part_of_them(prefix: str, tmp_path: Path) -> None:
+    state = original.RFSQHead().state_dict()
+    inside = {key.replace("layer_heads.", f"layer_heads.{prefix}"): value for key, value in state.items()}
+    for number, saved in enumerate(({prefix + key: value for key, value in state.items()}, inside)):
+        torch.save(saved, tmp_path / f"{number}.pt")
+        assert read_checkpoint(tmp_path / f"{number}.pt", "head").state.keys() == state.keys()
+
+
+@pytest.mark.parametrize("below", ["extra_state", "hyper_parameters"])
+def test_a_configuration_may_lie_deeper(below: str, tmp_path: Path) -> None:
+    state = original.ActionRFSQAE(True).state_dict()
+    torch.save({"state_dict": state, below: {"config": {"use_layernorm": True}}}, tmp_path / "x.pt")
+    codec = read_checkpoint(tmp_path / "x.pt", "codec")
+    assert codec_config(codec, None).scale == "layernorm"
+    with pytest.raises(UserError, match="was saved with use_layernorm True"):
+        codec_config(codec, "plain")
+
+
+def test_other_sets_of_weights_in_a_file_are_named(tmp_path: Path) -> None:
+    state = original.RFSQHead().state_dict()
+    average = {key: value + 1 for key, value in state.items()}
+    torch.save({"ema_state_dict": average, "model_state_dict": state, "epoch": 1}, tmp_path / "x.pt")
+    checkpoint = read_checkpoint(tmp_path / "x.pt", "head")
+    assert checkpoint.unread == ("ema_state_dict",)
+    assert all(torch.equal(checkpoint.state[key], value) for key, value in state.items())
+
+
 def test_a_tensor_of_another_rank(tmp_path: Path) -> None:
     state = original.RFSQDraftModelWithProjection().state_dict()
     state["decoder.position_encoding"] = torch.zeros(1)

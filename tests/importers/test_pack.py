@@ -397,6 +397,12 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         lambda f: shutil.copy(f / PROPRIO_FILE, f / "proprio_projector--9_checkpoint.pt"),
         "proprio_projector--9_checkpoint.pt: keep one",
     ),
+    "FiLM": (
+        lambda f: (f / "vision_backbone--9_checkpoint.pt").touch(),
+        "DIR was fine-tuned with FiLM: its vision tower lies apart (vision_backbone--9_checkpoint.pt)",
+    ),
+    "diffusion": (lambda f: (f / "noise_predictor--9_checkpoint.pt").touch(), "DIR has a diffusion head"),
+    "LoRA": (lambda f: (f / "adapter_config.json").write_text("{}"), "DIR holds LoRA adapters that are not merged"),
     "truncated shard": (
         lambda f: (f / SHARDS[1]).write_bytes((f / SHARDS[1]).read_bytes()[:-50]),
         f"{SHARDS[1]} cannot be read as safetensors",
