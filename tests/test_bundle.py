@@ -190,10 +190,10 @@ def test_a_broken_file_is_one_clear_line(name: str, content: bytes, message: str
     assert message in str(error.value)
 
 
-def test_no_bundle_there_says_how_to_make_one(tmp_path: Path) -> None:
+def test_no_bundle_there_says_what_makes_one(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         Bundle.open(tmp_path / "nothing")
-    assert one_line(error).endswith(f"Make one: rsd-trt init {tmp_path / 'nothing'}")
+    assert one_line(error).endswith(f"{tmp_path / 'nothing'}. A bundle is a folder, made by rsd-trt pack")
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])

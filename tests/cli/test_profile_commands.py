@@ -170,7 +170,7 @@ def test_wrong_usage_is_exit_code_two(tiny_bundle: Path, arguments: tuple[str, .
         (("profile", "--backend", "trt"), "nothing could be measured: TensorRT engines need an NVIDIA GPU"),
         (("profile-query", "--backbone", "graph"), "nothing could be measured: backbone graph needs a CUDA device"),
         (("profile-query", "--prompt-tokens", "1"), "no text gives a prompt of 1 tokens"),
-        (("replay",), "none.json cannot be read"),
+        (("replay",), "none.json is not there"),
     ],
 )
 def test_what_cannot_be_timed_is_one_line(

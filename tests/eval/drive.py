@@ -11,5 +11,5 @@ from rsd_trt.eval.libero import run
 
 if __name__ == "__main__":
     run.Simulator = doubles.world  # type: ignore[assignment,misc]
-    run._tasks = lambda request: {task: f"task {task}" for task in request.tasks or ()}
+    run._tasks = lambda request: ({task: f"task {task}" for task in request.tasks or ()}, "0" * 64)
     main(["eval", *sys.argv[1:]], prog_name="rsd-trt")

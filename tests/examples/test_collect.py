@@ -123,6 +123,7 @@ def test_training_scenes_are_no_evaluation_states_and_the_bowl_can_be_displaced(
         assert DISPLACEMENT[0] <= np.linalg.norm(moved) <= DISPLACEMENT[1]
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_demonstrations_are_collected_with_a_policy_and_without(tmp_path: Path, tiny_bundle: Path) -> None:
     common = ["--episodes", "1", "--tasks", "2", "--workers", "1", "--every", "40", "--device", "cpu"]

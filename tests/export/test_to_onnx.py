@@ -55,6 +55,7 @@ def found_ports(model: onnx.ModelProto) -> list[tuple[str, int, list[int | str]]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -88,7 +88,7 @@ def test_another_run_has_no_rate_for_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--mode", "random"), "--mode random needs --accept-rate, and no other mode has one"),
+        (("--mode", "random"), "--mode random needs --accept-rate, such as 0.68"),
         (("--accept-rate", "0.5"), "--mode random needs --accept-rate"),
         (("--mode", "random", "--accept-rate", "1.5"), "'1.5' is not in 0..1"),
         (("--mode", "random", "--accept-rate", "nan"), "'nan' is not in 0..1"),
@@ -194,7 +194,7 @@ def test_a_query_reaches_its_kernels_in_nine_calls(
 
     monkeypatch.setattr(TorchSession, "run", measured)
     monkeypatch.setattr(run_module, "Simulator", doubles.world)
-    monkeypatch.setattr(run_module, "_tasks", lambda request: {0: "task 0"})
+    monkeypatch.setattr(run_module, "_tasks", lambda request: ({0: "task 0"}, "0" * 64))
     arguments = ("--trials", "1", "--max-steps", "6", "--out", str(tmp_path))
     result = CliRunner().invoke(main, ["eval", str(tiny_bundle), *arguments])
     assert result.exit_code == 0, result.output

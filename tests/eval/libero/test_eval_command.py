@@ -27,6 +27,7 @@ def rsd_trt(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
     hidden = tmp_path / "hidden.safetensors"
@@ -52,6 +53,7 @@ def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
         assert set(json.loads(result.stdout)["figures"]) == set(pair)
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_two_simulators_give_what_one_gives(tiny_bundle: Path, tmp_path: Path) -> None:
     found = []

@@ -93,6 +93,7 @@ def oft_trials(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 @pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 4), ("libero_10", 2)])  # a drawer; a stove's knob
 def test_trials_are_openvla_ofts_in_any_order(suite: str, task: int) -> None:

@@ -53,6 +53,7 @@ def matrices(module: Exportable) -> dict[str, Tensor]:
     return {name: weight for name, weight in module.named_parameters() if weight.dim() == 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_equal_backend_passes(bundle: Bundle, exported: Callable[..., Path], precision: Precision) -> None:
     results = list(verify(bundle, VerifyRequest(("ort",), CPU, precision, exported(precision), ROWS)))
