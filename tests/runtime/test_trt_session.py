@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import tensorrt_rtx as trt
 import torch
 
 import rsd_trt
@@ -25,6 +24,8 @@ from rsd_trt.runtime import trt_session
 from rsd_trt.runtime.session import Launch
 from rsd_trt.runtime.trt_session import TrtSession
 from rsd_trt.trt import Distribution
+
+trt = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
 
 CPU = torch.device("cpu")
 FILES = [Path(rsd_trt.__file__).parent / name for name in ("runtime/trt_session.py", "export/to_engine.py")]
