@@ -90,6 +90,7 @@ def test_the_installed_package_is_the_wheels(installed: Path, tmp_path: Path) ->
     assert run(installed, tmp_path, "rsd-trt", "--version") == f"rsd-trt, version {rsd_trt.__version__}\n"
 
 
+@pytest.mark.slow
 def test_the_installed_package_works(installed: Path, tmp_path: Path) -> None:
     assert "reference" in run(installed, tmp_path, "rsd-trt", "info")  # the bundle that is shipped
     run(installed, tmp_path, "rsd-trt", "init", "bundle", "--size", "tiny")

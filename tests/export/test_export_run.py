@@ -80,6 +80,7 @@ def change_weight(bundle: Path, part: str) -> None:
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
+@pytest.mark.slow
 def test_a_second_run_builds_nothing(bundle: Bundle, exported: Callable[..., Path], tmp_path: Path) -> None:
     engines = Path(shutil.copytree(exported("fp32"), tmp_path / "engines"))
     before = {path: path.stat().st_mtime_ns for path in engines.rglob("*.onnx")}

@@ -105,6 +105,7 @@ def test_graphs_are_kept_and_engines_reported_with_their_progress(rtx: tuple[Pat
     assert sum(done == 1 for _, done, _ in steps) == 2 * len(COMPONENTS)  # every build counts from one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_builds(bundle: Bundle, exported: Callable[..., Path], precision: Precision) -> None:
     file = graph(bundle, exported(precision), "predict", precision, "dynamic")

@@ -88,6 +88,7 @@ def uninterrupted(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(
     tiny_bundle: Path, tmp_path: Path, uninterrupted: list[object]
 ) -> None:

@@ -135,6 +135,7 @@ def target(simulator: Simulator) -> NDArray[np.float64]:
     return np.array(simulator.physics.data.get_joint_qpos(f"{TARGET}_joint0"))
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_the_target_rests_where_it_was_put_and_the_next_observation_shows_it() -> None:
     """On a cookie box, from which it could topple."""

@@ -115,6 +115,7 @@ def test_trials_are_openvla_ofts_in_any_order(suite: str, task: int) -> None:
     assert not np.array_equal(images[0], images[1])
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_a_sampled_scene_is_that_of_a_newly_compiled_model() -> None:
     """LIBERO places a bowl on the cabinet where the model has the cabinet at that moment."""
