@@ -10,6 +10,7 @@ A script's runs have its name in the place of the mode.
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,15 +22,16 @@ from numpy.typing import NDArray
 from rsd_trt.config import ACTION_DIMS, ARM_DIMS, MAX_COUNT, ControlConfig, Mode, Quantiles, RsdConfig
 from rsd_trt.errors import UserError, shown
 from rsd_trt.records import Natural, Positive, Record, json_schema, told
-from rsd_trt.runtime.chunk import Judgement, Query
+from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.speculate import Route
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 HISTOGRAM_BINS = 20  # of executed actions, over [-1, 1]
 
 EpisodeKey = tuple[int, int]  # task, trial
 Timing = Literal["single", "batched"]
+DraftKind = Literal["vision", "hidden"]
 Rate = Annotated[float, Meta(ge=0, le=1)]
 Layers = Annotated[tuple[float, ...], Meta(min_length=1)]
 ByDim = Annotated[tuple[float, ...], Meta(min_length=ACTION_DIMS, max_length=ACTION_DIMS)]
@@ -39,48 +41,65 @@ class QueryRecord(Record, frozen=True):
     """A query: what it decided and what it cost."""
 
     step: Annotated[Natural, told("of the episode, before the query's first action")]
-    route: Annotated[Route, told("how the query went; accepted, partial and rejected tested a live plan")]
+    route: Annotated[Route, told("how the query went; accepted, partial and rejected checked a live chunk")]
     committed: Annotated[Natural, told("actions handed to the simulator; the episode may end before all are executed")]
     ms: Annotated[float, told("synchronised wall time of the forward that answered the query")]
-    full_query: Annotated[bool, told("whether the whole backbone was run")]
-    rows: Annotated[Natural, told("queries that shared that forward")] = 1
+    checked: Annotated[bool, told("whether the draft was run to judge what was left of a chunk")]
+    full_query: Annotated[bool, told("whether the backbone and the main head were run")]
+    batch: Annotated[Positive, told("queries that shared that forward")] = 1
     prefix: Annotated[
         Natural | None,
-        told("leading steps on which draft and plan agree, or that random mode let pass; null without a draft"),
+        told("steps of the old chunk that pass the rule; null without a check, or where the draft was not finite"),
     ] = None
+    score: Annotated[
+        float | None, told("what the rule compared with its threshold; null where that is no single finite number")
+    ] = None
+    clipped: Annotated[Natural, told("steps of which an action was clipped to the controller's limits")] = 0
     token_agreement: Annotated[
         Layers | None, told("share of equal draft and main tokens, an entry for each coarse layer")
     ] = None
-    judgement: Annotated[Judgement | None, told("shadow mode: whether the draft's decision was right")] = None
     draft_gap: Annotated[
         tuple[ByDim, ...] | None,
-        told("shadow mode: |draft - plan| of each step that could be committed; gripper: 1 if the signs differ"),
+        told("shadow mode: |draft - old chunk| of each step left of it; gripper: 1 if the signs differ"),
     ] = None
     main_gap: Annotated[
-        tuple[ByDim, ...] | None, told("shadow mode: the same between the main head's new plan and the old one")
+        tuple[ByDim, ...] | None, told("shadow mode: the same between the main head's new chunk and the old one")
     ] = None
 
     def __post_init__(self) -> None:
-        """Raises UserError: gaps of other lengths."""
+        """Raises UserError: gaps of other lengths, or actions of a query that neither checked nor asked main."""
         if self.draft_gap is not None and self.main_gap is not None:
             steps = len(self.draft_gap), len(self.main_gap)
             _require(steps[0] == steps[1], f"draft_gap has {steps[0]} steps and main_gap {steps[1]}")
+        cheap = self.checked and self.route in ("accepted", "partial")
+        _require(
+            self.full_query or cheap or not self.committed,
+            f"full_query is false, checked {self.checked} and route {self.route!r}",
+        )
 
     @classmethod
-    def of(cls, query: Query, step: int, rows: int) -> QueryRecord:
+    def of(cls, query: Query, step: int, batch: int) -> QueryRecord:
+        finite = query.score is not None and math.isfinite(query.score)
         return cls(
             step=step,
             route=query.route,
             committed=len(query.actions),
             ms=round(query.ms, 4),
+            checked=query.checked,
             full_query=query.full_query,
-            rows=rows,
-            prefix=query.prefix,
+            batch=batch,
+            prefix=query.prefix if query.checked and query.draft_finite else None,
+            score=round(query.score, 5) if query.score is not None and finite else None,
+            clipped=query.clipped,
             token_agreement=query.token_agreement,
-            judgement=query.judgement,
             draft_gap=query.draft_gap,
             main_gap=query.main_gap,
         )
+
+    @property
+    def unusable(self) -> bool:
+        """Whether the draft of a check was not finite."""
+        return self.checked and self.prefix is None
 
 
 class ActionStatistics(Record, frozen=True):
@@ -156,14 +175,17 @@ class BundleSettings(Record, frozen=True):
     backbone: Annotated[str, told("how the backbone runs: eager, graph or compiled")]
     exports_sha256: dict[str, str]
     trained: bool
-    backbone_blocks: Annotated[Positive, told("N; the draft reads after block rsd.draft_block")]
+    draft: Annotated[
+        DraftKind,
+        told("vision: it has eyes of its own; hidden: it reads the backbone's last hidden state"),
+    ]
     levels: Annotated[int, Meta(ge=2, le=MAX_COUNT), told("K, of an RFSQ layer; 1/K of the tokens agree by chance")]
     rsd: RsdConfig
     training_actions: Annotated[Quantiles | None, told("of the actions that the policy was trained on")]
     backbone_precision: Annotated[str, told("bundle: what its weights are stored in")] = "bundle"
     accept_rate: Annotated[
         Rate | None,
-        told("random mode only: how often it accepts where a live plan is tested"),
+        told("random mode only: how often it accepts a check"),
     ] = None
 
     def __post_init__(self) -> None:
@@ -239,7 +261,7 @@ class Settings(Record, frozen=True):
 
 
 class RsdStats(Record, frozen=True):
-    """Shares of the queries that tested a live plan; they add up to 1. Null when none did."""
+    """Shares of the checks; they add up to 1. Null without a check."""
 
     draft_acceptance_rate: float | None
     partial_acceptance_rate: float | None
@@ -285,13 +307,15 @@ class Results(Record, frozen=True):
     ]
     rsd_stats: RsdStats
     routes: Annotated[dict[str, Natural], told("queries by route")]
-    judgements: Annotated[dict[str, Natural], told("shadow mode: queries by judgement")]
     token_agreement: Annotated[Layers | None, told("share of equal draft and main tokens, per coarse layer")]
     token_agreement_chance: Annotated[float | None, told("null for a script")]
     query_ms: Annotated[dict[str, float] | None, told("n, mean, p50, p90, p95, p99, max; null unless timing is single")]
     queries: Natural
-    full_queries: Natural
-    steps: Natural
+    checks: Annotated[Natural, told("queries that ran the draft to judge what was left of a chunk")]
+    full_queries: Annotated[Natural, told("queries that ran the backbone and the main head; a rejected check is both")]
+    unusable_drafts: Annotated[Natural, told("checks rejected since the draft was not finite")]
+    steps: Annotated[Natural, told("executed actions")]
+    clipped_steps: Annotated[Natural, told("committed actions that were clipped to the controller's limits")]
     actions_per_query: float | None
     steps_per_second: Annotated[float | None, told("simulation and policy included; null unless timing is single")]
     throughput: Annotated[Throughput | None, told("null when the run was interrupted")]
@@ -303,7 +327,7 @@ class Results(Record, frozen=True):
     settings: Settings
     episodes: tuple[Episode, ...]
     command: str
-    schema_version: Literal[2]
+    schema_version: Literal[3]
 
     def __post_init__(self) -> None:
         """Raises UserError: queries of other numbers of coarse layers."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ CHUNK = 500  # resamples at a time: bounds the memory for any number of episodes
 LEAST_RESAMPLED = 10  # with fewer episodes a bootstrap interval is far too narrow to be shown
 
 Interval = tuple[float, float]
-Verdict = Literal["met", "not met", "not proved", "not measured"]
 
 
 def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Interval | None:
@@ -31,14 +30,6 @@ def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Inter
     spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def verdict(interval: Interval | None, target: float) -> Verdict:
-    """Whether a quantity is above `target`: only what its whole interval shows is called met or not met."""
-    if interval is None:
-        return "not measured"
-    low, high = interval
-    return "met" if low > target else "not met" if high < target else "not proved"
 
 
 @dataclass(frozen=True)
@@ -61,16 +52,27 @@ def mcnemar_exact(gained: int, lost: int) -> McNemar:
     return McNemar(gained, lost, min(1.0, 2 * tail / 2**n))
 
 
-def bootstrap_speedup(
-    baseline: Sequence[tuple[float, int]], other: Sequence[tuple[float, int]], seed: int = 0
-) -> Interval | None:
-    """95% interval of how many times less policy time an action takes in `other` than in `baseline`.
+def holm(ps: Sequence[float]) -> tuple[float, ...]:
+    """Each p adjusted for so many tests: no true null hypothesis among them is rejected with more than the level's
+    probability (Holm 1979)."""
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return tuple(adjusted)
 
-    Entry i of both is (policy time in ms, steps) of the same episode. Episodes are resampled in pairs, and the
-    percentiles of sum(ms) / sum(steps) of the one over the other are taken (Efron 1979). None for fewer than
-    `LEAST_RESAMPLED` episodes, or where a sample of a run has no step or no time.
+
+def bootstrap_speedup(
+    before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]], seed: int = 0
+) -> Interval | None:
+    """95% interval of how many times less an action costs in `after` than in `before`.
+
+    Entry i of both is (cost, steps) of the same episode. Episodes are resampled in pairs, and the percentiles of
+    sum(cost) / sum(steps) of the one over the other are taken (Efron 1979). None for fewer than `LEAST_RESAMPLED`
+    episodes, or where a sample of a run has no step or no cost.
     """
-    columns = np.asarray([(*a, *b) for a, b in zip(baseline, other, strict=True)], np.float64).reshape(-1, 4)
+    columns = np.asarray([(*a, *b) for a, b in zip(before, after, strict=True)], np.float64).reshape(-1, 4)
     if len(columns) < LEAST_RESAMPLED or not columns.sum(0).all():
         return None
     sums = _resampled_sums(columns, seed)  # [R, 4]

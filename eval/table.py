@@ -55,6 +55,8 @@ UNITS: dict[str, Callable[[float], str]] = {
     "error": lambda x: f"{x:.2g}",
     "p": lambda x: f"{x:.2g}",
     "cosine": lambda x: f"{x:.6f}",
+    "ratio": lambda x: f"{x:.3f}",
+    "steps": lambda x: f"{x:.1f}",
     "points": lambda x: f"{x:+.1f}",
     "signed": lambda x: f"{round(x, 2) + 0.0:+.2f}",  # no minus before what rounds to zero
 }

@@ -59,13 +59,15 @@ def export_onnx(module: Exportable, batch: Batch, path: Path) -> list[Path]:
 
 
 def example_inputs(signature: Signature, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Seeded inputs by port name: normal floats, zeros for integers and booleans."""
+    """Seeded inputs by port name: normal floats, bytes of every value, zeros for integers and booleans."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for port in signature.inputs:
         shape = signature.shape(port, batch)
         if port.dtype == "float32":
             inputs[port.name] = torch.randn(shape, generator=generator)
+        elif port.dtype == "uint8":
+            inputs[port.name] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         else:
             inputs[port.name] = torch.zeros(shape, dtype=getattr(torch, port.dtype))
     return inputs

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.config import BundleConfig, Component, Precision, torch_dtype
+from rsd_trt.config import BundleConfig, Component, HiddenDraftConfig, Precision, VisionDraftConfig, torch_dtype
 from rsd_trt.errors import UserError
 from rsd_trt.files import new_folder, own
 from rsd_trt.prompts import TOKENIZER, read_tokenizer
@@ -34,13 +34,15 @@ if TYPE_CHECKING:
     from rsd_trt.models.draft import DraftModel
     from rsd_trt.models.head import Head
     from rsd_trt.models.signature import Exportable
+    from rsd_trt.models.vision_draft import VisionDraft
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 HIDDEN_STATES = "hidden_states.safetensors"  # optional: recorded on LIBERO, for `rsd-trt verify`
 PARTS = ("backbone", "draft", "head", "codec")
-COMPONENT_VERSION = 1  # to be raised when a component computes something else from the same weights
+SEEN_BY_DRAFT = ("cameras", "camera_size", "rotate_images", "center_crop", "proprio_quantiles")  # of `control`
+COMPONENT_VERSION = 2  # to be raised when a component computes something else from the same weights
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,17 @@ class Bundle:
 
         return self._load("backbone", Backbone, dtype or torch_dtype(self.config.backbone.precision), device)
 
-    def draft(self, device: torch.device | str = "cpu") -> DraftModel:
-        """The draft model, in float32."""
+    def draft(self, device: torch.device | str = "cpu") -> DraftModel | VisionDraft:
+        """The draft of the configuration's kind, in float32."""
         import torch
 
         from rsd_trt.models.draft import DraftModel
+        from rsd_trt.models.vision_draft import VisionDraft
 
-        return self._load("draft", DraftModel, torch.float32, device)
+        kind: type[DraftModel | VisionDraft] = DraftModel
+        if isinstance(self.config.draft, VisionDraftConfig):
+            kind = VisionDraft
+        return self._load("draft", kind, torch.float32, device).to(device)  # with its constants, which no file holds
 
     def head(self, device: torch.device | str = "cpu") -> Head:
         """The main head, in float32."""
@@ -196,6 +202,8 @@ class Bundle:
         facts |= {"dims": config["dims"], "hidden": self.config.hidden}
         if name in ("propose", "predict"):
             facts |= {key: control[key] for key in ("gripper", "action_quantiles")}
+        if name in ("draft", "propose") and isinstance(self.config.draft, VisionDraftConfig):
+            facts |= {key: control[key] for key in SEEN_BY_DRAFT}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
@@ -231,17 +239,26 @@ def outline(config: BundleConfig, part: str) -> nn.Module:
 
     from rsd_trt.models.backbone import Backbone
     from rsd_trt.models.codec import Codec
-    from rsd_trt.models.draft import DraftModel
     from rsd_trt.models.head import build_head
 
     builders: dict[str, Callable[[], nn.Module]] = {
         "backbone": lambda: Backbone(config.backbone),
-        "draft": lambda: DraftModel(config.draft, config.dims, config.hidden),
+        "draft": lambda: build_draft(config),
         "head": lambda: build_head(config.head, config.dims, config.hidden),
         "codec": lambda: Codec(config.codec, config.dims),
     }
     with torch.device("meta"):
         return builders[part]()
+
+
+def build_draft(config: BundleConfig) -> DraftModel | VisionDraft:
+    """An untrained draft of the configuration's kind, on torch's current device."""
+    from rsd_trt.models.draft import DraftModel
+    from rsd_trt.models.vision_draft import VisionDraft
+
+    if isinstance(config.draft, HiddenDraftConfig):
+        return DraftModel(config.draft, config.dims, config.hidden)
+    return VisionDraft(config.draft, config.dims, config.control, config.hidden)
 
 
 def save(path: Path, config: BundleConfig, parts: dict[str, nn.Module], tokenizer: Tokenizer) -> Bundle:

@@ -15,7 +15,7 @@ from msgspec import Meta, field
 from msgspec.structs import replace
 
 from rsd_trt.errors import UserError, shown
-from rsd_trt.records import Natural, Positive, Record
+from rsd_trt.records import Natural, Record
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ PolicyKind = Literal["bundle", "expert"]
 PerturbKind = Literal["displace", "late", "moving", "harmless", "frozen"]
 Size = Literal["tiny", "reference", "openvla-7b"]
 Component = Literal["draft", "head", "decoder", "propose", "predict"]
+RuleName = Literal["first", "actions", "path", "tokens", "likelihood"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]  # what numbers are stored and multiplied in; fp8 is E4M3
 BackboneKind = Literal["eager", "graph", "compiled"]  # PyTorch; CUDA graphs; CUDA graphs of what torch.compile made
 BackbonePrecision = Literal["bundle"] | Precision  # bundle: what its weights are stored in
@@ -56,6 +57,8 @@ MODES: tuple[Mode, ...] = typing.get_args(Mode)
 POLICIES: tuple[PolicyKind, ...] = typing.get_args(PolicyKind)
 SIZES: tuple[Size, ...] = typing.get_args(Size)
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
+RULES: tuple[RuleName, ...] = typing.get_args(RuleName)
+TOLERANT_RULES: tuple[RuleName, ...] = ("first", "actions", "path")  # that compare actions
 BACKBONES: tuple[BackboneKind, ...] = typing.get_args(BackboneKind)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # that draft and head are run in
 BACKBONE_PRECISIONS: tuple[BackbonePrecision, ...] = ("bundle", "bf16", "fp8")  # that the backbone is run in
@@ -65,10 +68,18 @@ Width = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Pixels = Annotated[int, Meta(ge=1, le=MAX_PIXELS)]
 Share = Annotated[float, Meta(gt=0, le=1)]
+LogProbability = Annotated[float, Meta(le=0)]
+Factor = Annotated[float, Meta(ge=0, le=MAX_COUNT)]
 Rgb = tuple[float, float, float]
+ByDim = Annotated[tuple[float, ...], Meta(min_length=ACTION_DIMS, max_length=ACTION_DIMS)]
 ByArmDim = Annotated[  # how far two actions may differ, by arm dimension
     tuple[Annotated[float, Meta(ge=0, le=MAX_TOLERANCE)], ...], Meta(min_length=ARM_DIMS, max_length=ARM_DIMS)
 ]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
 
 
 class Dims(Record, frozen=True):
@@ -124,12 +135,43 @@ class BackboneConfig(Record, frozen=True):
         return "fp32" if self.dtype == "float32" else "bf16"
 
 
-class DraftConfig(Record, frozen=True):
-    """The draft: one transformer layer and a classifier for each coarse RFSQ layer."""
+class HiddenDraftConfig(Record, frozen=True, tag_field="kind", tag="hidden"):
+    """The original experiment's draft, which reads the backbone's last hidden state: one transformer layer and a
+    classifier for each coarse RFSQ layer."""
 
     width: Width = 512
     mlp_width: Width = 2048
     positions: Width = 256  # rows of the position encoding on disk; the sequence has length 1
+
+
+class VisionDraftConfig(Record, frozen=True, tag_field="kind", tag="vision"):
+    """A draft with eyes of its own: its vision transformer and its classifiers."""
+
+    side: Pixels = 128  # S, pixels a side of what the transformer sees
+    patch: Pixels = 16  # pixels
+    width: Width = 192
+    blocks: Count = 4
+    heads: Count = 3
+    mlp_width: Width = 768
+    classifier: Width = 256  # hidden width of a layer's classifier
+    state: bool = True  # it reads the robot's own state
+    instruction: Count = 64  # rows of the instruction's embeddings
+
+    def __post_init__(self) -> None:
+        """Raises UserError: sizes that do not divide evenly."""
+        _require(
+            self.side % self.patch == 0 and self.width % self.heads == 0,
+            f"draft.side {self.side} must be a multiple of draft.patch {self.patch}, and draft.width {self.width} "
+            f"of draft.heads {self.heads}",
+        )
+
+    @property
+    def patches(self) -> int:
+        """Of one image."""
+        return (self.side // self.patch) ** 2
+
+
+DraftConfig = VisionDraftConfig | HiddenDraftConfig
 
 
 class HeadConfig(Record, frozen=True):
@@ -149,14 +191,17 @@ class CodecConfig(Record, frozen=True):
 
 
 class RsdConfig(Record, frozen=True):
-    """How much the draft is trusted. Compared actions are in environment units, [-1, 1] of the controller."""
+    """How much the draft is trusted: `rsd_trt.runtime.speculate` has the loop and the rules. Actions are compared in
+    environment units, [-1, 1] of the controller."""
 
-    draft_block: Count  # k, the block after which the draft reads; k = N is the textbook form
-    n_action_steps: Count = 4  # actions committed by a query at the most
-    rule: Literal["actions", "tokens"] = "actions"
-    tolerance: ByArmDim = (0.1,) * ARM_DIMS  # 0.1 is 5 mm and 0.05 rad under LIBERO's OSC_POSE
-    token_share: Share = 0.7  # of equal coarse tokens, for the rule `tokens`
-    refresh: Positive = 8  # every refresh-th query at the latest is a full query
+    rule: RuleName = "first"
+    tolerance: ByArmDim = (0.2,) * ARM_DIMS  # of first, actions, path; 0.1 is 5 mm and 0.05 rad under OSC_POSE
+    threshold: LogProbability | None = None  # of likelihood: the least mean log-probability that passes
+    by_age: tuple[Factor, ...] = ()  # of tolerance or threshold, by the chunk's executed steps; the last for all older
+    token_share: Share = 0.7  # of tokens: of a step's coarse tokens that have to be equal
+    n_action_steps: Count = 4  # n, actions of its new chunk that a full query commits
+    check_steps: Count | None = None  # m, actions of the old chunk that an accepted check commits; None: n
+    refresh: Count | None = None  # executed steps of a chunk after which a full query is due; None: at its end
 
 
 class Quantiles(Record, frozen=True):
@@ -165,6 +210,18 @@ class Quantiles(Record, frozen=True):
     q01: tuple[float, ...]
     q99: tuple[float, ...]
     mask: tuple[bool, ...]
+
+
+class Limits(Record, frozen=True):
+    """What the controller takes of each action dimension, in environment units."""
+
+    low: ByDim = (-1.0,) * ACTION_DIMS
+    high: ByDim = (1.0,) * ACTION_DIMS
+
+    def __post_init__(self) -> None:
+        """Raises UserError: nothing lies between them."""
+        for name, low, high in zip(ACTION_NAMES, self.low, self.high, strict=True):
+            _require(low < high, f"control.limits of {name} are {low} to {high}: low must be below high")
 
 
 class ControlConfig(Record, frozen=True):
@@ -184,6 +241,7 @@ class ControlConfig(Record, frozen=True):
     gripper: Literal["env", "openvla"] = "env"  # env: -1 open, +1 close; openvla: 1 open, 0 close
     statistics: str | None = None  # the data set that the quantiles are of
     action_quantiles: Quantiles | None = None
+    limits: Limits = Limits()  # the actions that leave the policy are clipped to them
     proprio_quantiles: Quantiles | None = None
     settle_steps: Annotated[int, Meta(ge=0, le=MAX_SIZE)] = 10  # idle steps before the first query, not counted
     max_steps: dict[str, Width] = field(
@@ -231,9 +289,9 @@ class BundleConfig(Record, frozen=True):
     name: str
     trained: bool
     backbone: BackboneConfig
-    rsd: RsdConfig
+    rsd: RsdConfig = RsdConfig()
     dims: Dims = Dims()
-    draft: DraftConfig = DraftConfig()
+    draft: DraftConfig = VisionDraftConfig()
     head: HeadConfig = HeadConfig()
     codec: CodecConfig = CodecConfig()
     control: ControlConfig = ControlConfig()
@@ -243,7 +301,7 @@ class BundleConfig(Record, frozen=True):
 
     def __post_init__(self) -> None:
         """Raises UserError: sizes that do not fit each other."""
-        dims, rsd, blocks = self.dims, self.rsd, self.backbone.language.blocks
+        dims, rsd = self.dims, self.rsd
         for tower in self.backbone.towers:
             _require(
                 self.backbone.image_size % tower.patch == 0 and tower.width % tower.heads == 0,
@@ -257,10 +315,14 @@ class BundleConfig(Record, frozen=True):
             language.hidden % (2 * language.heads) == 0,
             f"language.hidden {language.hidden} must be an even multiple of language.heads {language.heads}",
         )
-        _require(rsd.draft_block <= blocks, f"rsd.draft_block {rsd.draft_block} is not in 1..{blocks}")
+        for name in ("n_action_steps", "check_steps"):
+            steps = getattr(rsd, name)
+            _require(
+                steps is None or steps <= dims.T, f"rsd.{name} {steps} is not in 1..{dims.T}, the steps of a chunk"
+            )
         _require(
-            rsd.n_action_steps <= dims.T,
-            f"rsd.n_action_steps {rsd.n_action_steps} is not in 1..{dims.T}, the steps of a chunk",
+            rsd.rule != "likelihood" or rsd.threshold is not None,
+            "rsd.rule likelihood needs rsd.threshold, the least mean log-probability that is accepted",
         )
         _require(dims.A == ACTION_DIMS, f"dims.A {dims.A} must be {ACTION_DIMS}: six of the arm, one gripper")
         _require(dims.C <= dims.L, f"dims.C {dims.C} is more than dims.L {dims.L}")
@@ -285,10 +347,10 @@ class BundleConfig(Record, frozen=True):
     @property
     def late_draft(self) -> str | None:
         """Why the draft cannot save time; None where it can."""
-        if self.rsd.draft_block < self.backbone.language.blocks:
+        if isinstance(self.draft, VisionDraftConfig):
             return None
         return (
-            f"the draft reads block {self.rsd.draft_block}, the backbone's last: a check costs as much as a full "
+            "the draft reads the backbone's last hidden state (draft.kind hidden): a check costs as much as a full "
             "query, and no time can be saved"
         )
 
@@ -331,8 +393,3 @@ def with_protocol(control: ControlConfig, name: str) -> ControlConfig:
 def protocol_name(control: ControlConfig) -> str:
     """The published protocol that `control` follows, or `custom`."""
     return next((name for name in PROTOCOLS if with_protocol(control, name) == control), "custom")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from rsd_trt.bundle import Bundle, bundle_name, save
+from rsd_trt.bundle import Bundle, build_draft, bundle_name, save
 from rsd_trt.config import (
     BackboneConfig,
     BundleConfig,
     ControlConfig,
-    DraftConfig,
+    Dims,
     HeadConfig,
     LanguageConfig,
     Preset,
     RsdConfig,
     Size,
     TowerConfig,
+    VisionDraftConfig,
     torch_dtype,
     with_protocol,
 )
@@ -61,7 +62,7 @@ def conventions(name: Preset) -> ControlConfig:
 
 
 def preset(size: Size, name: str) -> BundleConfig:
-    """The configuration of an untrained bundle. `reference` is sized for two CPU cores and 40 MB."""
+    """The configuration of an untrained bundle. `reference` is sized for two CPU cores and 50 MB."""
     if size == "openvla-7b":
         return BundleConfig(
             name=name,
@@ -75,7 +76,9 @@ def preset(size: Size, name: str) -> BundleConfig:
                 image_size=224,
                 dtype="bfloat16",
             ),
-            rsd=RsdConfig(draft_block=8),
+            draft=VisionDraftConfig(
+                side=224, width=384, blocks=6, heads=6, mlp_width=1536, classifier=512, state=False
+            ),
             control=conventions("openvla"),
         )
     if size == "reference":
@@ -91,8 +94,8 @@ def preset(size: Size, name: str) -> BundleConfig:
                 image_size=128,
                 proprio=True,
             ),
-            rsd=RsdConfig(draft_block=3),
-            draft=DraftConfig(width=256, mlp_width=1024, positions=1),
+            dims=Dims(T=16),
+            rsd=RsdConfig(check_steps=2),
             head=HeadConfig(feature=512, width=256),
         )
     return BundleConfig(
@@ -107,8 +110,7 @@ def preset(size: Size, name: str) -> BundleConfig:
             image_size=32,
             proprio=True,
         ),
-        rsd=RsdConfig(draft_block=1),
-        draft=DraftConfig(width=16, mlp_width=32, positions=1),
+        draft=VisionDraftConfig(side=32, width=16, blocks=2, heads=2, mlp_width=32, classifier=16, instruction=16),
         head=HeadConfig(feature=32, width=16, embedding=4),
     )
 
@@ -126,12 +128,11 @@ def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True, de
 
     from rsd_trt.models.backbone import Backbone
     from rsd_trt.models.codec import Codec
-    from rsd_trt.models.draft import DraftModel
     from rsd_trt.models.head import build_head
 
     config = preset(size, name=bundle_name(path) or size)
     builders: dict[str, Callable[[], nn.Module]] = {
-        "draft": lambda: DraftModel(config.draft, config.dims, config.hidden),
+        "draft": lambda: build_draft(config),
         "head": lambda: build_head(config.head, config.dims, config.hidden),
         "codec": lambda: Codec(config.codec, config.dims),
     }

@@ -25,12 +25,13 @@ from rsd_trt.config import (
     Backend,
     Component,
     Precision,
+    VisionDraftConfig,
     torch_dtype,
 )
 from rsd_trt.errors import Unavailable, UserError, did_you_mean
 from rsd_trt.manifest import Batch, usable
 from rsd_trt.models.backbone import Backbone
-from rsd_trt.runtime.forward import EagerForward, Forward
+from rsd_trt.runtime.forward import EagerBackbone, Forward
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.session import GraphSession, Session, TorchSession
 from rsd_trt.trt import runnable_distribution
@@ -68,7 +69,7 @@ class Launcher:
         """
         device, precision = self.device, self.precision
         if self.backend == "torch":
-            return TorchSession(self.bundle.component(component, device, precision))
+            return TorchSession(self.bundle.component(component, device, precision), device)
         if self.backend == "graph":
             if device.type != "cuda":
                 raise Unavailable(f"backend graph needs a CUDA device, not {device}", "Use: --backend torch or ort")
@@ -101,9 +102,13 @@ def default_backbone(backend: Backend, device: torch.device) -> BackboneKind:
 
 
 def open_forward(
-    launcher: Launcher, batch: Batch, backbone: BackboneKind | None = None, precision: BackbonePrecision = "bundle"
+    launcher: Launcher,
+    batch: Batch,
+    backbone: BackboneKind | None = None,
+    precision: BackbonePrecision = "bundle",
+    checks: bool = True,
 ) -> Forward:
-    """Everything that a query computes, loaded.
+    """Everything that a query computes, loaded. checks: whether the draft is, too, where there is one.
 
     Raises:
         UserError: the backbone cannot run like that here, or the device has too little memory.
@@ -114,7 +119,7 @@ def open_forward(
         if part != "draft" and not bundle.has(part):
             raise UserError(f"{bundle.path} has no {part}: nothing can act by it")
     started = time.perf_counter()
-    forward = assemble(launcher, batch, open_backbone(bundle, device, kind, precision))
+    forward = assemble(launcher, batch, open_backbone(bundle, device, kind, precision), checks)
     log.info("backbone %s, %s, on %s: loaded in %.1f s", kind, precision, device, time.perf_counter() - started)
     return forward
 
@@ -158,21 +163,24 @@ def open_backbone(
     return fused
 
 
-def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbone) -> Forward:
+def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbone, checks: bool = True) -> Forward:
     """What a query computes, from a loaded backbone: forwards of several configurations may share one."""
     bundle, device = launcher.bundle, launcher.device
     config = bundle.config
-    propose = launcher.open("propose", batch) if bundle.has("draft") else None
+    propose = launcher.open("propose", batch) if checks and bundle.has("draft") else None
     predict = launcher.open("predict", batch)
     dtype: torch.dtype = backbone.projector.fc1.weight.dtype
-    preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), device, dtype)
+    state = propose is not None and isinstance(config.draft, VisionDraftConfig) and config.draft.state
+    preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), device, dtype, state)
     if isinstance(backbone, Backbone):
-        return EagerForward(config, backbone, propose, predict, preprocess)
-    from rsd_trt.runtime.graph_forward import GraphForward
+        embed_tokens = backbone.llama.embed_tokens
+        return Forward(config, EagerBackbone(backbone, preprocess), embed_tokens, propose, predict, preprocess)
+    from rsd_trt.runtime.graph_backbone import GraphBackbone
 
     if backbone.compiled:
         preprocess.compile()
-    return GraphForward(config, backbone, propose, predict, preprocess)
+    graphs = GraphBackbone(backbone, preprocess)
+    return Forward(config, graphs, backbone.embed_tokens, propose, predict, preprocess)
 
 
 def check_fp8(bundle: Bundle, device: torch.device) -> None:

@@ -1,41 +1,44 @@
-"""What a query gives, what is remembered of an environment between queries, and whether a decision was right."""
+"""What a query gives, and what is remembered of an environment between queries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS
-from rsd_trt.runtime.speculate import Actions, Comparison, Route, Tokens, agreeing_steps, refresh_due
+from rsd_trt.runtime.speculate import Actions, Route, Tokens
 
-Judgement = Literal["true_accept", "false_accept", "true_reject", "false_reject"]
-Gap = tuple[tuple[float, ...], ...]  # [n, A]
+Gap = tuple[tuple[float, ...], ...]  # [t, A]
 
 
 @dataclass(frozen=True)
 class Query:
     """One query's outcome.
 
-    actions [n, A] float32 in environment units, owned by the caller; n is 0 when `fault` says why.
-    prefix: leading steps that pass the rule and hold the gripper (of what is left of the chunk if that was checked,
-    else of the new one); None without a draft. ms: synchronised time of the whole batch. token_agreement: share of
-    equal draft and main tokens for each coarse layer, where both were computed. judgement, draft_gap and main_gap:
-    shadow mode only; the gaps are those of `Chunk.gap` to the draft's guess, and to the main head's new chunk.
-    full_query: whether the whole backbone was run.
+    actions [n, A] float32 in environment units, within the controller's limits, owned by the caller; n is 0 when
+    `fault` says why. clipped: how many of them were not within the limits before. ms: synchronised time of the whole
+    batch.
+    checked: whether the draft was run and what was left of a chunk was judged by it; then prefix is the number of its
+    next steps that pass the rule, score what the rule compared with its threshold where that is one number, and
+    draft_finite whether the draft could be used. full_query: whether backbone and main head were run.
+    token_agreement: share of equal draft and main tokens for each coarse layer, where both were computed.
+    draft_gap and main_gap: mode shadow only, `Chunk.gap` of the draft's guess and of the main head's new chunk.
     """
 
     actions: NDArray[np.float32]
     route: Route
+    checked: bool = False
+    full_query: bool = True
     prefix: int | None = None
+    score: float | None = None
+    clipped: int = 0
+    draft_finite: bool = True
     token_agreement: tuple[float, ...] | None = None
-    judgement: Judgement | None = None
     draft_gap: Gap | None = None
     main_gap: Gap | None = None
     fault: str | None = None
-    full_query: bool = True
     ms: float = 0.0
 
 
@@ -45,60 +48,39 @@ class Chunk:
 
     actions: Actions | None = None  # [T, A]
     tokens: Tokens | None = None  # [T, D, L]
-    grippers: tuple[bool, ...] = ()  # closed or not, for each step
-    cursor: int = 0
-    accepted_in_a_row: int = 0
+    instruction: str = ""  # that it was made for
+    cursor: int = 0  # steps of it that were committed: its age
     episode: tuple[int, ...] = ()  # which one the environment is at: (task, trial)
     queries: int = 0  # that were answered in it
 
-    def forced(self, refresh: int, steps: int) -> Route | None:
-        """Why the next query has to be a full query, or None if the draft may decide."""
+    def due(self, instruction: str, refresh: int | None) -> Route | None:
+        """Why the next query has to be a full query, or None if there is something to check."""
         if self.actions is None:
             return "start"
-        if self.cursor >= steps:
+        if self.instruction != instruction:
+            return "instruction"
+        if self.cursor >= len(self.actions):
             return "exhausted"
-        if self.grippers[self.cursor] != self.grippers[self.cursor - 1]:
+        if (self.left[0, ARM_DIMS] > 0) != (self.gripper > 0):
             return "gripper"
-        return "refresh" if refresh_due(self.accepted_in_a_row, refresh) else None
+        return "refresh" if refresh is not None and self.cursor >= refresh else None
 
     @property
     def left(self) -> Actions:
-        """The steps [t, A] that are not executed yet."""
+        """The steps [t, A] that are not committed yet."""
         assert self.actions is not None
         return self.actions[self.cursor :]
 
     @property
-    def gripper(self) -> Actions:
-        """The gripper's command before what is left, []."""
+    def gripper(self) -> float:
+        """The gripper's command before what is left."""
         assert self.actions is not None
-        return self.actions[self.cursor - 1, ARM_DIMS]
+        return float(self.actions[self.cursor - 1, ARM_DIMS])
 
-    def beside(self, tokens: Tokens, actions: Actions, tolerance: Actions) -> Comparison:
-        """What is left, compared with the first steps of a guess: tokens [T, D, C], actions [T, A]."""
-        assert self.tokens is not None
+    def gap(self, guess: Actions) -> Gap:
+        """How far a guess [T, A] is from each step that is left, as |difference| for each arm dimension and, for the
+        gripper, 1 where the signs differ."""
         left = self.left
-        return Comparison(
-            agreeing=agreeing_steps(actions[: len(left)], left, tolerance),
-            guess=tokens[: len(left)],
-            tokens=self.tokens[self.cursor :, :, : tokens.shape[-1]],
-            query=(*self.episode, self.queries),
-        )
-
-    def gap(self, guess: Actions, most: int) -> Gap:
-        """How far a guess [T, A] is from what is left, as |difference| for each arm dimension and, for the gripper, 1
-        where the signs differ. Of the steps that a query could commit: at most `most`, and before the chunk switches
-        its gripper."""
-        held = [g == self.grippers[self.cursor - 1] for g in self.grippers[self.cursor :]] + [False]
-        count = min(most, held.index(False))
-        new, old = guess[:count], self.left[:count]
-        gap = np.abs(new - old)
-        gap[:, ARM_DIMS] = (new[:, ARM_DIMS] > 0) != (old[:, ARM_DIMS] > 0)
+        gap = np.abs(guess[: len(left)] - left)
+        gap[:, ARM_DIMS] = (guess[: len(left), ARM_DIMS] > 0) != (left[:, ARM_DIMS] > 0)
         return tuple(tuple(round(float(x), 4) for x in step) for step in gap)
-
-
-def judge(committed: int, by_main: int) -> Judgement:
-    """Whether a decision was right: `committed` steps of the old chunk (0: rejected) against the `by_main` leading
-    steps of it that the main head's new chunk confirms."""
-    if committed == 0:
-        return "false_reject" if by_main > 0 else "true_reject"
-    return "true_accept" if by_main >= committed else "false_accept"

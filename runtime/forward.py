@@ -1,39 +1,38 @@
-"""What a query computes, apart from what it decides, and its plain form in eager PyTorch.
-
-A query is one forward, in two parts. `early` runs from the image to block k, the draft and its coarse actions;
-`late` goes on from there to block N, the main head and its chunk. Between them the policy decides, on the host.
-"""
+"""What a query computes, apart from what it decides: a check, and a full query."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from rsd_trt.config import BundleConfig, Component
-from rsd_trt.models.backbone import Backbone, BackboneState
+from rsd_trt.config import BundleConfig, Component, VisionDraftConfig
+from rsd_trt.models.backbone import Backbone
+from rsd_trt.models.fast.products import power_of_two
+from rsd_trt.models.vision_draft import instruction_rows
+from rsd_trt.runtime.check import VisionCheck
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor
-from rsd_trt.runtime.session import Session, Tensors
-from rsd_trt.runtime.speculate import Actions, Flags, Tokens
+from rsd_trt.runtime.session import Session
+from rsd_trt.runtime.speculate import Actions, Flags, Logits, Tokens
+
+INSTRUCTIONS = 256  # whose rows are kept
 
 
 @dataclass(frozen=True)
-class Draft:
+class Guess:
     """The draft's guess for a batch, on the host."""
 
     tokens: Tokens  # [B, T, D, C]
     actions: Actions  # [B, T, A]
+    logits: Logits  # [B, T, D, K], of L0
     finite: Flags  # [B]: logits and actions
-    hidden_finite: Flags  # [B]: the hidden state after block k
-
-    def at(self, index: Sequence[int]) -> Draft:
-        """Those of some places in the batch, in their order."""
-        return self if len(index) == len(self.finite) else Draft(*(x[list(index)] for x in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -42,123 +41,126 @@ class Main:
 
     tokens: Tokens  # [B, T, D, L]
     actions: Actions  # [B, T, A]
-    agreement: Flags  # [B, T]: the steps on which the draft's actions agree, if there was a draft
     finite: Flags  # [B]: logits and actions
-    hidden_finite: Flags  # [B]: the hidden state after block N
-
-    def at(self, index: Sequence[int]) -> Main:
-        """Those of some places in the batch, in their order."""
-        return self if len(index) == len(self.finite) else Main(*(x[list(index)] for x in vars(self).values()))
 
 
-class Forward(Protocol):
-    """Computes queries. What it gives belongs to it: the next query may overwrite it."""
+class BackboneRun(Protocol):
+    """How the backbone runs."""
 
-    device: torch.device
-    sessions: Mapping[Component, Session]  # what runs `predict` and, where there is a draft, `propose`
-
-    def early(self, observations: Sequence[Observation]) -> None:
-        """Enqueues preprocessing, vision, the blocks up to k, the draft and the decoding of its tokens."""
-        ...
-
-    def draft(self) -> Draft:
-        """What `early` gave; waits for it."""
-        ...
-
-    def late(self, index: Sequence[int], drafted: bool = True) -> None:
-        """Enqueues, once after `early` and for some places in its batch, the blocks after k, the head and the decoding.
-
-        drafted: a conditioned head is fed the draft's tokens; else zeros.
-        """
-        ...
-
-    def whole(self, observations: Sequence[Observation]) -> None:
-        """Enqueues a full query without a draft."""
-        ...
-
-    def main(self) -> Main:
-        """What `late` or `whole` gave; waits for it."""
-        ...
-
-    def hidden(self) -> tuple[Tensor, Tensor]:
-        """The hidden states [B, H] after block k and after block N, of the last `early` and the last `late`."""
+    def __call__(self, observations: Sequence[Observation]) -> Tensor:
+        """Observations -> float32 hidden states on the device, which the next call may overwrite: [B, H], or more rows
+        with padding behind those of the batch, so that what follows is launched for few sizes."""
         ...
 
 
-class EagerForward:
-    """Eager PyTorch, a step at a time: what every other forward is checked against."""
+class EagerBackbone:
+    """Eager PyTorch: what every other way is checked against."""
+
+    def __init__(self, backbone: Backbone, preprocess: Preprocessor) -> None:
+        self._backbone, self._preprocess = backbone, preprocess
+
+    def __call__(self, observations: Sequence[Observation]) -> Tensor:
+        return self._backbone(self._preprocess(observations)).float()
+
+
+class Forward:
+    """Computes queries. What it gives belongs to it: the next query may overwrite it.
+
+    sessions: what runs `predict` and, where there is a draft, `propose`. hidden: the states [B, H] of the last full
+    query, on the device.
+    """
 
     def __init__(
         self,
         config: BundleConfig,
-        backbone: Backbone,
+        backbone: BackboneRun,
+        embed_tokens: nn.Embedding,
         propose: Session | None,
         predict: Session,
         preprocess: Preprocessor,
     ) -> None:
         self.device = preprocess.device
-        self._config = config
-        self._blocks = config.backbone.language.blocks
-        self._backbone = backbone
-        sessions: dict[Component, Session] = {"predict": predict}
+        self.sessions: Mapping[Component, Session] = {"predict": predict}
         if propose is not None:
-            sessions["propose"] = propose
-        self.sessions: Mapping[Component, Session] = sessions
-        self._preprocess = preprocess
-        self._tolerance = torch.tensor(config.rsd.tolerance, device=self.device)
-        self._early: tuple[BackboneState, Tensor, Tensors]
-        self._main: tuple[Tensor, Tensors]
+            self.sessions = {"predict": predict, "propose": propose}
+        self.hidden: Tensor
+        self._config, self._backbone, self._preprocess = config, backbone, preprocess
+        self._embed_tokens = embed_tokens
+        self._kept: tuple[Sequence[Observation], Tensor] | None = None  # of the last check with a hidden draft
+        self._rows = lru_cache(INSTRUCTIONS)(self._instruction_rows)
+        eyes = propose is not None and isinstance(config.draft, VisionDraftConfig)
+        self._vision = VisionCheck(propose, self.device, self._rows) if propose is not None and eyes else None
 
-    def early(self, observations: Sequence[Observation]) -> None:
-        state = self._backbone.run(self._preprocess(observations), until=self._config.rsd.draft_block)
-        hidden = self._backbone.hidden(state).float()
-        self._early = state, hidden, self.sessions["propose"].run({"hidden": hidden})
+    @torch.inference_mode()
+    def check(self, observations: Sequence[Observation]) -> Guess:
+        """The draft's guess: one launch, or with a draft that reads the hidden state a pass of the backbone before it.
 
-    def draft(self) -> Draft:
-        _, hidden, out = self._early
-        return Draft(*(on_host(x) for x in (out["tokens"], out["actions"], out["finite"], finite_states(hidden))))
-
-    def late(self, index: Sequence[int], drafted: bool = True) -> None:
-        state, _, out = self._early
-        tokens, actions = out["tokens"], out["actions"]
-        if len(index) < len(state.last):
-            some = torch.tensor(index, device=self.device)
-            state, tokens, actions = state.at(some), tokens[some], actions[some]
-        inputs = self._inputs(state, actions, tokens if drafted else None)
-        self._main = inputs["hidden"], self.sessions["predict"].run(inputs)
-
-    def whole(self, observations: Sequence[Observation]) -> None:
-        state = self._backbone.run(self._preprocess(observations), until=self._blocks)
+        Raises:
+            UserError: an observation is not what the bundle takes.
+        """
+        for observation in observations:
+            self._preprocess.check(observation)
+        if self._vision is not None:
+            out = self._vision(observations)
+        else:
+            hidden = self._backbone(observations)
+            self._kept = observations, hidden.clone()
+            out = on_host(self.sessions["propose"].run({"hidden": hidden}), len(observations))
         dims = self._config.dims
-        inputs = self._inputs(state, torch.zeros(len(observations), dims.T, dims.A, device=self.device), None)
-        self._main = inputs["hidden"], self.sessions["predict"].run(inputs)
+        logits = out["logits"].reshape(-1, dims.T, dims.D, dims.K)
+        return Guess(out["tokens"], out["actions"], logits, out["finite"])
 
-    def main(self) -> Main:
-        hidden, out = self._main
-        tokens, actions, agreement, finite = (out[name] for name in ("tokens", "actions", "agreement", "finite"))
-        return Main(*(on_host(x) for x in (tokens, actions, agreement, finite, finite_states(hidden))))
+    @torch.inference_mode()
+    def full(self, observations: Sequence[Observation], condition: Tokens | None = None) -> Main:
+        """The main head's chunk. The hidden states of a check just before are not computed again.
 
-    def hidden(self) -> tuple[Tensor, Tensor]:
-        return self._early[1], self._main[0]
+        condition [B, T, D, C]: what a conditioned head is fed; zeros for None. Other heads take none.
 
-    def _inputs(self, state: BackboneState, coarse_actions: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
-        """What `predict` reads, once the backbone has run to its end."""
-        dims = self._config.dims
-        hidden = self._backbone.hidden(self._backbone.resume(state, until=self._blocks)).float()
-        inputs = {"hidden": hidden, "coarse_actions": coarse_actions, "tolerance": self._tolerance}
+        Raises:
+            UserError: an observation is not what the bundle takes.
+        """
+        batch, (kept, self._kept) = len(observations), (self._kept, None)
+        hidden = self._states(observations, kept)
+        self.hidden = hidden[:batch]
+        inputs = {"hidden": hidden}
         if self._config.head.kind == "conditioned":
-            shape = (len(hidden), dims.T, dims.D, dims.C)
-            zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
-            inputs["condition"] = zeros if condition is None else condition
-        return inputs
+            dims = self._config.dims
+            padded = np.zeros((len(hidden), dims.T, dims.D, dims.C), np.int64)
+            if condition is not None:
+                padded[:batch] = condition
+            inputs["condition"] = torch.from_numpy(padded).to(self.device)
+        return Main(**on_host(self.sessions["predict"].run(inputs), batch))
+
+    def warm_up(self, observation: Observation, batch: int = 1, queries: int = 3) -> None:
+        """Makes buffers, chooses kernels and captures graphs for queries like this one, up to so many at a time."""
+        sizes = {1, *(2**i for i in range(1, batch.bit_length())), batch}
+        for size in sorted(sizes):
+            for _ in range(queries):
+                if "propose" in self.sessions:
+                    self.check([observation] * size)
+                    self._kept = None
+                self.full([observation] * size)
+
+    def _states(self, observations: Sequence[Observation], kept: tuple[Sequence[Observation], Tensor] | None) -> Tensor:
+        """What a `BackboneRun` gives for observations; those of the check before are `kept`."""
+        places = {} if kept is None else {id(observation): place for place, observation in enumerate(kept[0])}
+        index = [places.get(id(observation)) for observation in observations]
+        if kept is None or None in index:
+            return self._backbone(observations)
+        padding = power_of_two(len(index)) - len(index) if self.device.type == "cuda" else 0
+        return kept[1][index + index[:1] * padding]
+
+    def _instruction_rows(self, instruction: str) -> Tensor:
+        """What a draft with eyes of its own reads of an instruction, [P, E]."""
+        assert isinstance(self._config.draft, VisionDraftConfig)
+        tokens = torch.tensor(self._preprocess.prompt_tokens(instruction), device=self.device)
+        return instruction_rows(self._embed_tokens(tokens), self._config.draft.instruction)
 
 
-def on_host(x: Tensor) -> NDArray[Any]:
-    """The tensor as an array, copied if it is on a device."""
-    array: NDArray[Any] = x.cpu().numpy()
-    return array
-
-
-def finite_states(hidden: Tensor) -> Tensor:
-    """Which hidden states [B, H] hold neither NaN nor infinity -> [B] bool."""
-    return torch.isfinite(hidden).all(1)
+def on_host(tensors: Mapping[str, Tensor], batch: int) -> dict[str, NDArray[Any]]:
+    """The first `batch` rows of tensors, as arrays: those of a device are copied into page-locked memory, all in one
+    wait."""
+    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.current_stream().synchronize()
+    return {name: copy.numpy()[:batch] for name, copy in copies.items()}

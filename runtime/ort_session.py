@@ -10,7 +10,7 @@ from rsd_trt.errors import Unavailable, missing_extra
 from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.session import BufferedSession, Buffers, Launch
 
-ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7, torch.bool: 9}  # onnx.TensorProto's numbers
+ELEMENT_TYPES = {torch.float32: 1, torch.uint8: 2, torch.int64: 7, torch.bool: 9}  # onnx.TensorProto's numbers
 
 LOG_ERRORS = 3  # onnxruntime's severity: 0 verbose .. 4 fatal
 

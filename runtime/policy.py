@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import (
-    ARM_DIMS,
+    ACTION_DIMS,
     DEFAULT_BUNDLE,
     DEFAULT_ENGINES,
     MODES,
@@ -29,19 +29,18 @@ from rsd_trt.config import (
 )
 from rsd_trt.errors import PolicyFault, UserError, did_you_mean
 from rsd_trt.runtime.backends import Launcher, check_backend, check_device, open_forward
-from rsd_trt.runtime.chunk import Chunk, Query, judge
-from rsd_trt.runtime.forward import Draft, Forward, Main
+from rsd_trt.runtime.chunk import Chunk, Query
+from rsd_trt.runtime.forward import Forward, Guess
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.speculate import (
     Actions,
-    Comparison,
+    Check,
     RandomAcceptance,
     Route,
     Rule,
     Tokens,
+    Verdict,
     agreeing_prefix,
-    commit_accepted,
-    commit_full,
     gripper_holds,
     route_checked,
     rule_of,
@@ -49,15 +48,18 @@ from rsd_trt.runtime.speculate import (
 
 log = logging.getLogger(__name__)
 
+NOTHING: Actions = np.zeros((0, ACTION_DIMS), np.float32)
+NOTHING_LEFT: tuple[Route, ...] = ("start", "instruction", "exhausted")  # why a query has no old chunk beside it
+
 
 class Policy:
     """Drives `environments` at once, each with a chunk of its own.
 
-    Modes: `baseline` runs the whole backbone at every query and commits `n_action_steps` of the main head's
-    chunk. `rsd` is the loop that `rsd_trt.runtime.speculate` describes, with the bundle's rule. `shadow` acts as
-    `baseline` and records what `rsd` would decide about what is left of the chunk of the query before (it does not
-    follow `rsd`'s own older chunks, nor its refresh). `random` is the loop of `rsd` with a `RandomAcceptance` for its
-    rule. A conditioned head is fed the draft's tokens in `rsd` and `random`, and zeros otherwise.
+    Modes: `baseline` makes a full query every time and commits `n_action_steps` of its chunk: open loop. `rsd` is the
+    loop that `rsd_trt.runtime.speculate` describes, with the bundle's rule. `shadow` acts as `baseline` and records
+    what `rsd` would have decided, and how far draft and main head are from every step that was left of the chunk
+    before. `random` is the loop of `rsd` with a `RandomAcceptance` for its rule. A conditioned head is fed the draft's
+    tokens where a check was rejected, and zeros otherwise.
 
     exports: sha256 of the exported files that run components, by component.
     """
@@ -70,12 +72,14 @@ class Policy:
         n_action_steps: int | None = None,
         environments: int = 1,
         rule: Rule | None = None,
+        batch: int = 1,
     ) -> None:
         self.config = config
         self.mode = mode
         self.n_action_steps = config.rsd.n_action_steps if n_action_steps is None else n_action_steps
         if not 0 < self.n_action_steps <= config.dims.T:
             raise UserError(f"n_action_steps is {n_action_steps}; a chunk has 1..{config.dims.T} steps")
+        self.check_steps = config.rsd.check_steps or self.n_action_steps
         if isinstance(rule, RandomAcceptance) != (mode == "random"):
             verb = "needs the" if mode == "random" else "has no"
             raise UserError(f"mode {mode} {verb} rule random: checks that are accepted at a rate, by chance")
@@ -84,14 +88,14 @@ class Policy:
         self.exports: dict[str, str] = {
             name: session.sha256 for name, session in forward.sessions.items() if session.sha256 is not None
         }
-        self.hidden_states: list[tuple[Tensor, Tensor]] | None = None  # set to a list: `shadow` records into it
+        self.hidden_states: list[Tensor] | None = None  # set to a list: `shadow` records into it
         self._rule = rule or rule_of(config.rsd)
         self._forward = forward
-        self._tolerance = np.array(config.rsd.tolerance, np.float32)
+        self._batch = batch
+        self._limits = np.array(config.control.limits.low, np.float32), np.array(config.control.limits.high, np.float32)
         self._chunks = [Chunk() for _ in range(environments)]
         self._turn = threading.RLock()  # forwards and buffers are one thread's at a time
-        self._textbook = config.late_draft is not None
-        if mode != "baseline" and self._textbook:
+        if mode != "baseline" and config.late_draft is not None:
             log.warning("%s", config.late_draft)
 
     @classmethod
@@ -112,8 +116,8 @@ class Policy:
     ) -> Policy:
         """Loads every part of the bundle, or of the one in that folder, onto `device` and warms up.
 
-        backend: what runs draft, head and decoder: torch, graph, ort or trt. n_action_steps: actions that a query
-        commits at most, 1..T (default: the bundle's). environments: how many are driven at once. batch: queries that
+        backend: what runs draft, head and decoder: torch, graph, ort or trt. n_action_steps: actions that a full query
+        commits, 1..T (default: the bundle's). environments: how many are driven at once. batch: queries that
         may share a forward. precision: of draft and head. engines: the folder of exports. rule: mode `random` needs a
         `RandomAcceptance`; by default the bundle's.
 
@@ -130,22 +134,18 @@ class Policy:
         target = check_device(device)
         launcher = Launcher(bundle, check_backend(backend), target, precision, engines)
         forward = open_forward(launcher, "1" if batch == 1 else "dynamic", backbone, backbone_precision)
-        policy = cls(bundle.config, forward, mode, n_action_steps, environments, rule)
+        policy = cls(bundle.config, forward, mode, n_action_steps, environments, rule, batch)
         policy.warm_up()
         return policy
 
-    def warm_up(self, queries: int = 3) -> None:
-        """Full queries on a black image: for a batch of one, kernels are chosen and buffers made before the first
-        query."""
+    def warm_up(self, instruction: str = "") -> None:
+        """Queries on a black image, so that those that follow with this instruction make no buffers, choose no kernels
+        and capture no graphs."""
         control = self.config.control
         side = control.camera_size
-        black = Observation(
-            np.zeros((len(control.cameras), side, side, 3), np.uint8), np.zeros(PROPRIO_DIM, np.float32), ""
-        )
-        for _ in range(queries):
-            self.reset()
-            self.act_batch([black], [0])
-        self.reset()
+        black = np.zeros((len(control.cameras), side, side, 3), np.uint8)
+        with self._turn:
+            self._forward.warm_up(Observation(black, np.zeros(PROPRIO_DIM, np.float32), instruction), self._batch)
 
     def reset(self, env: int | None = None, episode: tuple[int, ...] | None = None) -> None:
         """Forgets the chunk of one environment, or of all: to be called at the start of an episode.
@@ -163,7 +163,7 @@ class Policy:
         """The next actions [n, A] of environment 0, in environment units.
 
         Raises:
-            PolicyFault: a hidden state, logits or actions are not finite.
+            PolicyFault: a hidden state, or the main head's logits or actions are not finite.
         """
         query = self.act_batch([observation], [0])[0]
         if query.fault is not None:
@@ -190,11 +190,9 @@ class Policy:
             started = self._now()
             chunks = [self._chunks[env] for env in environments]
             if self.mode == "baseline":
-                self._forward.whole(observations)
-                queries = self._full(self._forward.main(), chunks, ["full"] * len(chunks), None)
+                queries = self._full(observations, chunks, [Query(NOTHING, "full")] * len(chunks))
             else:
-                self._forward.early(observations)
-                queries = (self._shadow if self.mode == "shadow" else self._speculate)(chunks)
+                queries = (self._shadow if self.mode == "shadow" else self._speculate)(observations, chunks)
             ms = (self._now() - started) * 1e3
             for chunk in chunks:
                 chunk.queries += 1
@@ -203,131 +201,125 @@ class Policy:
                     self.reset(env)
             return [replace(query, ms=ms) for query in queries]
 
-    def _speculate(self, chunks: list[Chunk]) -> list[Query]:
-        """Executes what the rule lets pass, and runs the rest of the backbone for the other queries."""
-        forced = self._forced(chunks)
-        together = None not in forced
-        if together:  # whatever the draft says: nothing has to wait for it
-            self._forward.late(range(len(chunks)))
-        draft = self._forward.draft()
-        finite = draft.finite.tolist()
-        queries: dict[int, Query] = {}
-        routes: dict[int, Route] = {}
-        for i, chunk in enumerate(chunks):
-            if not finite[i]:
-                queries[i] = self._draft_fault("fault", draft, i)
-            elif (reason := forced[i]) is not None:
-                routes[i] = reason
-            else:
-                prefix = self._prefix(chunk, draft.tokens[i], draft.actions[i])
-                route = route_checked(prefix, len(chunk.left), self.n_action_steps)
-                if route == "rejected":
-                    routes[i] = route
-                else:
-                    queries[i] = self._commit(chunk, prefix, route)
-        if routes:
-            index = list(routes)
-            if not together:
-                self._forward.late(index)
-            main = self._forward.main().at(index) if together else self._forward.main()
-            full = self._full(main, [chunks[i] for i in index], list(routes.values()), draft.at(index))
-            queries |= dict(zip(index, full, strict=True))
-        return [queries[i] for i in range(len(chunks))]
-
-    def _forced(self, chunks: list[Chunk]) -> list[Route | None]:
-        """For each chunk, why its query has to be a full query, or None if the draft may decide."""
-        return [chunk.forced(self.config.rsd.refresh, self.config.dims.T) for chunk in chunks]
-
-    def _prefix(self, chunk: Chunk, tokens: Tokens, actions: Actions) -> int:
-        """The leading steps of what is left of a chunk that a guess lets pass: tokens [T, D, C] and actions [T, A]."""
-        passes = self._rule(chunk.beside(tokens, actions, self._tolerance))
-        return int(agreeing_prefix(passes & gripper_holds(chunk.left, before=chunk.gripper)))
-
-    def _commit(self, chunk: Chunk, prefix: int, route: Route) -> Query:
-        """The next actions of a chunk that the rule lets pass."""
-        count = commit_accepted(prefix, self.n_action_steps)
-        actions = chunk.left[:count].copy()
-        chunk.cursor += count
-        chunk.accepted_in_a_row += 1
-        return Query(actions, route, prefix, full_query=self._textbook)
-
-    def _full(self, main: Main, chunks: list[Chunk], routes: Sequence[Route], draft: Draft | None) -> list[Query]:
-        """The main head's new chunk for each query; with a draft, only what both agree on is committed."""
-        tokens, actions = main.tokens.copy(), main.actions.copy()
-        coarse = tokens[..., : self.config.dims.C]
-        held = gripper_holds(actions, before=actions[:, 0, ARM_DIMS])
-        finite = main.finite.tolist()
-        queries = []
-        for i, chunk in enumerate(chunks):
-            if not finite[i]:
-                known, block = bool(main.hidden_finite[i]), self.config.backbone.language.blocks
-                queries.append(self._fault(routes[i], "main head", known, block, full_query=True))
-                continue
-            prefix = share = None
-            if draft is not None:
-                passes = self._rule(Comparison(main.agreement[i], draft.tokens[i], coarse[i], query=None))
-                prefix = int(agreeing_prefix(passes & held[i]))
-                share = equal_share(draft.tokens[i], coarse[i])
-            count = self._count(prefix)
-            chunk.actions, chunk.tokens = actions[i], tokens[i]
-            chunk.grippers = tuple((actions[i, :, ARM_DIMS] > 0).tolist())
-            chunk.cursor, chunk.accepted_in_a_row = count, 0
-            queries.append(Query(actions[i, :count].copy(), routes[i], prefix, share))
+    def _speculate(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
+        """Checks the chunks that are alive, and makes full queries for the others and those that are rejected."""
+        queries = [Query(NOTHING, reason or "rejected") for reason in self._due(observations, chunks)]
+        guesses: dict[int, Tokens] = {}
+        if live := [i for i, query in enumerate(queries) if query.route == "rejected"]:
+            guess = self._forward.check([observations[i] for i in live])
+            for place, i in enumerate(live):
+                queries[i] = self._checked(chunks[i], guess, place)
+                if queries[i].route != "rejected":
+                    queries[i] = self._commit(chunks[i], queries[i])
+                elif queries[i].draft_finite:
+                    guesses[i] = guess.tokens[place]
+        if full := [i for i, query in enumerate(queries) if not len(query.actions)]:
+            answers = self._full(
+                [observations[i] for i in full],
+                [chunks[i] for i in full],
+                [queries[i] for i in full],
+                [guesses.get(i) for i in full],
+            )
+            for i, answer in zip(full, answers, strict=True):
+                queries[i] = answer
         return queries
 
-    def _count(self, prefix: int | None) -> int:
-        """Actions that a full query commits: with a draft, those that it agrees with, and at least one."""
-        if prefix is None:
-            return self.n_action_steps
-        # A conditioned head copies the draft: its agreement is no reason to commit more.
-        return 1 if self.config.head.kind == "conditioned" else commit_full(prefix, self.n_action_steps)
+    def _due(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Route | None]:
+        """For each query, why it has to be a full one, or None if there is something to check."""
+        refresh = self.config.rsd.refresh
+        return [
+            chunk.due(observation.instruction, refresh) for chunk, observation in zip(chunks, observations, strict=True)
+        ]
 
-    def _shadow(self, chunks: list[Chunk]) -> list[Query]:
-        """Acts as the baseline, and judges by the main head's new chunk what `rsd` would have decided."""
-        forced = self._forced(chunks)
-        before = [replace(chunk) for chunk in chunks]
-        self._forward.late(range(len(chunks)), drafted=False)
-        draft = self._forward.draft()
-        queries = self._full(self._forward.main(), chunks, [reason or "rejected" for reason in forced], None)
-        if self.hidden_states is not None:
-            early, late = self._forward.hidden()
-            self.hidden_states.append((early.cpu(), late.cpu()))
-        for i, query in enumerate(queries):
-            if not draft.finite[i]:
-                queries[i] = self._draft_fault(query.route, draft, i)
-            elif query.fault is None:
-                guess = draft.tokens[i], draft.actions[i]
-                queries[i] = self._judged(query, chunks[i], None if forced[i] else before[i], *guess)
-        return queries
-
-    def _judged(self, query: Query, new: Chunk, old: Chunk | None, tokens: Tokens, actions: Actions) -> Query:
-        """A query with what the draft's guess comes to beside its new chunk and, if one was to be checked, the old."""
-        assert new.tokens is not None and new.actions is not None
-        coarse = new.tokens[..., : tokens.shape[-1]]
-        query = replace(query, token_agreement=equal_share(tokens, coarse))
-        if old is None:
-            return query
-        prefix = self._prefix(old, tokens, actions)
-        by_main = self._prefix(old, coarse, new.actions)
-        return replace(
-            query,
-            route=route_checked(prefix, len(old.left), self.n_action_steps),
-            prefix=prefix,
-            judgement=judge(commit_accepted(prefix, self.n_action_steps), by_main),
-            draft_gap=old.gap(actions, self.n_action_steps),
-            main_gap=old.gap(new.actions, self.n_action_steps),
+    def _checked(self, chunk: Chunk, guess: Guess, place: int) -> Query:
+        """A check, decided and not yet answered. A draft that is not finite rejects."""
+        if not guess.finite[place]:
+            return Query(NOTHING, "rejected", checked=True, prefix=0, draft_finite=False)
+        assert chunk.tokens is not None
+        left = chunk.left
+        ahead = min(self.check_steps, len(left))
+        verdict: Verdict = self._rule(
+            Check(
+                left=left,
+                left_tokens=chunk.tokens[chunk.cursor :],
+                guess=guess.actions[place],
+                guess_tokens=guess.tokens[place],
+                logits=guess.logits[place],
+                ahead=ahead,
+                age=chunk.cursor,
+                query=(*chunk.episode, chunk.queries),
+            )
         )
+        prefix = min(verdict.steps, agreeing_prefix(gripper_holds(left, before=chunk.gripper)))
+        return Query(NOTHING, route_checked(prefix, ahead), checked=True, prefix=prefix, score=verdict.score)
 
-    def _draft_fault(self, route: Route, draft: Draft, i: int) -> Query:
-        """A query whose draft cannot be used."""
-        known, block = bool(draft.hidden_finite[i]), self.config.rsd.draft_block
-        return self._fault(route, "draft", known, block, full_query=self._textbook)
+    def _commit(self, chunk: Chunk, query: Query) -> Query:
+        """A check that passed, with the chunk's next actions."""
+        count = min(query.prefix or 0, self.check_steps)
+        actions, clipped = self._within_limits(chunk.left[:count])
+        chunk.cursor += count
+        return replace(query, actions=actions, clipped=clipped, full_query=False)
 
-    def _fault(self, route: Route, part: str, hidden_finite: bool, block: int, full_query: bool) -> Query:
-        """A query without actions; names the hidden state when that is where the trouble began."""
-        what = f"the {part}'s logits or actions are" if hidden_finite else f"the hidden state after block {block} is"
-        nothing = np.zeros((0, self.config.dims.A), np.float32)
-        return Query(nothing, route, fault=f"{what} not finite", full_query=full_query)
+    def _full(
+        self,
+        observations: Sequence[Observation],
+        chunks: Sequence[Chunk],
+        queries: Sequence[Query],
+        guesses: Sequence[Tokens | None] = (),
+    ) -> list[Query]:
+        """The queries with the first actions of the main head's new chunks. guesses: the draft's tokens where a check
+        was rejected, which a conditioned head is fed."""
+        dims = self.config.dims
+        guesses = guesses or [None] * len(chunks)
+        zeros = np.zeros((dims.T, dims.D, dims.C), np.int64)
+        main = self._forward.full(observations, np.stack([zeros if guess is None else guess for guess in guesses]))
+        answers = []
+        for i, (chunk, query, guess) in enumerate(zip(chunks, queries, guesses, strict=True)):
+            if not main.finite[i]:
+                answers.append(replace(query, fault=self._fault(i)))
+                continue
+            chunk.actions, chunk.tokens = main.actions[i].copy(), main.tokens[i].copy()
+            chunk.instruction, chunk.cursor = observations[i].instruction, self.n_action_steps
+            actions, clipped = self._within_limits(chunk.actions[: self.n_action_steps])
+            share = None if guess is None else equal_share(guess, chunk.tokens[..., : dims.C])
+            answers.append(replace(query, actions=actions, clipped=clipped, token_agreement=share))
+        return answers
+
+    def _shadow(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
+        """Acts as the baseline, and records what `rsd` would have decided."""
+        due = self._due(observations, chunks)
+        before = [replace(chunk) for chunk in chunks]
+        guess = self._forward.check(observations)
+        queries = [
+            Query(NOTHING, reason) if reason is not None else self._checked(chunk, guess, i)
+            for i, (chunk, reason) in enumerate(zip(chunks, due, strict=True))
+        ]
+        queries = self._full(observations, chunks, queries)
+        if self.hidden_states is not None:
+            self.hidden_states.append(self._forward.hidden.cpu())
+        return [
+            self._recorded(query, chunks[i], None if due[i] in NOTHING_LEFT else before[i], guess, i)
+            for i, query in enumerate(queries)
+        ]
+
+    def _recorded(self, query: Query, new: Chunk, old: Chunk | None, guess: Guess, place: int) -> Query:
+        """A query of mode shadow with what draft and main head say beside each other, and beside the old chunk."""
+        if query.fault is not None or not guess.finite[place]:
+            return query
+        assert new.tokens is not None and new.actions is not None
+        tokens, actions = guess.tokens[place], guess.actions[place]
+        query = replace(query, token_agreement=equal_share(tokens, new.tokens[..., : tokens.shape[-1]]))
+        return query if old is None else replace(query, draft_gap=old.gap(actions), main_gap=old.gap(new.actions))
+
+    def _within_limits(self, actions: Actions) -> tuple[Actions, int]:
+        """A copy of actions [n, A] as the controller takes them, and how many were others."""
+        within = np.clip(actions, *self._limits)
+        return within, int((within != actions).any(-1).sum())
+
+    def _fault(self, place: int) -> str:
+        """Why a main head's chunk cannot be used; names the hidden state when that is where the trouble began."""
+        known = bool(torch.isfinite(self._forward.hidden[place]).all())
+        return f"{'the logits or actions of the main head are' if known else 'the hidden state is'} not finite"
 
     def _now(self) -> float:
         if self._forward.device.type == "cuda":

@@ -29,8 +29,10 @@ class Preprocessor:
         tokenizer: Tokenizer,
         device: torch.device,
         dtype: torch.dtype | None = None,
+        state: bool = False,
     ) -> None:
-        """dtype: of the pixels; by default the configuration's."""
+        """dtype: of the pixels; by default the configuration's. state: whether the draft reads the robot's state."""
+        self.reads_state = backbone.proprio or state
         self.control = control
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -115,7 +117,7 @@ class Preprocessor:
         return x
 
     def check(self, observation: Observation) -> None:
-        """Raises UserError unless images, proprio (where the backbone reads it) and instruction are what the
+        """Raises UserError unless images, proprio (where backbone or draft read it) and instruction are what the
         configuration states."""
         images, side = observation.images, self.control.camera_size
         shape = [len(self.control.cameras), side, side, 3]
@@ -124,7 +126,7 @@ class Preprocessor:
                 f"images are {_described(images)}, the bundle takes {wanted} ({', '.join(self.control.cameras)})",
                 f"Give RGB frames of {side} x {side}, a camera each: resize them before",
             )
-        if self.backbone.proprio:
+        if self.reads_state:
             state = observation.proprio
             if not isinstance(state, np.ndarray) or state.shape != (PROPRIO_DIM,) or state.dtype.kind not in "fiu":
                 raise UserError(f"proprio is {_described(state)}, the bundle takes float32 [{PROPRIO_DIM}]")

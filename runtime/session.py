@@ -29,15 +29,25 @@ class Session(Protocol):
         """
         ...
 
+    def bound(self, batch: int) -> tuple[Buffers, Launch]:
+        """The buffers for a batch size, and what runs the component on them. They are those of `run`, too."""
+        ...
+
 
 class TorchSession:
     """Eager PyTorch: what every other backend is compared with by `rsd-trt verify`."""
 
     sha256: str | None = None
 
-    def __init__(self, module: Exportable) -> None:
+    def __init__(self, module: Exportable, device: torch.device | None = None) -> None:
+        """device: where the module is; by default the CPU."""
         self.module = module
+        self.device = device or torch.device("cpu")
         self.signature = module.signature
+
+    def bound(self, batch: int) -> tuple[Buffers, Launch]:
+        buffers = Buffers.allocate(self.signature, batch, self.device)
+        return buffers, lambda: buffers.outputs.update(self.run(buffers.inputs))
 
     def run(self, inputs: Tensors) -> dict[str, Tensor]:
         check_inputs(self.signature, inputs)
@@ -78,15 +88,17 @@ class BufferedSession(ABC):
 
     def run(self, inputs: Tensors) -> dict[str, Tensor]:
         check_inputs(self.signature, inputs)
-        batch = batch_size(self.signature, inputs)
-        if batch not in self._prepared:
-            buffers = Buffers.allocate(self.signature, batch, self.device)
-            self._prepared[batch] = buffers, self.prepare(buffers, batch)
-        buffers, launch = self._prepared[batch]
+        buffers, launch = self.bound(batch_size(self.signature, inputs))
         for name, buffer in buffers.inputs.items():
             buffer.copy_(inputs[name], non_blocking=True)
         launch()
         return buffers.outputs
+
+    def bound(self, batch: int) -> tuple[Buffers, Launch]:
+        if batch not in self._prepared:
+            buffers = Buffers.allocate(self.signature, batch, self.device)
+            self._prepared[batch] = buffers, self.prepare(buffers, batch)
+        return self._prepared[batch]
 
     @abstractmethod
     def prepare(self, buffers: Buffers, batch: int) -> Launch:
@@ -107,12 +119,12 @@ class GraphSession(BufferedSession):
         self.module = stacked(module)
 
     def prepare(self, buffers: Buffers, batch: int) -> Launch:
-        def launch() -> None:
-            # What the captured run writes to is at a fixed address too: the outputs need no copy.
-            buffers.outputs.update(by_name(self.module, buffers.inputs))
-
         with torch.inference_mode():
-            return capture(launch, self.device).replay
+            return capture(lambda: self.compute(buffers), self.device).replay
+
+    def compute(self, buffers: Buffers) -> None:
+        """What is captured. It writes to fixed addresses too: the outputs need no copy."""
+        buffers.outputs.update(by_name(self.module, buffers.inputs))
 
 
 def by_name(module: Exportable, inputs: Tensors) -> dict[str, Tensor]:

@@ -1,26 +1,22 @@
 """The decisions of residual speculative decoding, as pure functions on arrays: they are made on the host, between two
 launches, where NumPy is faster than small tensors.
 
-The rule. A *chunk* holds the actions that the main head gave at the last full query. At each query the draft,
-which reads an early hidden state of a fresh image, guesses a coarse chunk from now on. It is laid beside what
-is left of the chunk, step by step. The *prefix* is the number of leading steps that
+The loop. A *chunk* holds the actions that the main head gave at the last full query, which committed the first
+`n_action_steps` of them. While a chunk is alive a query is a *check*: the draft guesses, from fresh frames, the chunk
+from now on; a *rule* lays the guess beside what is left of the old chunk and says how many of its next steps may be
+executed, up to `check_steps`. That many: *accepted*. Fewer: *partial*. None: *rejected*, and a full query follows, as
+it does where there is nothing to check: at the *start*, under another *instruction*, with a chunk that is *exhausted*,
+before its *gripper* switches (the main head alone decides that), and when a *refresh* is due. No rule lets a gripper
+switch pass.
 
-1. pass the rule: every arm dimension within its tolerance and the same gripper sign (rule `actions`), or a large
-   enough share of equal coarse tokens (rule `tokens`), and
-2. keep the gripper as it was at the step before: a switch is decided by the main head alone.
-
-At least one step: the query is *accepted* and commits the chunk's actions, as many as the prefix has and at
-most `n_action_steps`; the rest of the backbone is not run. None: the query is *rejected*, the rest of the
-backbone is run, and the main head makes a new chunk, of which the prefix that the draft agrees with is
-committed, and at least one action. After `refresh - 1` accepted queries in a row a full query is due: with
-`refresh` 1 every query is one, and with one action a query the loop then acts exactly as the baseline.
-
-The random-acceptance control. Mode `random` is the same loop with the rule `random`: at a check every step passes, or
-none does, by chance. Condition 2, the caps and the forced full queries stay; the draft is run, so that a query costs
-the same, and not listened to. An accepted query therefore commits as many actions as the best draft could make it, and
-so does a full query, where there is no decision to replace. With one action a query the two loops differ in which
-queries are accepted and in nothing else. With more, the control is the bolder one: where the draft agrees with a part
-of the steps, it lets all of them pass, and so makes fewer queries for the same actions.
+The rules. A step agrees when every arm dimension lies within its tolerance and the gripper has the same sign.
+    first       the first step agrees: all may be executed
+    actions     the leading steps that agree
+    path        the summed motion over the next steps stays within the tolerance, and their grippers agree: all
+    tokens      the leading steps of which a large enough share of the coarse tokens is equal
+    likelihood  the chunk's own L0 tokens of the next steps are likely enough under the draft's logits: all
+    random      the control: at each check all may be executed, or none, by chance; the draft is run and not listened to
+Tolerances and the threshold of likelihoods may depend on the chunk's age.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,40 +33,95 @@ from rsd_trt.config import ARM_DIMS, RsdConfig
 
 Tokens = NDArray[np.int64]
 Actions = NDArray[np.float32]
+Logits = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
-# How a query went. The first three checked what was left of a chunk; the next five had to be full queries, and say why;
-# a fault of the draft ended the query before either.
-Route = Literal["accepted", "partial", "rejected", "start", "exhausted", "gripper", "refresh", "full", "fault"]
+# How a query went. The first three were checks; the others had to be full queries, and say why; `full` is each of mode
+# baseline, and a fault of the policy ended the query before it had a route.
+Route = Literal[
+    "accepted", "partial", "rejected", "start", "instruction", "exhausted", "gripper", "refresh", "full", "fault"
+]
 
 STREAM = 1  # keeps what the rule `random` draws apart from what else is drawn from (seed, task, trial)
+TINY_TOLERANCE = 1e-9  # what a deviation is divided by where nothing may deviate
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The draft's guess beside the next t steps of a chunk. query: task, trial and the query's number in the episode
-    where what is left of a chunk is checked, None where the chunk is new."""
+class Check:
+    """The draft's guess beside what is left of a chunk."""
 
-    agreeing: Flags  # [t]: `agreeing_steps` of the actions
-    guess: Tokens  # [t, D, C]
-    tokens: Tokens  # [t, D, C], the chunk's
-    query: tuple[int, ...] | None
+    left: Actions  # [t, A], t >= 1
+    left_tokens: Tokens  # [t, D, L]
+    guess: Actions  # [T, A], from now on
+    guess_tokens: Tokens  # [T, D, C]
+    logits: Logits  # [T, D, K], of L0
+    ahead: int  # steps that an accepted check commits, or all that is left
+    age: int  # of the chunk, in executed steps
+    query: tuple[int, ...]  # task, trial and the query's number in the episode
+
+
+class Verdict(NamedTuple):
+    """What a rule says of a check: how many steps pass, and what it compared with its threshold, if one number."""
+
+    steps: int
+    score: float | None = None
 
 
 class Rule(Protocol):
-    """Condition 1: what stands between a guess and the actions of a chunk."""
+    """What stands between a guess and the actions of a chunk."""
 
-    def __call__(self, comparison: Comparison) -> Flags:
-        """Which steps pass -> [t] bool."""
-        ...
+    def __call__(self, check: Check) -> Verdict: ...
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far actions may differ."""
+
+    arm: tuple[float, ...]  # environment units, [6]
+    by_age: tuple[float, ...] = ()
+
+    def at(self, age: int) -> Actions:
+        """[6], for a chunk of that age."""
+        return np.array(self.arm, np.float32) * np.float32(factor(self.by_age, age))
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """The rule `first`. Its score is the largest difference of the first step, in tolerances."""
+
+    tolerance: Tolerance
+
+    def __call__(self, check: Check) -> Verdict:
+        tolerance = self.tolerance.at(check.age)
+        agrees = bool(agreeing_steps(check.guess[:1], check.left[:1], tolerance)[0])
+        score = _in_tolerances(check.guess[:1] - check.left[:1], tolerance)
+        return Verdict(len(check.left) * agrees, score)
 
 
 @dataclass(frozen=True)
 class ActionsAgree:
     """The rule `actions`."""
 
-    def __call__(self, comparison: Comparison) -> Flags:
-        return comparison.agreeing
+    tolerance: Tolerance
+
+    def __call__(self, check: Check) -> Verdict:
+        now = check.guess[: len(check.left)]
+        return Verdict(agreeing_prefix(agreeing_steps(now, check.left, self.tolerance.at(check.age))))
+
+
+@dataclass(frozen=True)
+class PathAgrees:
+    """The rule `path`. Its score is the largest difference of the summed motion, in tolerances."""
+
+    tolerance: Tolerance
+
+    def __call__(self, check: Check) -> Verdict:
+        tolerance = self.tolerance.at(check.age)
+        guess, left = check.guess[: check.ahead], check.left[: check.ahead]
+        drift = np.cumsum(guess - left, axis=0)[:, :ARM_DIMS]
+        same = ((guess[:, ARM_DIMS] > 0) == (left[:, ARM_DIMS] > 0)).all()
+        passes = bool(same and (np.abs(drift) <= tolerance).all())
+        return Verdict(len(check.left) * passes, _in_tolerances(drift, tolerance))
 
 
 @dataclass(frozen=True)
@@ -79,8 +130,22 @@ class TokensAgree:
 
     share: float  # of a step's coarse tokens that must be equal, 0..1
 
-    def __call__(self, comparison: Comparison) -> Flags:
-        return agreeing_token_steps(comparison.guess, comparison.tokens, self.share)
+    def __call__(self, check: Check) -> Verdict:
+        steps, _, layers = check.guess_tokens[: len(check.left)].shape
+        agreeing = agreeing_token_steps(check.guess_tokens[:steps], check.left_tokens[..., :layers], self.share)
+        return Verdict(agreeing_prefix(agreeing))
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The rule `likelihood`. Its score is the mean log-probability of the chunk's L0 tokens of the steps ahead."""
+
+    threshold: float
+    by_age: tuple[float, ...] = ()
+
+    def __call__(self, check: Check) -> Verdict:
+        score = log_likelihood(check.logits[: check.ahead], check.left_tokens[: check.ahead, :, 0])
+        return Verdict(len(check.left) * (score >= self.threshold * factor(self.by_age, check.age)), score)
 
 
 @dataclass(frozen=True)
@@ -90,9 +155,8 @@ class RandomAcceptance:
     rate: float  # how often a check is accepted, 0..1
     seed: int
 
-    def __call__(self, comparison: Comparison) -> Flags:
-        passes = comparison.query is None or self.accepts(comparison.query)
-        return np.full_like(comparison.agreeing, passes)
+    def __call__(self, check: Check) -> Verdict:
+        return Verdict(len(check.left) * self.accepts(check.query))
 
     def accepts(self, query: tuple[int, ...]) -> bool:
         """The decision on a query: a function of its place, the rate and the seed alone, so that it depends neither on
@@ -102,14 +166,24 @@ class RandomAcceptance:
 
 def rule_of(rsd: RsdConfig) -> Rule:
     """The rule that a bundle names."""
-    return ActionsAgree() if rsd.rule == "actions" else TokensAgree(rsd.token_share)
+    tolerance = Tolerance(rsd.tolerance, rsd.by_age)
+    if rsd.rule == "tokens":
+        return TokensAgree(rsd.token_share)
+    if rsd.rule == "likelihood":
+        assert rsd.threshold is not None  # the configuration was checked
+        return Likelihood(rsd.threshold, rsd.by_age)
+    if rsd.rule == "first":
+        return FirstStep(tolerance)
+    return PathAgrees(tolerance) if rsd.rule == "path" else ActionsAgree(tolerance)
+
+
+def factor(by_age: tuple[float, ...], age: int) -> float:
+    """What a tolerance or threshold is multiplied by for a chunk of that age."""
+    return by_age[min(age, len(by_age) - 1)] if by_age else 1.0
 
 
 def agreeing_steps(a: Actions, b: Actions, tolerance: Actions) -> Flags:
-    """Which steps of two chunks [..., T, A] agree -> [..., T] bool.
-
-    The host's form of what `Predict` computes on the device: `rsd_trt.models.components.agreeing_steps`.
-    """
+    """Which steps of two chunks [..., T, A] agree -> [..., T] bool. NaN agrees with nothing."""
     delta = a - b
     arm = (np.abs(delta[..., :ARM_DIMS]) <= tolerance).all(-1)
     gripper = (a[..., ARM_DIMS] > 0) == (b[..., ARM_DIMS] > 0)
@@ -123,44 +197,33 @@ def agreeing_token_steps(draft: Tokens, chunk: Tokens, share: float) -> Flags:
     return agreeing
 
 
-def gripper_holds(chunk: Actions, before: Actions) -> Flags:
-    """Steps of a chunk [..., T, A] whose gripper sign is that of the step before -> [..., T] bool.
+def log_likelihood(logits: Logits, tokens: Tokens) -> float:
+    """The mean log-probability of tokens [t, D] under logits [t, D, K]."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    own = np.take_along_axis(shifted, tokens[..., None], -1)[..., 0]
+    return float((own - np.log(np.exp(shifted).sum(-1))).mean())
 
-    `before` [...]: the gripper command before the first of them.
+
+def gripper_holds(chunk: Actions, before: float) -> Flags:
+    """Steps of a chunk [T, A] whose gripper sign is that of the step before -> [T] bool.
+
+    `before`: the gripper command before the first of them.
     """
-    closed = chunk[..., ARM_DIMS] > 0  # [..., T]
-    holds = np.empty_like(closed)
-    holds[..., :1] = closed[..., :1] == (before > 0)[..., None]
-    holds[..., 1:] = closed[..., 1:] == closed[..., :-1]
+    closed = np.concatenate([[before > 0], chunk[:, ARM_DIMS] > 0])
+    holds: Flags = closed[1:] == closed[:-1]
     return holds
 
 
-def agreeing_prefix(passes: Flags) -> NDArray[np.int64]:
-    """The number of leading steps [..., T] that pass -> [...] int64."""
-    prefix: NDArray[np.int64] = np.logical_and.accumulate(passes, axis=-1).sum(-1)
-    return prefix
+def agreeing_prefix(passes: Flags) -> int:
+    """The number of leading steps [T] that pass."""
+    return int(np.logical_and.accumulate(passes).sum())
 
 
-def commit_accepted(prefix: int, n_action_steps: int) -> int:
-    """Actions that an accepted query commits."""
-    return min(prefix, n_action_steps)
-
-
-def commit_full(prefix: int, n_action_steps: int) -> int:
-    """Actions that a full query commits: the agreeing prefix, at least one."""
-    return max(1, min(prefix, n_action_steps))
-
-
-def refresh_due(accepted_in_a_row: int, refresh: int) -> bool:
-    """Whether the next query has to be a full query: every `refresh`-th one at the latest is."""
-    return accepted_in_a_row + 1 >= refresh
-
-
-def route_checked(prefix: int, left: int, n_action_steps: int) -> Route:
-    """How a query went that checked a chunk with `left` steps left."""
-    if prefix == 0:
+def route_checked(steps: int, ahead: int) -> Route:
+    """How a check went that may commit `steps` of the `ahead` that an accepted one commits."""
+    if steps == 0:
         return "rejected"
-    return "accepted" if prefix >= min(left, n_action_steps) else "partial"
+    return "accepted" if steps >= ahead else "partial"
 
 
 @dataclass(frozen=True)
@@ -194,3 +257,8 @@ class Checks:
     def _share(self, count: int) -> float | None:
         total = self.accepted + self.partial + self.rejected
         return count / total if total else None
+
+
+def _in_tolerances(difference: Actions, tolerance: Actions) -> float:
+    """The largest of differences [t, >= 6] of arm dimensions, as a multiple of the tolerance [6]."""
+    return float((np.abs(difference[:, :ARM_DIMS]) / np.maximum(tolerance, TINY_TOLERANCE)).max())

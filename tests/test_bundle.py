@@ -13,12 +13,11 @@ import torch
 from msgspec import structs
 from torch import nn
 
-from rsd_trt.bundle import CONFIG, PARTS, TOKENIZER, Bundle, save
+from rsd_trt.bundle import CONFIG, PARTS, TOKENIZER, Bundle, build_draft, save
 from rsd_trt.cli.info import describe
 from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.codec import Codec
-from rsd_trt.models.draft import DraftModel
 from rsd_trt.models.head import RFSQHead
 from rsd_trt.presets import byte_tokenizer, initialise, preset
 
@@ -30,7 +29,7 @@ def modules(randomise: Callable[..., None]) -> dict[str, nn.Module]:
     config = CONFIGURATION
     parts: dict[str, nn.Module] = {
         "backbone": Backbone(config.backbone),
-        "draft": DraftModel(config.draft, config.dims, config.hidden),
+        "draft": build_draft(config),
         "head": RFSQHead(config.head, config.dims, config.hidden),
         "codec": Codec(config.codec, config.dims),
     }
@@ -278,7 +277,11 @@ def test_describe_says_what_a_bundle_is_made_of(bundle: Bundle, tmp_path: Path) 
         assert facts["parameters"] == sum(p.numel() for p in getattr(bundle, part)().parameters()) > 0
         assert facts["bytes"] == bundle.file(part).stat().st_size
         assert facts["sha256"] == bundle.fingerprints[f"{part}.safetensors"]
-    assert description["parts"]["draft"]["inputs"] == ["hidden [B, H=32] float32"]
+    assert description["parts"]["draft"]["inputs"] == [
+        "frames [B, cameras=2, side=256, side=256, 3=3] uint8",
+        "state [B, state=8] float32",
+        "instruction [B, P=16, E=32] float32",
+    ]
     assert description["parts"]["head"]["outputs"] == ["logits [B, L=8, T*D=128, K=7] float32"]
 
 

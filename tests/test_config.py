@@ -123,7 +123,7 @@ def test_wrong_types_name_the_key_and_the_value(path: Path, value: object, messa
     assert str(error.value).startswith(f"b/config.json{' ' if message.startswith('cannot') else ': '}{message}")
 
 
-@pytest.mark.parametrize("path", [("name",), ("backbone",), ("backbone", "language", "hidden"), ("rsd", "draft_block")])
+@pytest.mark.parametrize("path", [("name",), ("backbone",), ("backbone", "language", "hidden"), ("draft", "kind")])
 def test_missing_keys_are_named(path: Path) -> None:
     data = tiny()
     del section(data, path[:-1])[path[-1]]
@@ -135,8 +135,16 @@ def test_missing_keys_are_named(path: Path) -> None:
     ("path", "value", "message"),
     [
         (("format_version",), 2, "format_version 2"),
-        (("rsd", "draft_block"), 0, "draft_block is 0, which must be >= 1"),
-        (("rsd", "draft_block"), 5, "draft_block 5 is not in 1..4"),
+        (("rsd", "draft_block"), 3, "unknown key rsd.draft_block"),
+        (("rsd", "check_steps"), 9, "check_steps 9 is not in 1..8"),
+        (("rsd", "rule"), "likelihood", "rsd.rule likelihood needs rsd.threshold"),
+        (("rsd", "rule"), "frist", "rsd.rule is 'frist'; did you mean 'first'?"),
+        (("rsd", "threshold"), 0.5, "threshold is 0.5, which must be <= 0.0"),
+        (("rsd", "by_age"), [1, -1], "by_age[1] is -1, which must be >= 0.0"),
+        (("control", "limits"), {"low": [1.0] * 7}, "control.limits of dx are 1.0 to 1.0: low must be below high"),
+        (("control", "limits"), {"low": [0.0] * 6}, "which must be of length >= 7"),
+        (("draft", "side"), 33, "draft.side 33 must be a multiple of draft.patch 16"),
+        (("draft", "kind"), "early", "draft.kind is 'early'"),
         (("rsd", "n_action_steps"), 0, "n_action_steps is 0, which must be >= 1"),
         (("rsd", "n_action_steps"), 9, "n_action_steps 9 is not in 1..8"),
         (("rsd", "refresh"), 0, "refresh is 0, which must be >= 1"),

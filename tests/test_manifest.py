@@ -117,7 +117,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     def deserialise(content: bytes) -> SimpleNamespace:
         seen.append(content)
-        ports = ["hidden", "tokens", "actions", "finite"]
+        ports = ["frames", "state", "instruction", "tokens", "actions", "logits", "finite"]
         return SimpleNamespace(num_io_tensors=len(ports), get_tensor_name=ports.__getitem__)
 
     module = ModuleType("double")
@@ -345,7 +345,10 @@ QUANTILES = {"q01": [0] * 7, "q99": [1] * 7, "mask": [True] * 7}
         ("backbone.safetensors", set()),
         ("tokenizer.json", set()),
         ({"rsd": {"tolerance": [0.2] * 6}}, set()),
-        ({"rsd": {"draft_block": 2}}, set()),
+        ({"rsd": {"check_steps": 2}}, set()),
+        ({"control": {"limits": {"high": [2] * 7}}}, set()),
+        ({"control": {"rotate_images": False}}, {"draft", "propose"}),
+        ({"control": {"center_crop": 0.9}}, {"draft", "propose"}),
         ({"control": {"max_steps": {"libero_goal": 9}}}, set()),
         ({"control": {"gripper": "openvla"}}, {"propose", "predict"}),
         ({"control": {"action_quantiles": QUANTILES}}, {"propose", "predict"}),

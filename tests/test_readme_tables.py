@@ -1,4 +1,4 @@
-"""The tables of the README and of the model card say what the published reports and records say.
+"""The tables of the README say what the published reports and records say.
 
 `python tests/test_readme_tables.py` writes them anew. Each stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -12,30 +12,15 @@ from typing import Any
 
 import pytest
 
-from rsd_trt.eval.profile.replay_record import read_replay
-from rsd_trt.eval.table import Column, Measured, Table
+from rsd_trt.eval.table import Column, Table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", ROOT / "examples" / "reference_policy" / "README.md")
+PAGES = (ROOT / "README.md",)
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 LAUNCHES = ("draft + head + decoder, with host decisions", "propose + predict")
-STAGES = ("preprocess", "vision", "blocks <= k", "blocks > k")
-QUERIES = ("accepted query", "rejected query", "baseline query")
-
-
-def reference(steps: tuple[int, ...] = (1, 2, 4, 8)) -> str:
-    """The runs of the published report with so many actions a query; without columns for specialists."""
-    report = (RESULTS / "reference" / "report.md").read_text("utf-8")
-    lines: list[str] = []
-    for n in steps:
-        table = report.split(f"### {n} action{'s' if n > 1 else ''} a query\n\n")[1].split("\n\n")[0].splitlines()
-        cells = [line.strip("| ").split(" | ") for line in table]
-        told = [i for i, head in enumerate(cells[0]) if re.match("run|success|time per|speed-up|full|accepted", head)]
-        rows = [f"| {' | '.join(row[i] for i in told)} |" for row in cells]
-        lines += rows[2:] if lines else rows
-    return "\n".join(lines)
+STAGES = ("preprocess", "vision", "blocks 1 to 8", "blocks 9 to 32", "predict", "full query")
 
 
 def components() -> str:
@@ -50,7 +35,7 @@ def components() -> str:
 
 
 def stages() -> str:
-    """p50 of the stages and of whole queries."""
+    """p50 of the stages and of the full query."""
     record = read("h200/stages.json")
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in record.get("stages", record)["rows"]:
@@ -61,37 +46,18 @@ def stages() -> str:
     for (images, prompt, backbone, precision), of in sorted(found.items(), key=lambda item: item[0][:2]):
         if (images, prompt) != first and backbone in ("eager", "graph"):
             continue
-        whole, p50 = of["baseline query"], {what: row["ms"]["p50"] for what, row in of.items()}
+        whole, p50 = of["full query"], {what: row["ms"]["p50"] for what, row in of.items()}
         overhead = whole.get("host_overhead_ms", whole.get("outside_ms"))
         name = f"{images} image{'s' if images > 1 else ''}, {prompt} tokens: {backbone} {precision}"
         figures = (whole["ms"]["p99"], whole["times_roofline"], overhead and overhead["p50"], whole["speedup"])
-        rows.append((name, *map(p50.get, (*STAGES, *QUERIES)), *figures))
-    n = next(iter(found.values()))["baseline query"]["ms"]["n"]
+        rows.append((name, *map(p50.get, STAGES), *figures))
+    n = next(iter(found.values()))["full query"]["ms"]["n"]
     columns = (
-        *(Column(f"p50, batch 1, {device(record)}, n = {n}"), *(Column(what, "ms") for what in (*STAGES, *QUERIES))),
+        *(Column(f"p50, batch 1, {device(record)}, n = {n}"), *(Column(what, "ms") for what in STAGES)),
         *(Column("its p99", "ms"), Column("its p50 / roofline bound", "x"), Column("host overhead", "ms")),
         Column("over timm + transformers", "x"),
     )
     return Table("", columns, tuple(rows)).markdown()
-
-
-def replay() -> str:
-    """Whose decisions cost what by whose clock."""
-    record = read_replay(RESULTS / "h200" / "replay.json")
-    title = f"decisions of ..., clock of {record.bundle}, {record.rows[0].backbone}, {record.hardware['gpu']}"
-    columns = (
-        *(Column(title), Column("queries replayed"), Column("episodes"), Column("queries"), Column("full queries")),
-        *(Column("time per action (95%)", "ms"), Column("speed-up (95%)", "x")),
-    )
-    rows = tuple(
-        (
-            *(f"{row.decisions_of}, {row.results.removesuffix('.json.gz')}", sum(row.route_queries.values())),
-            *(row.episodes, row.queries, row.full_queries, Measured(row.ms_per_action, row.ms_per_action_interval)),
-            Measured(row.speedup, row.speedup_interval),
-        )
-        for row in record.rows
-    )
-    return Table("", columns, rows).markdown()
 
 
 def read(name: str) -> dict[str, Any]:
@@ -106,11 +72,8 @@ def device(record: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "reference": reference,
-    "reference-1": lambda: reference((1,)),
     "components": components,
     "stages": stages,
-    "replay": replay,
 }
 
 
@@ -119,7 +82,7 @@ def fill(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=("README", "model card"))
+@pytest.mark.parametrize("page", PAGES, ids=("README",))
 def test_the_pages_say_what_the_results_say(page: Path) -> None:
     text = page.read_text("utf-8")
     assert BLOCK.search(text)

@@ -104,11 +104,6 @@ def test_a_small_file_fills_no_memory(tmp_path: Path) -> None:
     assert peak < 150 * file.stat().st_size + (16 << 20)
 
 
-def test_our_own_results_are_within_that_bound() -> None:
-    for file in (Path(__file__).parents[1] / "docs/results/reference").glob("*.json.gz"):
-        assert read_results(file).episodes
-
-
 @pytest.mark.parametrize("section", ["padding", "truncation"])
 def test_a_tokenizer_neither_pads_nor_cuts(section: str, bundle_copy: Path) -> None:
     file = bundle_copy / "tokenizer.json"

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import ARM_DIMS, ControlConfig, RsdConfig, protocol_name, with_protocol
+from rsd_trt.config import ARM_DIMS, ControlConfig, RsdConfig, VisionDraftConfig, protocol_name, with_protocol
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.request import EvalRequest, Script
+from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions, Script
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.results import BundleSettings, Settings
 from rsd_trt.runtime.backends import check_device, default_backbone
@@ -43,7 +43,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
     max_steps = _max_steps(request, control)
     device = check_device(request.device)
     accept_rate = _accept_rate(request, bundle)
-    rsd = _with_tolerance(config.rsd, request.tolerance)
+    rsd = with_options(config.rsd, request)
     bundle = dataclasses.replace(bundle, config=replace(config, control=control, rsd=rsd))
     batch = request.workers if device.type == "cuda" else 1  # the CPU gains nothing: see `rsd_trt.eval.libero.pool`
     backbone = request.backbone or default_backbone(request.backend, device)
@@ -52,7 +52,6 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         request.mode,
         request.backend,
         str(device),
-        request.n_action_steps,
         environments=request.workers,
         batch=batch,
         precision=request.precision,
@@ -68,7 +67,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         backbone=backbone,
         exports_sha256=policy.exports,
         trained=config.trained,
-        backbone_blocks=config.backbone.language.blocks,
+        draft="vision" if isinstance(config.draft, VisionDraftConfig) else "hidden",
         levels=config.dims.K,
         rsd=rsd,
         training_actions=config.training_actions,
@@ -140,36 +139,38 @@ def _accept_rate(request: EvalRequest, bundle: Bundle) -> float | None:
     """How often the rule of mode `random` accepts, if need be as often as the draft did in a run of mode `rsd`.
 
     Raises:
-        UserError: that run is of another mode, bundle or n_action_steps, or tested no live plan.
+        UserError: that run is of another mode, bundle or number of steps, or checked nothing.
     """
     if not isinstance(request.accept_rate, Path):
         return request.accept_rate
     path, results = request.accept_rate, read_run(request.accept_rate)
     found = results.settings
-    wanted = request.n_action_steps or bundle.config.rsd.n_action_steps
+    wanted = with_options(bundle.config.rsd, request)
     if found.mode != "rsd":
         raise UserError(f"{path} is of mode {found.label}; the rate is that of a run of mode rsd")
     if found.policy_sha256 != bundle.fingerprint:
         raise UserError(f"{path} is of bundle {found.policy_sha256[:12]}, not of {bundle.fingerprint[:12]}")
-    if found.n_action_steps != wanted:
-        raise UserError(f"{path} has n_action_steps {found.n_action_steps}, this run {wanted}: --n-action-steps")
+    for name in ("n_action_steps", "check_steps", "refresh"):
+        theirs, ours = getattr(found.of_bundle.rsd, name), getattr(wanted, name)
+        if theirs != ours:
+            raise UserError(f"{path} has {name} {theirs}, this run {ours}: --{name.replace('_', '-')}")
     counts = [results.routes.get(route, 0) for route in ("accepted", "partial", "rejected")]
     if (rate := Checks(*counts).acceptance_rate) is None:
-        raise UserError(f"{path} has no query that tested a live plan, and so no rate")
+        raise UserError(f"{path} has no check, and so no rate")
     return rate
 
 
-def _with_tolerance(rsd: RsdConfig, tolerance: float | None) -> RsdConfig:
-    """`rsd` with that tolerance in every arm dimension; with its own for None.
-
-    Raises:
-        UserError: its rule compares tokens.
-    """
-    if tolerance is None:
-        return rsd
-    if rsd.rule != "actions":
-        raise UserError(f"--tolerance {tolerance:g}: the bundle's rsd.rule is {rsd.rule}; only actions has a tolerance")
-    return replace(rsd, tolerance=(tolerance,) * ARM_DIMS)
+def with_options(rsd: RsdConfig, request: PolicyOptions) -> RsdConfig:
+    """`rsd` with what the request says otherwise; `rsd_trt.cli.evaluate` refuses options without effect."""
+    given = {
+        "rule": request.rule,
+        "tolerance": None if request.tolerance is None else (request.tolerance,) * ARM_DIMS,
+        "threshold": request.threshold,
+        "n_action_steps": request.n_action_steps,
+        "check_steps": request.check_steps,
+        "refresh": request.refresh,
+    }
+    return replace(rsd, **{name: value for name, value in given.items() if value is not None})
 
 
 def _max_steps(request: EvalRequest, control: ControlConfig) -> int:

@@ -20,6 +20,7 @@ from rsd_trt.config import (
     Backend,
     Mode,
     Precision,
+    RuleName,
 )
 from rsd_trt.errors import UserError, did_you_mean, reason
 
@@ -40,7 +41,11 @@ class PolicyOptions:
     backend: Backend = "torch"
     device: str = "auto"
     n_action_steps: int | None = None
-    tolerance: float | None = None  # of every arm dimension, environment units; `rsd` and `shadow` only
+    check_steps: int | None = None
+    rule: RuleName | None = None
+    tolerance: float | None = None  # of every arm dimension, environment units
+    threshold: float | None = None  # of the rule likelihood
+    refresh: int | None = None
     accept_rate: float | Path | None = None  # `random` only: how often it accepts, or an `rsd` run's results file
     precision: Precision = "fp32"
     engines: Path = DEFAULT_ENGINES

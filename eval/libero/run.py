@@ -6,7 +6,7 @@ import hashlib
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -53,6 +53,7 @@ def evaluate(
             log = _open_log(request, driver)
             earlier = [episode for episode in log.episodes.values() if episode.error is None]
             assignments = _assignments(request, driver, log)
+            _warm_up(driver, instructions, assignments)
             on_start(total, list(earlier))
             meter, gpu, started = Meter(), GpuMeter(torch.device(driver.settings.device)), time.perf_counter()
             build = partial(Simulator, request.suite, control=driver.settings.control)
@@ -155,6 +156,14 @@ def _assignments(request: EvalRequest, driver: Driver, log: EpisodeLog) -> list[
     return [Assignment(*key, settings.max_steps, failures, videos, perturbations.get(key)) for key in missing]
 
 
+def _warm_up(driver: Driver, instructions: dict[int, str], assignments: Sequence[Assignment]) -> None:
+    """Prepares the policy for what it will be asked, so that no query of an episode has to."""
+    tasks = dict.fromkeys(assignment.task for assignment in assignments)
+    for instruction in dict.fromkeys(instructions[task] for task in tasks):
+        if driver.policy is not None:
+            driver.policy.warm_up(instruction)
+
+
 def _throughput(workers: int, episodes: int, seconds: float, meter: Meter, gpu: GpuMeter) -> Throughput:
     share = meter.seconds / seconds
     return Throughput(
@@ -169,13 +178,12 @@ def _throughput(workers: int, episodes: int, seconds: float, meter: Meter, gpu: 
 
 
 def _write_hidden(path: Path, policy: Policy) -> None:
-    """The recorded hidden states, as `rsd-trt verify` reads them: `prefix` and `final`, each [n, H] float32."""
+    """The recorded hidden states, as `rsd-trt verify` reads them: `hidden`, [n, H] float32."""
     from safetensors.torch import save
 
     if not policy.hidden_states:
         raise UserError(f"no query was answered, so there are no hidden states to write to {path}")
-    prefix, final = (torch.cat(states).float() for states in zip(*policy.hidden_states, strict=True))
-    write_atomically(path, save({"prefix": prefix, "final": final}))
+    write_atomically(path, save({"hidden": torch.cat(policy.hidden_states).float()}))
 
 
 def _tasks(request: EvalRequest) -> tuple[dict[int, str], str]:

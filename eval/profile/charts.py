@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rsd_trt.eval.plots import COLOURS
-from rsd_trt.eval.profile.components import TEXTBOOK, Timing
+from rsd_trt.eval.profile.components import Timing
 from rsd_trt.eval.profile.roofline import STAGES
-from rsd_trt.eval.profile.stages import StageTiming
+from rsd_trt.eval.profile.stages import FULL, StageTiming
 from rsd_trt.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STAGE_COLOURS = dict(zip(STAGES, COLOURS, strict=True))
+STAGE_COLOURS = dict(zip(STAGES, COLOURS, strict=False))
 UNDIVIDED = "not divided"
-MARKS = {"accepted query": "o", "rejected query": "D", "baseline query": "s"}
+MARKS = {FULL: "s"}
 
 
 def latency_chart(timings: Sequence[Timing], title: str, path: Path) -> None:
-    """A bar chart of p50 with p5 to p95 as error bars, one panel for each batch size; without the textbook sequence."""
+    """A bar chart of p50 with p5 to p95 as error bars, one panel for each batch size."""
     from matplotlib.figure import Figure
 
-    measured = [t for t in timings if t.ms and t.what != TEXTBOOK]
+    measured = [t for t in timings if t.ms]
     batches = sorted({t.batch for t in measured})
     figure = Figure(figsize=(11, 3.6 * len(batches)), layout="constrained")
     for panel, batch in enumerate(batches, start=1):
@@ -53,8 +53,8 @@ def latency_chart(timings: Sequence[Timing], title: str, path: Path) -> None:
 
 
 def stage_chart(rows: Sequence[StageTiming], title: str, path: Path) -> None:
-    """p50 of each stage side by side, its roofline bound as a line in it, and of whole queries as marks; grey: what is
-    not divided. A bar for each backbone, a panel for each input size."""
+    """p50 of each stage side by side, its roofline bound as a line in it, and of the full query as a mark; grey: what
+    is not divided. A bar for each backbone, a panel for each input size."""
     from matplotlib.figure import Figure
 
     measured = [row for row in rows if row.ms]
@@ -92,7 +92,7 @@ def _draw_configuration(axes: Axes, place: int, rows: Sequence[StageTiming], hei
             at = left + bounds[stage]
             axes.plot((at, at), (place - height / 2, place + height / 2), color="black", linewidth=1)
             left += medians[stage]
-    whole = medians.get("baseline query")
+    whole = medians.get(FULL)
     if whole is not None and "predict" not in medians:
         axes.barh(place, max(0.0, whole - left), height, left=left, color="#b8b8b8", label=UNDIVIDED)
     for query, marker in MARKS.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import COMPONENTS, Backend, Component, Precision
+from rsd_trt.config import BackboneKind, BackbonePrecision, Backend, Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.eval.profile.clock import Call, Clock
 from rsd_trt.eval.statistics import percentiles
@@ -26,8 +26,6 @@ from rsd_trt.runtime.session import Session
 
 SPIN_UP_SECONDS = 1.0
 BOUNDARY = "inputs and outputs on the device, clocks synchronised, one launch a sample"
-PAIR = "propose + predict"  # what a rejected query launches beside the backbone
-TEXTBOOK = "draft + head + decoder, with host decisions"  # what the pair replaces
 
 RowKey = tuple[str, str, int]  # what, variant, batch
 
@@ -71,16 +69,18 @@ class ProfileRequest:
     engines: Path
     samples: int
     warm_up: int
+    backbone: BackboneKind | None = None  # of the costs; None: that of the backend
+    backbone_precision: BackbonePrecision = "bundle"
 
 
 def profile(bundle: Bundle, request: ProfileRequest) -> Iterator[Timing]:
-    """Every component, the pair and the textbook sequence, on every backend and batch size."""
+    """Every component on every backend and batch size."""
     device = request.device
     launcher = Launcher(bundle, "torch", device)
-    case = make_case(launcher, *hidden_states(bundle, max(request.batches), None, device))
+    case = make_case(launcher, hidden_states(bundle, max(request.batches), None, device))
     _spin_up(launcher.open("predict", "dynamic"), case.inputs["predict"])
     for batch in request.batches:
-        inputs = {component: _first(case.inputs[component], batch) for component in COMPONENTS}
+        inputs = {component: _first(given, batch) for component, given in case.inputs.items()}
         for backend in request.backends:
             for graph in (False, True) if backend == "ort" and device.type == "cuda" else (True,):
                 launcher = Launcher(bundle, backend, device, request.precision, request.engines, graph)
@@ -95,7 +95,7 @@ def _spin_up(session: Session, inputs: dict[str, Tensor]) -> None:
 
 
 def _first(inputs: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-    return {name: x if name == "tolerance" else x[:batch].clone() for name, x in inputs.items()}
+    return {name: x[:batch].clone() for name, x in inputs.items()}
 
 
 def _variant(
@@ -109,38 +109,13 @@ def _variant(
         samples, allocations, grown = time_calls(call, request) if call else ((), None, None)
         return Timing(what, launcher.backend, launcher.precision, batch, graph, samples, allocations, reason, grown)
 
-    sessions: dict[Component, Session] = {}
-    for component in COMPONENTS:
+    for component in inputs:
         try:
-            session = sessions[component] = launcher.open(component, variant)
+            session = launcher.open(component, variant)
         except UserError as error:
             yield row(component, None, str(error))
             continue
         yield row(component, lambda s=session, x=inputs[component]: s.run(x))  # type: ignore[misc]
-    if "propose" in sessions and "predict" in sessions:
-        propose, predict = sessions["propose"], sessions["predict"]
-
-        def pair() -> object:
-            coarse = propose.run(inputs["propose"])["actions"]
-            return predict.run({**inputs["predict"], "coarse_actions": coarse})
-
-        yield row(PAIR, pair)
-    if launcher.backend == "torch":
-        share = launcher.bundle.config.rsd.token_share
-        yield row(TEXTBOOK, lambda: textbook(sessions, inputs, share))
-
-
-def textbook(
-    sessions: dict[Component, Session], inputs: dict[Component, dict[str, Tensor]], token_share: float
-) -> object:
-    """Three separate modules with the accept/reject decision on the host, as the original experiment runs them."""
-    draft = sessions["draft"].run(inputs["draft"])["logits"].argmax(-1).cpu()  # [B, C, T*D]
-    head = sessions["head"].run(inputs["head"])["logits"].argmax(-1)  # [B, L, T*D]
-    share = (draft == head[:, : draft.shape[1]].cpu()).float().mean()
-    decoder = sessions["decoder"]
-    shape = decoder.signature.shape(decoder.signature.inputs[0], len(head))  # [B, T, D, L]
-    tokens = head.view(shape[0], shape[3], shape[1], shape[2]).permute(0, 2, 3, 1)
-    return bool(share >= token_share), decoder.run({"tokens": tokens})["actions"].cpu()
 
 
 @torch.inference_mode()
@@ -164,8 +139,7 @@ def time_calls(call: Call, request: ProfileRequest) -> tuple[tuple[float, ...], 
 
 
 def speedups(timings: Sequence[Timing]) -> dict[RowKey, float]:
-    """p50 of eager PyTorch over p50 of each row. The pair is compared with the textbook sequence that it replaces."""
+    """p50 of eager PyTorch over p50 of each row."""
     medians = {timing.key: p["p50"] for timing in timings if (p := percentiles(timing.ms))}
     eager = {(what, batch): ms for (what, variant, batch), ms in medians.items() if variant == "torch"}
-    eager |= {(PAIR, batch): ms for (what, batch), ms in eager.items() if what == TEXTBOOK}
     return {(w, v, b): eager[w, b] / ms for (w, v, b), ms in medians.items() if (w, b) in eager}

@@ -39,7 +39,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.profile.clock import Call, Clock
 from rsd_trt.models.fast.products import MLP, PRODUCTS, ProductName
 
-Stage = Literal["preprocess", "vision", "blocks <= k", "blocks > k", "propose", "predict"]
+Stage = Literal["preprocess", "vision", "blocks", "predict"]
 Resource = Literal["compute", "memory"]
 STAGES: tuple[Stage, ...] = typing.get_args(Stage)
 BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
@@ -83,27 +83,22 @@ def attention(queries: int, keys: int, width: int, dtype: Precision) -> Work:
 def stage_work(
     config: BundleConfig, images: int, prompt: int, backbone: Precision, parts: Precision = "fp32"
 ) -> dict[Stage, Work]:
-    """What each stage of one query has to do.
+    """What each stage of a full query has to do.
 
     images: of an observation; prompt: its tokens, BOS included; backbone: fp8 for the MLPs of the Llama blocks (but
     the last) in E4M3 and the rest in bfloat16; parts: the precision of draft and head.
     """
-    language, k = config.backbone.language, config.rsd.draft_block
+    language = config.backbone.language
     plain: Precision = "bf16" if backbone == "fp8" else backbone
     positions = prompt + images * patches(config) + config.backbone.proprio
     block = _block(language, positions, backbone, plain)
     last = _last_block(language, positions, plain)
-    blocks = language.blocks
-    found: dict[Stage, Work] = {
+    return {
         "preprocess": _preprocess(config, images, plain),
         "vision": _vision(config, images, prompt, plain),
-        "blocks <= k": block * k if k < blocks else block * (k - 1) + last,
-        "propose": _draft(config, parts) + _decode(config, config.dims.C),
+        "blocks": block * (language.blocks - 1) + last,
         "predict": _head(config, parts) + _decode(config, config.dims.L),
     }
-    if k < blocks:
-        found["blocks > k"] = block * (blocks - 1 - k) + last
-    return {stage: found[stage] for stage in STAGES if stage in found}
 
 
 def patches(config: BundleConfig) -> int:
@@ -153,15 +148,6 @@ def _last_block(language: LanguageConfig, positions: int, dtype: Precision) -> W
     work = product(positions, hidden, 2 * hidden, dtype) + product(1, hidden, hidden, dtype)
     work += attention(1, positions, hidden, dtype) + product(1, hidden, hidden, dtype)
     return work + product(1, hidden, 2 * inner, dtype) + product(1, inner, hidden, dtype)
-
-
-def _draft(config: BundleConfig, dtype: Precision) -> Work:
-    draft, dims = config.draft, config.dims
-    width, half = draft.width, draft.width // 2
-    look = product(1, width, width, dtype) * 4  # value and output projection, of self- and of cross-attention
-    mlp = product(1, width, draft.mlp_width, dtype) + product(1, draft.mlp_width, width, dtype)
-    classifier = product(1, width, half, dtype) + product(1, half, dims.T * dims.D * dims.K, dtype)
-    return product(1, config.hidden, width, dtype) + look + mlp + classifier * dims.C
 
 
 def _head(config: BundleConfig, dtype: Precision) -> Work:

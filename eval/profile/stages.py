@@ -1,31 +1,31 @@
-"""The stages of a query and whole queries, timed on every backbone in one run, on the same inputs, at batch 1.
+"""The stages of a full query and the query itself, timed on every backbone in one run, on the same inputs, at batch 1.
 
 A stage starts and ends on the device. Those of the graph backbones are captured each as a CUDA graph of its own, and
 timed while the device is held up until the graph is in its queue; eager ones between two events, with what the host
-takes to issue them. A whole query is timed by the host's clock, synchronised, from the uint8 image in the host's memory
-to the actions there, through `Policy`; directly after, the same launches are timed on the device alone. What is left
-of the host's time is the host overhead.
+takes to issue them. The query is timed by the host's clock, synchronised, from the uint8 frames in the host's memory
+to the chunk there. Where its stages are captured, what its p50 has beyond theirs is the host overhead.
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BACKBONES, BackboneKind, BackbonePrecision, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.eval.profile.clock import Call, Clock
+from rsd_trt.eval.profile.costs import release
 from rsd_trt.eval.profile.inputs import InputSize, QueryInputs, make_inputs
-from rsd_trt.eval.profile.queries import QUERIES, QueryTimes, time_queries, write_trace
-from rsd_trt.eval.profile.roofline import Machine, Resource, Stage, Work, measure_machine, stage_work
-from rsd_trt.eval.profile.stage_calls import OracleBackbone, preprocessor, stage_calls
+from rsd_trt.eval.profile.queries import KINDS, time_queries, write_trace
+from rsd_trt.eval.profile.roofline import STAGES, Machine, Resource, Stage, Work, measure_machine, stage_work
+from rsd_trt.eval.profile.stage_calls import preprocessor, stage_calls
 from rsd_trt.eval.statistics import percentiles
 from rsd_trt.eval.verify.backbone import ORACLE
 from rsd_trt.eval.verify.oracle import Oracle
@@ -33,8 +33,10 @@ from rsd_trt.eval.verify.result import computed_in
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.fast.backbone import FusedBackbone
 from rsd_trt.runtime.backends import FP8_CAPABILITY, Launcher, assemble, open_backbone, open_forward
-from rsd_trt.runtime.forward import EagerForward
+from rsd_trt.runtime.forward import Forward
+from rsd_trt.runtime.observation import Observation
 
+FULL = "full query"
 BOUNDARY = (
     "batch 1; stages: on the device; queries: host's clock, synchronised, from uint8 images in the host's memory to "
     "actions there"
@@ -92,11 +94,11 @@ class StageTiming:
     what: str
     configuration: Configuration
     ms: tuple[float, ...] = ()  # raw samples, in order
-    host_overhead_ms: tuple[float, ...] = ()  # of a query: the host's time beyond that of the device
     bytes: int | None = None
     flops: int | None = None
     roofline_ms: float | None = None
     bound: Resource | None = None
+    host_overhead_ms: float | None = None  # of a query whose stages are captured: its p50 beyond theirs
     reason: str | None = None  # why there are no samples
 
     @property
@@ -111,7 +113,7 @@ class StageTiming:
             "what": self.what,
             **asdict(self.configuration),
             "ms": percentiles(self.ms),
-            "host_overhead_ms": percentiles(self.host_overhead_ms),
+            "host_overhead_ms": self.host_overhead_ms,
             "bytes": self.bytes,
             "flops": self.flops,
             "roofline_ms": self.roofline_ms,
@@ -127,7 +129,7 @@ class Startup:
 
     configuration: Configuration
     load_s: float  # weights onto the device, fused; the same for all sizes
-    first_s: float  # the first query of each kind: capture, and compilation where there is one
+    first_s: float  # the first full query: capture, and compilation where there is one
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def profile_query(bundle: Bundle, request: QueryRequest) -> QueryProfile:
             backbone = open_backbone(bundle, request.device, kind, precision)
         except UserError as error:
             configurations = [_configuration(kind, dtype, given) for given in inputs]
-            rows += [StageTiming("baseline query", x, reason=str(error)) for x in configurations]
+            rows += [StageTiming(FULL, x, reason=str(error)) for x in configurations]
             continue
         load = time.perf_counter() - started
         for given in inputs:
@@ -178,24 +180,26 @@ def profile_query(bundle: Bundle, request: QueryRequest) -> QueryProfile:
             rows += found
             startups.append(Startup(_configuration(kind, dtype, given), load, first))
         del backbone
-        _release(kind, request.device)
+        release(request.device, kind)
     return QueryProfile(machine, tuple(rows), tuple(startups))
 
 
 def trace_query(bundle: Bundle, request: QueryRequest, path: Path) -> None:
-    """A Chrome trace of an accepted and a rejected query, on the last backbone that can run, at the first size.
+    """A Chrome trace of a check, if there is a draft for as many images, and of a full query, on the last backbone that
+    can run here, at the first size.
 
     Raises:
         UserError: no backbone can run here, or `path` cannot be written.
     """
     given = make_inputs(bundle, request.sizes()[0])
+    checks = bundle.has("draft") and given.images == len(bundle.config.control.cameras)
     for kind, precision in reversed(request.pairs()):
         try:
-            forward = open_forward(_launcher(given, kind, request), "1", kind, precision)
+            forward = open_forward(_launcher(given, kind, request), "1", kind, precision, checks)
         except UserError as error:
             problem = error
             continue
-        write_trace(forward, given, request.device, path)
+        write_trace(forward, given, request.device, path, KINDS if checks else KINDS[1:])
         return
     raise problem
 
@@ -231,37 +235,43 @@ class _Timer:
     def backbone(self, backbone: Backbone | FusedBackbone, kind: BackboneKind) -> tuple[float, list[StageTiming]]:
         """Seconds until the first queries are answered, and all rows."""
         launcher, request = _launcher(self.given, kind, self.request), self.request
-        forward = assemble(launcher, "1", backbone)
+        forward = assemble(launcher, "1", backbone, checks=False)
         started = time.perf_counter()
-        time_queries(forward, self.given, self.clock, samples=0, warm_up=1)
+        time_queries(forward, self.given, self.clock, samples=0, warm_up=1, kinds=("full",))
         first = time.perf_counter() - started
-        queries = time_queries(forward, self.given, self.clock, request.samples, request.warm_up)
+        whole = time_queries(forward, self.given, self.clock, request.samples, request.warm_up, ("full",))["full"]
         configuration, captured = _configuration(kind, self.dtype, self.given), not isinstance(backbone, Backbone)
         rows = [
-            self._row(stage, configuration, [stage], QueryTimes(self._stage(call, captured), ()))
+            self._row(stage, configuration, [stage], self._stage(call, captured))
             for stage, call in stage_calls(backbone, launcher, self.given).items()
         ]
-        return first, [*rows, *(self._row(query, configuration, QUERIES[query], t) for query, t in queries.items())]
+        query = self._row(FULL, configuration, STAGES, whole)
+        if captured:
+            query = replace(query, host_overhead_ms=_p50(whole) - sum(_p50(row.ms) for row in rows))
+        return first, [*rows, query]
 
     def oracle(self, backbone: Backbone) -> list[StageTiming]:
-        """The same weights in timm's towers and transformers' Llama, as people run them: vision, and whole queries."""
+        """The same weights in timm's towers and transformers' Llama, as people run them: vision, and the query."""
         configuration, request = _configuration(ORACLE, self.dtype, self.given), self.request
         try:
             oracle = Oracle(backbone)
         except UserError as error:
-            return [StageTiming("baseline query", configuration, reason=str(error))]
+            return [StageTiming(FULL, configuration, reason=str(error))]
         launcher = _launcher(self.given, "eager", request)
-        sessions = launcher.open("propose", "1"), launcher.open("predict", "1")
         preprocess = preprocessor(self.given, backbone, request.device)
-        whole = OracleBackbone(oracle)
-        forward = EagerForward(self.given.bundle.config, whole, *sessions, preprocess)  # type: ignore[arg-type]
+
+        def run(observations: Sequence[Observation]) -> Tensor:
+            return oracle.hidden(preprocess(observations)).float()
+
+        predict, embed_tokens = launcher.open("predict", "1"), backbone.llama.embed_tokens
+        forward = Forward(self.given.bundle.config, run, embed_tokens, None, predict, preprocess)
         with torch.inference_mode():
             inputs = preprocess(self.given.observations[:1])
-        vision = QueryTimes(self._stage(lambda: oracle.embed(inputs), captured=False), ())
-        times = time_queries(forward, self.given, self.clock, request.samples, request.warm_up, baseline_only=True)
+        vision = self._stage(lambda: oracle.embed(inputs), captured=False)
+        times = time_queries(forward, self.given, self.clock, request.samples, request.warm_up, ("full",))["full"]
         return [
             self._row("vision", configuration, ["vision"], vision),
-            *(self._row(query, configuration, QUERIES[query], found) for query, found in times.items()),
+            self._row(FULL, configuration, STAGES, times),
         ]
 
     @torch.inference_mode()
@@ -275,18 +285,15 @@ class _Timer:
             found.append(self.clock.issued(call) if ms is None else ms)
         return tuple(found)
 
-    def _row(self, what: str, configuration: Configuration, stages: Sequence[Stage], times: QueryTimes) -> StageTiming:
+    def _row(
+        self, what: str, configuration: Configuration, stages: Sequence[Stage], ms: tuple[float, ...]
+    ) -> StageTiming:
         parts = [self.work[stage] for stage in stages if stage in self.work]
         total, bound = sum(parts, Work()), self.machine.bound(parts)
-        return StageTiming(
-            what, configuration, times.wall, times.host_overhead, total.bytes, total.total_flops, bound.ms, bound.by
-        )
+        return StageTiming(what, configuration, ms, total.bytes, total.total_flops, bound.ms, bound.by)
 
 
-def _release(kind: BackboneKind, device: torch.device) -> None:
-    """Gives the device's memory back, and forgets what was compiled."""
-    if kind == "compiled":
-        torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def _p50(ms: Sequence[float]) -> float:
+    found = percentiles(ms)
+    assert found is not None
+    return found["p50"]

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rsd_trt.eval.profile.components import Timing, speedups
-from rsd_trt.eval.profile.replay_record import Replay
+from rsd_trt.eval.profile.costs import COST_BOUNDARY, Cost
 from rsd_trt.eval.profile.roofline import Machine
 from rsd_trt.eval.profile.stages import QueryProfile, StageTiming, Startup
 from rsd_trt.eval.statistics import percentiles
-from rsd_trt.eval.table import Column, Table, Value, interval
+from rsd_trt.eval.table import Column, Table, Value
 
 ROOFLINE = (
     "roofline bound: the larger of bytes / bandwidth and FLOPs / rate, summed over the stages; bytes and FLOPs are "
     "counted from the configuration"
 )
+
+
+def cost_table(found: Sequence[Cost]) -> Table:
+    """What a check and a full query take on each backend, and the one as a share of the other."""
+    pairs: dict[tuple[str, str], dict[str, Cost]] = {}
+    for cost in found:
+        if cost.ms:
+            backbone = f"{cost.backbone}{'' if cost.backbone_precision == 'bundle' else f' {cost.backbone_precision}'}"
+            pairs.setdefault((f"{cost.backend} {cost.precision}", backbone), {})[cost.what] = cost
+    rows: list[tuple[Value, ...]] = []
+    for kind, of in pairs.items():
+        check, full = (percentiles(of[what].ms) if what in of else None for what in ("check", "full"))
+        share = check["p50"] / full["p50"] if check and full else None
+        rows.append((*kind, *(ms[p] if ms else None for ms in (check, full) for p in ("p50", "p99")), share))
+    columns = (
+        *(Column("backend"), Column("backbone"), Column("check p50", "ms"), Column("check p99", "ms", 1)),
+        *(Column("full query p50", "ms"), Column("full query p99", "ms", 1), Column("check / full", "%")),
+    )
+    n = max((len(cost.ms) for cost in found), default=0)
+    return Table("what queries cost", columns, tuple(rows), f"{COST_BOUNDARY}; n = {n}")
 
 
 def latency_table(timings: Sequence[Timing], note: str) -> Table:
@@ -65,9 +84,8 @@ def stage_tables(profile: QueryProfile) -> list[Table]:
 
 def _stage_cells(x: StageTiming, ms: dict[str, float]) -> tuple[Value, ...]:
     assert x.bytes is not None and x.flops is not None
-    overhead = percentiles(x.host_overhead_ms)
     work = (x.bytes / 1e6, x.flops / 1e9, x.roofline_ms, x.bound, x.times_roofline)
-    return x.configuration.name, x.what, ms["p50"], ms["p95"], ms["p99"], overhead["p50"] if overhead else None, *work
+    return x.configuration.name, x.what, ms["p50"], ms["p95"], ms["p99"], x.host_overhead_ms, *work
 
 
 def machine_table(machine: Machine) -> Table:
@@ -92,38 +110,3 @@ def startup_table(startups: Sequence[Startup]) -> Table:
     )
     rows = tuple((x.configuration.name, x.configuration.size, x.load_s, x.first_s) for x in startups)
     return Table("start-up", columns, rows)
-
-
-def replay_table(replay: Replay) -> Table:
-    """Whose decisions, by whose clock."""
-    clock = replay.rows[0]
-    precision = "" if clock.backbone_precision == "bundle" else f" {clock.backbone_precision}"
-    title = f"a replay: decisions of the runs below, clock of {replay.bundle}, {clock.backbone}{precision} backbone"
-    columns = (
-        Column("decisions of"),
-        Column("actions a query"),
-        Column("episodes", rank=1),
-        Column("queries", rank=3),
-        Column("full queries", rank=2),
-        Column("ms/action", "ms"),
-        Column("95% interval"),
-        Column("speed-up", "x"),
-        Column("95% interval"),
-        Column("replayed queries", rank=4),
-    )
-    rows = tuple(
-        (
-            f"{row.decisions_of}, {row.mode}, {Path(row.results).name}",
-            row.n_action_steps,
-            row.episodes,
-            row.queries,
-            row.full_queries,
-            row.ms_per_action,
-            interval(row.ms_per_action_interval, "ms") if row.ms_per_action_interval else "too few",
-            row.speedup,
-            interval(row.speedup_interval, "x"),
-            sum(row.route_queries.values()),
-        )
-        for row in replay.rows
-    )
-    return Table(title, columns, rows, f"a replay: {replay.boundary}")

@@ -15,9 +15,10 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.plots import check_plots
 from rsd_trt.eval.profile import components, stages
 from rsd_trt.eval.profile.charts import latency_chart, stage_chart
-from rsd_trt.eval.profile.components import ProfileRequest, Timing, speedups
+from rsd_trt.eval.profile.components import ProfileRequest, speedups
+from rsd_trt.eval.profile.costs import COST_BOUNDARY, costs
 from rsd_trt.eval.profile.stages import QueryProfile, QueryRequest
-from rsd_trt.eval.profile.tables import latency_table, machine_table, stage_tables, startup_table
+from rsd_trt.eval.profile.tables import cost_table, latency_table, machine_table, stage_tables, startup_table
 from rsd_trt.eval.table import Column, Table
 from rsd_trt.eval.verify.result import record
 from rsd_trt.files import write_atomically
@@ -39,14 +40,15 @@ Record = dict[str, object]
 
 def write_components(
     bundle: Bundle, request: ProfileRequest, out: Path, command: str
-) -> tuple[Record, list[Timing], Table]:
-    """Times the components, and writes `profile.json`, `profile.html` and `profile.png` into `out`. Returns the record,
-    its rows and their table.
+) -> tuple[Record, list[tuple[str, str]], list[Table]]:
+    """Times queries and components, and writes `profile.json`, `profile.html` and `profile.png` into `out`. Returns the
+    record, what is missing and why, and the tables.
 
     Raises:
         UserError: nothing can be timed here, `out` cannot be written, or matplotlib is not installed.
     """
     check_plots()
+    priced = list(costs(bundle, request))
     timings = list(components.profile(bundle, request))
     if not any(timing.ms for timing in timings):
         raise UserError(f"nothing could be measured: {timings[0].reason if timings else 'no backend is given'}")
@@ -56,19 +58,24 @@ def write_components(
         request.device,
         command,
         boundary=components.BOUNDARY,
+        cost_boundary=COST_BOUNDARY,
+        costs=[cost.summary() for cost in priced],
+        cost_samples=[_rounded(cost.ms) for cost in priced],
         rows=[{**timing.summary(), "speedup": faster.get(timing.key)} for timing in timings],
         samples=[_rounded(timing.ms) for timing in timings],
     )
-    table = latency_table(timings, f"{components.BOUNDARY}; n = {request.samples}")
-    missing = [f"{x.variant} {x.what}, batch {x.batch}: {x.reason}" for x in timings if x.reason is not None]
-    _write(out, "profile", found, [table], missing, lambda title, path: latency_chart(timings, title, path))
-    return found, timings, table
+    tables = [cost_table(priced), latency_table(timings, f"{components.BOUNDARY}; n = {request.samples}")]
+    missing = [(f"{x.backend} {x.what} query", x.reason) for x in priced if x.reason is not None]
+    missing += [(f"{x.variant} {x.what}, batch {x.batch}", x.reason) for x in timings if x.reason is not None]
+    lines = [f"{what}: {reason}" for what, reason in missing]
+    _write(out, "profile", found, tables, lines, lambda title, path: latency_chart(timings, title, path))
+    return found, missing, tables
 
 
 def write_query(
     bundle: Bundle, request: QueryRequest, out: Path, command: str
 ) -> tuple[Record, QueryProfile, list[Table]]:
-    """Times the stages of a query and whole queries, and writes `profile_query.json`, `.html` and `.png` into `out`.
+    """Times the stages of a full query and the query, and writes `profile_query.json`, `.html` and `.png` into `out`.
     Returns the record, what was measured, and the tables of it.
 
     Raises:
@@ -87,7 +94,6 @@ def write_query(
         startups=[{**asdict(x.configuration), "load_s": x.load_s, "first_s": x.first_s} for x in profile.startups],
         rows=[{**row.summary(), "speedup": x} for row, x in zip(profile.rows, profile.speedups(), strict=True)],
         samples=[_rounded(row.ms) for row in profile.rows],
-        host_overhead_samples=[_rounded(row.host_overhead_ms) for row in profile.rows],
     )
     tables = [*stage_tables(profile), machine_table(profile.machine), startup_table(profile.startups)]
     missing = [
@@ -121,7 +127,7 @@ def _write(
         pairs = tuple((str(key), str(value)) for key, value in (hardware | versions).items())
         settings = Table("hardware and versions", (Column(""), Column("")), pairs, headless=True)
         parts = [f'<p><img alt="The chart of the tables below" src="data:image/png;base64,{chart}"></p>']
-        parts += [table.__html__() for table in tables]
+        parts += [table.__html__() for table in tables if table]
         if missing:
             parts.append(
                 f"<h2>Not measured</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in missing)}</ul>"

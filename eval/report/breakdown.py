@@ -1,4 +1,9 @@
-"""How a run splits up: by phase of the episode, by route, by action dimension, by step of the chunk. Pure functions."""
+"""How a run splits up: by phase of the episode, by route, by dimension, by step ahead; and what main would have said.
+
+Shadow mode records, for each check, how far the draft and how far the main head's new chunk are from what was left of
+the old one. A decision is judged by the latter: an accepted check is right where main confirms every step that it
+commits, a rejected one where main would not have let the wanted steps pass either.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,7 @@ from rsd_trt.runtime.chunk import Gap
 PHASES = 10  # deciles of an episode's steps
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 Group = Literal["accepted", "partial", "rejected", "full query"]
+PREFIX_RULES = ("actions", "tokens")  # they accept as many steps as pass; the others all or none
 GROUPS: tuple[Group, ...] = ("accepted", "partial", "rejected", "full query")
 
 OUTSIDE = 0.05  # share of actions outside the training data's 1% to 99% quantiles, of which the data itself has 0.02
@@ -72,6 +78,16 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Decisions:
+    """Checks of a shadow run, by what the rule said and whether main's new chunk confirms it."""
+
+    true_accept: int = 0
+    false_accept: int = 0
+    true_reject: int = 0
+    false_reject: int = 0
+
+
+@dataclass(frozen=True)
 class ActionRange:
     """The executed actions of one dimension, in environment units."""
 
@@ -111,6 +127,7 @@ class Breakdown:
     routes: tuple[RouteTime, ...]
     by_dimension: Annotated[Agreement | None, "shadow mode: shares of the steps"]
     by_step: Annotated[Agreement | None, "shadow mode: shares of the queries in which every dimension agrees"]
+    decisions: Annotated[Decisions | None, "shadow mode"]
     layers: tuple[Layer, ...]
     actions: tuple[ActionRange, ...]
     action_steps: Annotated[int, "that were executed"]
@@ -125,6 +142,8 @@ def breakdown(results: Results) -> Breakdown:
     queries = [query for episode in done for query in episode.queries]
     gaps = [(q.draft_gap, q.main_gap) for q in queries if q.draft_gap is not None and q.main_gap is not None]
     limits = np.asarray((*results.settings.of_bundle.rsd.tolerance, 0.0))
+    rsd = results.settings.of_bundle.rsd
+    steps = rsd.check_steps or results.settings.n_action_steps
     mse = results.codec_round_trip_mse
     rms = None if mse is None else math.sqrt(mse)
     return Breakdown(
@@ -132,6 +151,7 @@ def breakdown(results: Results) -> Breakdown:
         routes=route_times(queries),
         by_dimension=agreement_by_dimension(gaps, limits),
         by_step=agreement_by_step(gaps, limits),
+        decisions=decisions(queries, limits, 1 if rsd.rule in PREFIX_RULES else steps, steps),
         layers=token_layers(results.token_agreement, results.token_agreement_chance),
         actions=action_ranges(done, results.settings.of_bundle.training_actions),
         action_steps=sum(e.steps for e in done if e.actions is not None),
@@ -207,6 +227,29 @@ def agreement_by_step(gaps: Sequence[tuple[Gap, Gap]], limits: NDArray[np.float6
         gap=tuple(median(worst) for _, _, worst in columns),
         n=tuple(len(draft) for draft, _, _ in columns),
     )
+
+
+def confirmed(gap: NDArray[np.float64], limits: NDArray[np.float64]) -> int:
+    """Leading steps of a gap [t, A] that lie within the limits [A]."""
+    return int((gap <= limits).all(axis=1).cumprod().sum())
+
+
+def decisions(
+    queries: Sequence[QueryRecord], limits: NDArray[np.float64], wanted: int, check_steps: int
+) -> Decisions | None:
+    """wanted: steps that main has to confirm for a rejected check to be wrong; None without a check that was judged."""
+    counts: dict[str, int] = defaultdict(int)
+    for query in queries:
+        if not query.main_gap or query.route not in ("accepted", "partial", "rejected"):
+            continue
+        gap = np.asarray(query.main_gap)
+        by_main = confirmed(gap, limits)
+        if query.route == "rejected":
+            counts["false_reject" if by_main >= min(wanted, len(gap)) else "true_reject"] += 1
+        else:
+            committed = min(query.prefix or 0, check_steps)
+            counts["true_accept" if by_main >= committed else "false_accept"] += 1
+    return Decisions(**counts) if counts else None
 
 
 def token_layers(equal: Sequence[float] | None, chance: float | None) -> tuple[Layer, ...]:

@@ -1,16 +1,23 @@
-"""The acceptance tolerance from data, with a bound on how often a query is accepted wrongly.
+"""The threshold of a rule from data: as strict as it may be without rejecting checks that main would have let pass.
 
-In shadow mode every query runs the main head too. The recorded gaps say, for each step of the chunk that a query could
-commit, how far the draft and how far the main head's new chunk are from it. A step is *right* while the new chunk moves
-it by at most `limit` and keeps its gripper. A query is accepted wrongly when it commits a step that is not right. An
-episode's false-accept rate is the share of wrongly accepted queries among those that have such a step.
+Shadow mode runs the main head at every check too. A check is *quiet* where main's new chunk confirms the steps of the
+old one that an accepted check would commit: each within `limit`, with the same gripper. Rejecting it is a false reject,
+which costs a full query and gains nothing. Each check has a *deviation*, which the rule compares with its threshold:
 
-The tolerance is `scale * spread`. `spread` is the draft's own error by dimension: a quantile of its gap at steps
-that are right, in the first part of the episodes. `scale` is the largest for which the n episodes of the second part
-have (sum of their rates + 1) / (n + 1) <= alpha: the expected rate of a new episode that is exchangeable with them is
-then at most alpha (conformal risk control: Angelopoulos, Bates, Fisch, Lei and Schuster 2022). Episodes are the unit,
-since queries of one episode resemble each other. That is a mean over choices of episodes, so one choice is
-measured on the third part, which was held out.
+    first, actions   the largest |draft - chunk| / tolerance of the next step's arm dimensions; infinite where the
+                     grippers differ
+    path             the recorded score: the same of the motion summed over the steps ahead; infinite where a gripper
+                     of theirs differs
+    likelihood       minus the recorded score: the chunk's own tokens are unlikely
+
+Every check of shadow mode is of a chunk of the same age, the steps that a full query commits: of older chunks it says
+nothing, and `by_age` stays as it is.
+
+The threshold is the smallest deviation at which the n episodes of one half have (sum of their false-reject rates + 1)
+/ (n + 1) <= alpha: the expected rate of a new episode that is exchangeable with them is then at most alpha (conformal
+risk control: Angelopoulos, Bates, Fisch, Lei and Schuster 2022). Episodes are the unit, since checks of one resemble
+each other. The other half, held out, shows what the threshold does: what it rejects wrongly, and what it accepts
+wrongly, of which nothing is promised.
 """
 
 from __future__ import annotations
@@ -20,77 +27,72 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import ARM_DIMS, MAX_TOLERANCE
+from rsd_trt.config import ARM_DIMS, MAX_TOLERANCE, RsdConfig
 from rsd_trt.errors import UserError
-from rsd_trt.eval.results import Episode, Results
+from rsd_trt.eval.report.breakdown import PREFIX_RULES, confirmed
+from rsd_trt.eval.results import Episode, QueryRecord, Results
 from rsd_trt.eval.statistics import Interval, bootstrap_share
+from rsd_trt.runtime.speculate import factor
 
-PARTS = 5  # of the episodes: one for the spread, two for the scale, two held out
-SPREAD_QUANTILE = 0.9
 FINEST = 1e-4  # environment units: gaps are recorded, and tolerances written, to this
-CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # alphas that are shown beside the one that was asked for
+CURVE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # alphas that are shown beside the one that was asked for
+LEAST_LIKELY = -1e6  # mean log-probability: below what any draft gives
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A query that tested a chunk. Gaps [n, A] over the steps that it could commit, n >= 1."""
+class Check:
+    """A check, judged by main's new chunk."""
 
-    draft: NDArray[np.float64]
-    right: int  # leading steps that the main head's new chunk confirms
+    deviation: float
+    quiet: bool
 
-    @property
-    def can_be_wrong(self) -> bool:
-        return self.right < len(self.draft)
+    def passes(self, threshold: float) -> bool:
+        """Whether it is accepted; what deviates infinitely passes no threshold."""
+        return self.deviation <= threshold and self.deviation < math.inf
 
-    def score(self, spread: NDArray[np.float64]) -> float:
-        """The smallest scale at which a step that is not right would be committed; infinite if none ever is."""
-        if not self.can_be_wrong:
-            return math.inf
-        steps = self.draft[: self.right + 1]
-        if steps[:, ARM_DIMS].any():  # the draft's own gripper ends the prefix before
-            return math.inf
-        return float((steps[:, :ARM_DIMS] / spread).max())
 
-    def committed(self, tolerance: NDArray[np.float64]) -> int:
-        """Steps that `rsd` would commit."""
-        passes = (self.draft[:, :ARM_DIMS] <= tolerance).all(axis=1) & (self.draft[:, ARM_DIMS] == 0)
-        return int(passes.cumprod().sum())
+Checks = Sequence[Check]  # of one episode
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a tolerance does to held-out episodes. Intervals are 95%, bootstrapped over episodes; None for few."""
+    """What a threshold does to held-out episodes. Intervals are 95%, bootstrapped over episodes; None for few."""
 
     alpha: float | None  # that it was chosen for
-    tolerance: tuple[float, ...]  # by arm dimension, environment units
-    acceptance: float  # share of the queries that tested a chunk
+    rsd: RsdConfig
+    acceptance: float  # share of the checks
     acceptance_interval: Interval | None
-    false_accepts: float  # mean of the episodes' false-accept rates
+    false_rejects: float  # mean of the episodes' shares of quiet checks that are rejected
+    false_rejects_interval: Interval | None
+    false_accepts: float  # the same of the other checks that are accepted
     false_accepts_interval: Interval | None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A tolerance and what it does on the held-out episodes, beside the bundle's own and other alphas'."""
+    """A threshold and what it does on the held-out episodes, beside the bundle's own and other alphas'."""
 
     chosen: Effect
     before: Effect
     curve: tuple[Effect, ...]
     limit: tuple[float, ...]  # by arm dimension, environment units
-    episodes: tuple[int, int, int]  # for the spread, for the scale, held out
+    episodes: tuple[int, int]  # chosen on, held out
 
 
 def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None = None, seed: int = 0) -> Calibration:
-    """Chooses the tolerance on three fifths of a shadow run's episodes and measures it on the others.
+    """Chooses the threshold on one half of a shadow run's episodes and measures it on the other.
 
-    limit: how far the main head may move a step, in environment units, and the chunk still counts as right;
-    None: the run's own tolerance, by dimension. seed: of which episodes are in which part.
+    limit: how far main may move a step, in environment units, and still confirm it; None: the run's own tolerance, by
+    dimension. seed: of which episodes are in which half.
+
+    The rule and the numbers of steps are those of the run.
 
     Raises:
-        UserError: not a shadow run of this bundle, or too few episodes for `alpha`.
+        UserError: not a shadow run of this bundle, a rule without such a threshold, or too few episodes.
     """
     settings = shadow.settings
     if settings.mode != "shadow":
@@ -100,102 +102,106 @@ def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None
             f"the results are of bundle {settings.policy_sha256[:12]}, {bundle.path} is {bundle.fingerprint[:12]}. "
             "Evaluate it: rsd-trt eval --mode shadow"
         )
-    if bundle.config.rsd.rule != "actions":
-        raise UserError(f"rsd.rule is {bundle.config.rsd.rule}; only the rule actions has a tolerance to calibrate")
-    limits = np.array(settings.of_bundle.rsd.tolerance if limit is None else (limit,) * ARM_DIMS)
-    episodes = [queries for e in shadow.episodes if e.error is None and (queries := judged(e, limits))]
+    rsd = settings.of_bundle.rsd
+    if rsd.rule == "tokens":
+        raise UserError("rsd.rule is tokens, whose share of equal tokens is not calibrated", "Choose another rule")
+    limits = np.array((*(rsd.tolerance if limit is None else (limit,) * ARM_DIMS), 0.0))
+    judged = [judge_checks(e, rsd, limits) for e in shadow.episodes if e.error is None]
+    episodes = [checks for checks in judged if checks]
     order = np.random.default_rng(seed).permutation(len(episodes))
-    parts = [[episodes[i] for i in part] for part in np.array_split(order, PARTS)]
-    for_spread, for_scale, held_out = parts[0], parts[1] + parts[2], parts[3] + parts[4]
+    ours, held_out = ([episodes[i] for i in half] for half in np.array_split(order, 2))
     if not held_out:
-        raise UserError(f"{len(episodes)} episodes that tested a chunk are too few to hold some out: evaluate more")
-    spread = draft_spread(for_spread)
+        raise UserError(f"{len(episodes)} episodes with a check are too few to hold some out: evaluate more")
+    least = 1 / (len(ours) + 1)
+    if alpha < least:
+        needed = 2 * (math.ceil(1 / alpha) - 1)
+        raise UserError(
+            f"alpha {alpha:g} needs {needed} episodes with a check, there are {len(episodes)}: evaluate more, or take "
+            "a larger --alpha"
+        )
+    own = math.inf if rsd.threshold is None else -rsd.threshold
     return Calibration(
-        chosen=effect(choose_tolerance(for_scale, spread, alpha), held_out, alpha),
-        before=effect(np.array(bundle.config.rsd.tolerance), held_out, None),
-        curve=tuple(
-            effect(choose_tolerance(for_scale, spread, other), held_out, other)
-            for other in CURVE
-            if other >= least_alpha(len(for_scale))
-        ),
-        limit=tuple(map(float, limits)),
-        episodes=(len(for_spread), len(for_scale), len(held_out)),
+        chosen=_effect(rsd, choose(ours, alpha), held_out, alpha),
+        before=_measured(rsd, own if rsd.rule == "likelihood" else 1.0, held_out, None),
+        curve=tuple(_effect(rsd, choose(ours, other), held_out, other) for other in CURVE if other >= least),
+        limit=tuple(map(float, limits[:ARM_DIMS])),
+        episodes=(len(ours), len(held_out)),
     )
 
 
-def judged(episode: Episode, limit: NDArray[np.float64]) -> list[Judged]:
-    """The episode's queries that tested a chunk, judged by `limit` [arm dimensions]."""
+def judge_checks(episode: Episode, rsd: RsdConfig, limits: NDArray[np.float64]) -> list[Check]:
+    """The episode's checks. limits [A]: how far main may move a step that it confirms, 0 for the gripper."""
     found = []
     for query in episode.queries:
-        if query.draft_gap and query.main_gap:
-            main = np.array(query.main_gap)
-            right = (main[:, :ARM_DIMS] <= limit).all(axis=1) & (main[:, ARM_DIMS] == 0)
-            found.append(Judged(np.array(query.draft_gap), int(right.cumprod().sum())))
+        if query.checked and query.draft_gap and query.main_gap:
+            wanted = 1 if rsd.rule in PREFIX_RULES else min(rsd.check_steps or rsd.n_action_steps, len(query.main_gap))
+            quiet = confirmed(np.asarray(query.main_gap), limits) >= wanted
+            found.append(Check(deviation(query, rsd), quiet))
     return found
 
 
-def draft_spread(episodes: Sequence[Sequence[Judged]]) -> NDArray[np.float64]:
-    """[arm dimensions], the draft's error where the chunk was right.
-
-    Raises:
-        UserError: it never was.
-    """
-    right = [query.draft[0, :ARM_DIMS] for queries in episodes for query in queries if query.right]
-    if not right:
-        raise UserError("in no query did the main head confirm the chunk: there is nothing to accept")
-    return np.maximum(np.quantile(right, SPREAD_QUANTILE, axis=0), FINEST)
-
-
-def least_alpha(episodes: int) -> float:
-    """The smallest alpha that so many episodes can bound."""
-    return 1 / (episodes + 1)
+def deviation(query: QueryRecord, rsd: RsdConfig) -> float:
+    """What the rule compares with its threshold: less is nearer; a tolerance is passed up to 1."""
+    assert query.draft_gap
+    by_age = factor(rsd.by_age, rsd.n_action_steps)
+    if rsd.rule == "likelihood":
+        return math.inf if query.score is None else -query.score / max(by_age, FINEST)
+    ahead = (rsd.check_steps or rsd.n_action_steps) if rsd.rule == "path" else 1
+    gap = np.asarray(query.draft_gap[:ahead])
+    if gap[:, ARM_DIMS].any():
+        return math.inf
+    if rsd.rule == "path":
+        return math.inf if query.score is None else query.score
+    return float((gap[0, :ARM_DIMS] / np.maximum(np.asarray(rsd.tolerance) * by_age, FINEST)).max())
 
 
-def choose_tolerance(
-    episodes: Sequence[Sequence[Judged]], spread: NDArray[np.float64], alpha: float
-) -> NDArray[np.float64]:
-    """[arm dimensions], the widest multiple of `spread` whose false-accept rate is bounded by `alpha`.
-
-    Raises:
-        UserError: too few episodes to bound it.
-    """
-    if alpha < least_alpha(len(episodes)):
-        needed = math.ceil(1 / alpha) - 1
-        raise UserError(
-            f"alpha {alpha:g} needs {needed} episodes to choose the scale on, there are {len(episodes)}: "
-            f"evaluate {math.ceil(needed * PARTS / 2)} or more, or take a larger --alpha"
-        )
-    scores = []  # (score, what it adds to the sum of the rates when the scale passes it)
-    for queries in episodes:
-        wrong = [query for query in queries if query.can_be_wrong]
-        scores += [(query.score(spread), 1 / len(wrong)) for query in wrong]
-    budget, scale = alpha * (len(episodes) + 1) - 1, math.inf
-    for score, weight in sorted(scores):
+def choose(episodes: Sequence[Checks], alpha: float) -> float:
+    """The smallest threshold of the deviation that keeps the false-reject rate bounded by `alpha`."""
+    quiet = [[check.deviation for check in checks if check.quiet] for checks in episodes]
+    falls = [
+        (one, 1 / len(of)) for of in quiet for one in of
+    ]  # (deviation, what rejecting it adds to the sum of rates)
+    budget = alpha * (len(episodes) + 1) - 1
+    for one, weight in sorted(falls, reverse=True):
         budget -= weight
         if budget < -1e-9:
-            scale = score
-            break
-    widest = np.full(ARM_DIMS, MAX_TOLERANCE)
-    if scale == math.inf:
-        return widest
-    below = (np.ceil(scale * spread / FINEST - 1e-6) - 1) * FINEST  # strictly below that score
-    return np.clip(below, 0.0, widest).round(4)
+            return one  # this one has to be accepted
+    return min((one for one, _ in falls), default=math.inf)
 
 
-def effect(tolerance: NDArray[np.float64], episodes: Sequence[Sequence[Judged]], alpha: float | None) -> Effect:
-    """What a tolerance [arm dimensions] does to episodes."""
-    accepted, tested, rates = [], [], []
-    for queries in episodes:
-        committed = [query.committed(tolerance) for query in queries]
-        wrong = sum(count > query.right for query, count in zip(queries, committed, strict=True))
-        accepted.append(sum(count > 0 for count in committed))
-        tested.append(len(queries))
-        rates.append(wrong / max(sum(query.can_be_wrong for query in queries), 1))
+def with_threshold(rsd: RsdConfig, threshold: float) -> RsdConfig:
+    """`rsd` with a threshold of the deviation: for the rules with a tolerance that many times its own, rounded up."""
+    if rsd.rule == "likelihood":
+        return structs.replace(rsd, threshold=max(-threshold, LEAST_LIKELY))
+    widest = (MAX_TOLERANCE,) * ARM_DIMS
+    if threshold == math.inf:
+        return structs.replace(rsd, tolerance=widest)
+    wider = np.ceil(threshold * np.maximum(rsd.tolerance, FINEST) / FINEST - 1e-6) * FINEST
+    return structs.replace(rsd, tolerance=tuple(float(x) for x in wider.clip(0, MAX_TOLERANCE).round(4)))
+
+
+def _effect(rsd: RsdConfig, threshold: float, episodes: Sequence[Checks], alpha: float) -> Effect:
+    return _measured(with_threshold(rsd, threshold), threshold, episodes, alpha)
+
+
+def _measured(rsd: RsdConfig, threshold: float, episodes: Sequence[Checks], alpha: float | None) -> Effect:
+    """What a threshold of the deviation does to episodes."""
+    accepted = [sum(check.passes(threshold) for check in checks) for checks in episodes]
+    rejects = _rates(episodes, quiet=True, accepted=False, threshold=threshold)
+    accepts = _rates(episodes, quiet=False, accepted=True, threshold=threshold)
     return Effect(
         alpha=alpha,
-        tolerance=tuple(map(float, tolerance)),
-        acceptance=sum(accepted) / sum(tested),
-        acceptance_interval=bootstrap_share(accepted, tested),
-        false_accepts=float(np.mean(rates)),
-        false_accepts_interval=bootstrap_share(rates, [1] * len(rates)),
+        rsd=rsd,
+        acceptance=sum(accepted) / sum(map(len, episodes)),
+        acceptance_interval=bootstrap_share(accepted, [len(checks) for checks in episodes]),
+        false_rejects=float(np.mean(rejects)),
+        false_rejects_interval=bootstrap_share(rejects, [1] * len(rejects)),
+        false_accepts=float(np.mean(accepts)),
+        false_accepts_interval=bootstrap_share(accepts, [1] * len(accepts)),
     )
+
+
+def _rates(episodes: Sequence[Checks], quiet: bool, accepted: bool, threshold: float) -> list[float]:
+    """By episode, the share of its checks that are (not) quiet which are (not) accepted; 0 where it has none."""
+    of = [[check.passes(threshold) for check in checks if check.quiet == quiet] for checks in episodes]
+    return [sum(passed == accepted for passed in one) / max(1, len(one)) for one in of]

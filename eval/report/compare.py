@@ -2,142 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Annotated, Literal
 
-from rsd_trt.config import Mode
 from rsd_trt.errors import UserError
+from rsd_trt.eval.report.cost import COUNTED, Price
 from rsd_trt.eval.results import Episode, Results, Settings
 from rsd_trt.eval.statistics import (
     CONFIDENCE,
     Interval,
     McNemar,
+    bootstrap_share,
     bootstrap_speedup,
     mcnemar_exact,
+    sign_flip,
     smallest_provable_loss,
 )
 from rsd_trt.records import to_json
 
-Difference = Literal["higher", "lower", "not shown"]
+Difference = Literal["above", "below", "not shown"]
+WITHIN = {"libero_spatial": 100}  # steps of the endpoint; other suites: all that an episode may take
 
 SHOWN = 3  # settings in which runs differ that a message names
-# What must be equal. The mode is what differs; `timing` and `hardware` may, and then no speed-up is given.
+# What must be equal. The mode, the rule and the numbers of steps are what differs; the hardware may.
 SAME = (
     *("policy_sha256", "suite", "suite_sha256", "tasks", "trials", "perturb", "device", "protocol", "max_steps"),
-    *("n_action_steps", "seed", "control", "versions"),
+    *("seed", "control", "versions"),
     *("backend", "precision", "backbone", "backbone_precision", "exports_sha256"),  # of the bundle's
 )
 
 
-def figures(run: Results) -> dict[str, float | None]:
-    """The figures of a run by name, for programs."""
-    times = run.query_ms or {}
-    return {
-        "success_rate": run.final_success_rate,
-        "episodes": run.total_episodes,
-        "errors": run.errors,
-        "ms_per_action": run.avg_inference_time_ms,
-        "query_ms_p50": times.get("p50"),
-        "query_ms_p95": times.get("p95"),
-        "target_moved": moved(run),
-        "queries": run.queries,
-        "full_queries": run.full_queries,
-        "actions_per_query": run.actions_per_query,
-        "steps_per_second": run.steps_per_second,
-        "accepted": run.rsd_stats.draft_acceptance_rate,
-        "partially_accepted": run.rsd_stats.partial_acceptance_rate,
-        "rejected": run.rsd_stats.full_rejection_rate,
-    }
+@dataclass(frozen=True)
+class Endpoint:
+    """Success within so many steps. A failure counts as that many, and so does a later success."""
 
+    within: int
 
-def moved(run: Results) -> int | None:
-    """The episodes whose target was moved, of those without an error; None where none was to be."""
-    if run.settings.perturb is None:
-        return None
-    return sum(episode.displacement is not None for episode in run.episodes if episode.error is None)
+    @classmethod
+    def of(cls, settings: Settings, within: int | None = None) -> Endpoint:
+        """That of a suite, if none is asked for."""
+        return cls(min(within or WITHIN.get(settings.suite, settings.max_steps), settings.max_steps))
+
+    def reached(self, episode: Episode) -> bool:
+        return episode.success and episode.steps <= self.within
+
+    def steps(self, episode: Episode) -> int:
+        """Restricted steps to success."""
+        return min(episode.steps, self.within) if episode.success else self.within
 
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times less policy time an executed action takes."""
+    """How many times less an executed action costs."""
 
     value: float
     interval: Annotated[Interval | None, "95%, bootstrap over episodes; null for too few of them"]
-    replayed: Annotated[bool, "by a replay's times of a query; else by the runs' own"] = False
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The second run against the first, on the episodes that ended without an error in both."""
 
-    modes: tuple[Mode, Mode]
+    names: tuple[str, str]
     pairs: Annotated[int, "episodes that both runs ended without an error"]
     left_out: Annotated[int, "episodes asked for that are not among the pairs"]
     success: Annotated[tuple[float, float], "success rates over the pairs"]
-    success_points: Annotated[float, "the second success rate less the first, in percentage points"]
+    within: Annotated[int, "steps of the endpoint, which the tests are of"]
+    reached: Annotated[tuple[float, float], "rates of success within so many steps"]
+    points: Annotated[float, "the second of these less the first, in percentage points"]
+    points_interval: Annotated[Interval | None, "95%, bootstrap over episodes; null for too few of them"]
     mcnemar: McNemar
-    difference: Annotated[Difference, "of the second run's success, by McNemar's exact test at 5%"]
+    by_task_p: Annotated[float, "two-sided, sign-flip test of the tasks' sums of differences"]
+    difference: Annotated[Difference, "of the second run's success within the steps, by McNemar's exact test at 5%"]
     provable_loss: Annotated[int | None, "fewest episodes lost, none gained, that would show; null: none would"]
-    ms_per_action: Annotated[tuple[float, float] | None, "over the pairs; null where there is no speed-up"]
+    steps: Annotated[tuple[float, float], "restricted mean steps to success"]
+    steps_p: Annotated[float, "two-sided, sign-flip test of the paired differences"]
+    cost: Annotated[tuple[float, float] | None, "per action, over the pairs; null beside shadow mode"]
+    cost_unit: str
     speedup: SpeedUp | None
-    no_speedup: Annotated[str | None, "why there is no speed-up"]
     other_hardware: Annotated[tuple[str, ...], "in what the machines differ, with both values; empty: in nothing"]
-    figures: Annotated[dict[str, dict[str, float | None]], "of each run as a whole, by mode"]
-    settings: Annotated[dict[str, object], "what the runs share"]
-    trained: bool
 
 
-def compare(a: Results, b: Results, free: Collection[str] = ()) -> Comparison:
-    """Two runs of the same episodes. free: settings that may differ all the same.
+def compare(
+    a: Results,
+    b: Results,
+    price: Price = COUNTED,
+    within: int | None = None,
+    names: tuple[str, str] | None = None,
+) -> Comparison:
+    """Two runs of the same episodes. names: of the runs, else their modes.
 
     Raises:
         UserError: the runs differ in something that makes their figures incomparable, or share no episode.
     """
-    if different := differences(a.settings, b.settings, free):
+    if different := differences(a.settings, b.settings):
         more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
         raise UserError(f"these runs cannot be compared: {'; '.join(different[:SHOWN])}{more}")
     pairs = list(_pairs(a, b))
     if not pairs:
         raise UserError("these runs cannot be compared: no episode ended without an error in both")
-    success = (sum(x.success for x, _ in pairs) / len(pairs), sum(y.success for _, y in pairs) / len(pairs))
-    cost, reason = _cost(a.settings, b.settings, pairs)
-    modes = a.settings.of_bundle.mode, b.settings.of_bundle.mode
-    test = mcnemar_exact(
-        gained=sum(y.success and not x.success for x, y in pairs),
-        lost=sum(x.success and not y.success for x, y in pairs),
-    )
+    endpoint = Endpoint.of(a.settings, within)
+    outcomes = [(endpoint.reached(x), endpoint.reached(y)) for x, y in pairs]
+    test = mcnemar_exact(sum(y and not x for x, y in outcomes), sum(x and not y for x, y in outcomes))
+    lefts, rights = [x for x, _ in pairs], [y for _, y in pairs]
+    gained = [float(y) - float(x) for x, y in outcomes]
+    by_task: dict[int, float] = {}
+    for episode, one in zip(lefts, gained, strict=True):
+        by_task[episode.task_id] = by_task.get(episode.task_id, 0.0) + one
+    spread = bootstrap_share(gained, [1] * len(gained))
+    steps = [endpoint.steps(x) for x in lefts], [endpoint.steps(y) for y in rights]
+    cost, speedup = _cost(a, b, lefts, rights, price)
     return Comparison(
-        modes=modes,
+        names=names or (a.settings.label, b.settings.label),
         pairs=len(pairs),
         left_out=len(a.settings.tasks) * a.settings.trials - len(pairs),
-        success=success,
-        success_points=(success[1] - success[0]) * 100,
+        success=(fmean(x.success for x in lefts), fmean(y.success for y in rights)),
+        within=endpoint.within,
+        reached=(fmean(x for x, _ in outcomes), fmean(y for _, y in outcomes)),
+        points=fmean(gained) * 100,
+        points_interval=None if spread is None else (spread[0] * 100, spread[1] * 100),
         mcnemar=test,
-        difference=_difference(test),
+        by_task_p=sign_flip(list(by_task.values())),
+        difference=judge(test, test.p),
         provable_loss=smallest_provable_loss(len(pairs)),
-        ms_per_action=cost,
-        speedup=SpeedUp(cost[0] / cost[1], bootstrap_speedup(*_time_and_steps(pairs))) if cost else None,
-        no_speedup=reason,
+        steps=(fmean(steps[0]), fmean(steps[1])),
+        steps_p=sign_flip([y - x for x, y in zip(*steps, strict=True)]),
+        cost=cost,
+        cost_unit=price.unit,
+        speedup=speedup,
         other_hardware=tuple(_differences("hardware", a.settings.hardware, b.settings.hardware)),
-        figures={modes[0]: figures(a), modes[1]: figures(b)},
-        settings={name: value for name, value in _comparable(a.settings).items() if name not in free},
-        trained=a.settings.of_bundle.trained,
     )
 
 
-def _difference(test: McNemar) -> Difference:
-    if test.p >= 1 - CONFIDENCE:
+def judge(test: McNemar, p: float) -> Difference:
+    """What a test says at 5%; p: its own, or adjusted."""
+    if p >= 1 - CONFIDENCE:
         return "not shown"
-    return "higher" if test.gained > test.lost else "lower"
+    return "above" if test.gained > test.lost else "below"
 
 
-def differences(a: Settings, b: Settings, free: Collection[str] = ()) -> list[str]:
-    """Why two runs may not be compared: each setting that differs and is not `free`, with both values; empty if they
+def differences(a: Settings, b: Settings) -> list[str]:
+    """Why two runs may not be compared: each setting that must not differ and does, with both values; empty if they
     may be."""
+    if a.run == b.run:
+        return [f"both are run {a.run}"]
     left, right = _comparable(a), _comparable(b)
-    different = [line for name in SAME if name not in free for line in _differences(name, left[name], right[name])]
-    return [*different, f"both are of mode {a.label!r}"] if a.mode == b.mode else different
+    return [line for name in SAME for line in _differences(name, left[name], right[name])]
 
 
 def _comparable(settings: Settings) -> dict[str, object]:
@@ -163,21 +175,15 @@ def _pairs(a: Results, b: Results) -> Iterator[tuple[Episode, Episode]]:
 
 
 def _cost(
-    a: Settings, b: Settings, pairs: list[tuple[Episode, Episode]]
-) -> tuple[tuple[float, float] | None, str | None]:
-    """ms of policy time per action in both runs, or why these may not be set against each other."""
-    if a.hardware != b.hardware:
-        return None, "other hardware"
-    if "batched" in (a.timing, b.timing):
-        return None, "batched timing"
-    if "shadow" in (a.mode, b.mode):
-        return None, "shadow mode computes all that rsd would save"
-    (a_ms, a_steps), (b_ms, b_steps) = (tuple(map(sum, zip(*run, strict=True))) for run in _time_and_steps(pairs))
-    if not (a_ms and a_steps and b_ms and b_steps):
-        return None, "no action was executed"
-    return (a_ms / a_steps, b_ms / b_steps), None
-
-
-def _time_and_steps(pairs: list[tuple[Episode, Episode]]) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
-    """(policy time in ms, steps) of every episode of both runs."""
-    return [(x.policy_ms, x.steps) for x, _ in pairs], [(y.policy_ms, y.steps) for _, y in pairs]
+    a: Results, b: Results, lefts: Sequence[Episode], rights: Sequence[Episode], price: Price
+) -> tuple[tuple[float, float] | None, SpeedUp | None]:
+    """The cost per action of both, and their ratio; None beside shadow mode, or where nothing was executed."""
+    if "shadow" in (a.settings.mode, b.settings.mode):
+        return None, None
+    before, after = price.of(lefts), price.of(rights)
+    steps = [x.steps for x in lefts], [y.steps for y in rights]
+    if not (sum(before) and sum(after) and sum(steps[0]) and sum(steps[1])):
+        return None, None
+    cost = sum(before) / sum(steps[0]), sum(after) / sum(steps[1])
+    spread = bootstrap_speedup(list(zip(before, steps[0], strict=True)), list(zip(after, steps[1], strict=True)))
+    return cost, SpeedUp(cost[0] / cost[1], spread)

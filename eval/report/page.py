@@ -8,17 +8,16 @@ from pathlib import Path
 
 from rsd_trt import __version__
 from rsd_trt.errors import missing_extra
-from rsd_trt.eval.report import charts, tables
+from rsd_trt.eval.report import tables
+from rsd_trt.eval.report.charts import frontier_chart, phase_chart
+from rsd_trt.eval.report.cost import Price, cannot_save_time
 from rsd_trt.eval.report.gallery import Gallery, gallery
 from rsd_trt.eval.report.runs import Run
 from rsd_trt.eval.report.svg import Chart
-from rsd_trt.eval.report.tradeoff import Tradeoff
-from rsd_trt.eval.report.tradeoff_chart import has_curve, tradeoff_chart
-from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.table import Table, markdown_text
 
 TEMPLATES = Path(__file__).with_name("templates")
-PICTURE = "tradeoff.png"
+PICTURE = "frontier.png"
 
 
 @dataclass(frozen=True)
@@ -43,79 +42,45 @@ class Page:
 
     title: str
     version: str
+    notices: tuple[str, ...]  # what has to be known before anything else
     picture: str | None  # the file of the chart of success against cost
     sections: tuple[Section, ...]
     gallery: Gallery
     commands: tuple[str, ...]
 
 
-def make_page(runs: Sequence[Run], found: Tradeoff, command: str) -> Page:
+def make_page(runs: Sequence[Run], price: Price, command: str) -> Page:
     """What the pages on these runs show."""
-    told = [run for run in runs if not run.throughput_only]
-    suites = dict.fromkeys(run.results.task_suite for run in runs)
-    return Page(
-        title=f"Residual speculative decoding on {', '.join(suites)}",
-        version=__version__,
-        picture=PICTURE if has_curve(found) else None,
-        sections=(
-            _targets(told, found),
-            _runs(told, found),
-            Section("Tasks", (tables.suites_table(told),)),
-            _acceptance(told),
-            _actions(told),
-            _latency(told),
-            Section("Throughput", (tables.throughput_table(runs),), _drawn([charts.throughput_chart(runs)])),
-            _configuration(runs),
-        ),
-        gallery=gallery(told),
-        commands=(*(run.results.command for run in runs), command),
-    )
-
-
-def _targets(runs: Sequence[Run], found: Tradeoff) -> Section:
+    results = [run.results for run in runs]
     untrained = [run.name for run in runs if not run.results.settings.of_bundle.trained]
     said = "is untrained (random weights): these figures show that the tools work, and say nothing about a policy."
-    drawn = [tradeoff_chart(found) if has_curve(found) else None, charts.success_chart(runs)]
-    notes = (f"The bundle of {', '.join(untrained)} {said}",) if untrained else ()
-    return Section("Targets", (tables.targets_table(runs),), _drawn(drawn), notes)
-
-
-def _runs(runs: Sequence[Run], found: Tradeoff) -> Section:
-    """The runs, a table for each number of actions a query."""
-    steps = sorted({run.results.settings.n_action_steps for run in runs})
-    shown = tuple(
-        tables.runs_table(
-            {run.name: run.results for run in runs if run.results.settings.n_action_steps == n},
-            f"{counted(n, 'action')} a query",
-            found.points,
-        )
-        for n in steps
-    )
-    curve = (tables.same_cost_table(found),) if has_curve(found) else ()
-    left_out = tuple(f"Not set against the others: {reason}." for reason in found.left_out) if curve else ()
-    return Section("Runs", (*shown, tables.comparisons_table(runs), *curve), notes=left_out)
-
-
-def _acceptance(runs: Sequence[Run]) -> Section:
-    drawn = [*(charts.phase_chart(run) for run in runs), *(c for run in runs for c in charts.agreement_charts(run))]
-    shown = (tables.phases_table(runs), *tables.agreement_tables(runs))
-    return Section("Acceptance", shown, _drawn(drawn), empty="Not measured: no query tested a chunk.")
-
-
-def _actions(runs: Sequence[Run]) -> Section:
-    """Of runs whose success target is not met, which their actions may explain. Shadow mode acts as the baseline and is
-    looked at where it is alone."""
-    missed = [run for run in runs if any(t.what == "success" and t.verdict != "met" for t in run.targets)]
-    missed = [run for run in missed if run.results.settings.mode != "shadow"] or missed
-    drawn = _drawn(charts.actions_chart(run) for run in missed)
-    shown = (tables.actions_table(missed), tables.codec_table(missed))
-    return Section("Actions", shown, drawn, empty="Every run that has a success target meets it.")
-
-
-def _latency(runs: Sequence[Run]) -> Section:
+    frontier = frontier_chart(runs, price)
+    notices = [cannot_save_time(results), f"The bundle of {', '.join(untrained)} {said}" if untrained else None]
     timed = [run for run in runs if _untimed(run) is None]
     why = tuple(f"{run.name}: {reason}." for run in runs if (reason := _untimed(run)) is not None)
-    return Section("Latency", (tables.routes_table(timed),), _drawn(map(charts.route_chart, timed)), why)
+    odd = "No executed action is odd beside the training data."
+    return Page(
+        title=f"Residual speculative decoding on {', '.join(dict.fromkeys(one.task_suite for one in results))}",
+        version=__version__,
+        notices=tuple(notice for notice in notices if notice is not None),
+        picture=PICTURE if frontier is not None else None,
+        sections=(
+            Section("Runs", (tables.matrix(runs, price), tables.rivals_table(runs)), _drawn([frontier])),
+            Section("Tasks", (tables.suites_table(runs),)),
+            Section(
+                "Acceptance",
+                (tables.phases_table(runs), *tables.agreement_tables(runs)),
+                _drawn(map(phase_chart, runs)),
+                empty="Not measured: no query checked a chunk.",
+            ),
+            Section("Actions", (tables.actions_table(runs), tables.codec_table(runs)), empty=odd),
+            Section("Latency", (tables.routes_table(timed),), notes=why),
+            Section("Throughput", (tables.throughput_table(runs),)),
+            _configuration(runs),
+        ),
+        gallery=gallery(runs),
+        commands=(*(one.command for one in results), command),
+    )
 
 
 def _configuration(runs: Sequence[Run]) -> Section:

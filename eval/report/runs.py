@@ -1,64 +1,101 @@
-"""Runs as the report needs them: named, paired with a baseline, and with all that follows from them computed once."""
+"""Runs as the report needs them: named, priced, set against open loop, and with all that follows computed once."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 from rsd_trt.config import MODES
 from rsd_trt.errors import UserError
-from rsd_trt.eval.profile.replay_record import Replay, ReplayRow
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.breakdown import Breakdown, breakdown
-from rsd_trt.eval.report.compare import Comparison, SpeedUp, compare, differences
-from rsd_trt.eval.report.targets import Target, targets
+from rsd_trt.eval.report.compare import Comparison, Difference, Endpoint, compare, differences, judge
+from rsd_trt.eval.report.cost import COUNTED, Price, read_price
 from rsd_trt.eval.results import BundleSettings, Results
-from rsd_trt.eval.statistics import counted
-from rsd_trt.records import to_json
+from rsd_trt.eval.statistics import Interval, counted, holm, wilson
 
-SAME_RATE = 0.01  # a control that accepts more or less often than that beside a run is none
+SAME_RATE = 0.01  # a random-acceptance control that accepts more or less often than that beside a run is none
+MARGIN = 1 + 1e-9  # of a cost that is no higher
+
+Rival = Literal["open loop, n = 1", "open loop of no higher cost", "random acceptance"]
+RULE = (
+    "Declared before any run: each run that checks is set against open loop with n = 1, and against the run of open "
+    "loop with most successes among those of no higher cost. p: McNemar's exact test of the paired episodes, "
+    "with Holm's adjustment over all of these; and once more by task, a sign-flip test of the tasks' sums. The control "
+    "of random acceptance is outside of them."
+)
+
+
+@dataclass(frozen=True)
+class Against:
+    """A run beside a rival. p, by_task_p: with Holm's adjustment over all declared comparisons of the report."""
+
+    rival: Rival
+    versus: Comparison
+    p: float
+    by_task_p: float
+    verdict: Difference
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a report. `versus` is its comparison with the run named `baseline`; `alone` says why there is none.
-    A run of mode rsd has the run of mode random named `control`, and `versus_control` is its comparison with that.
-
-    throughput_only: another run of its kind asked for more episodes, or for the same on another number of workers, so
-    that this one adds nothing but its throughput: it has no targets.
-    """
+    """A run of a report."""
 
     name: str
     path: Path
     results: Results
+    endpoint: Endpoint
     breakdown: Breakdown
-    throughput_only: bool = False
-    baseline: str | None = None
-    versus: Comparison | None = None
-    alone: str | None = None
-    control: str | None = None
-    versus_control: Comparison | None = None
-    targets: tuple[Target, ...] = ()
+    reached: Annotated[float | None, "rate of success within the endpoint's steps"]
+    reached_interval: Annotated[Interval | None, "95%, Wilson's score"]
+    mean_steps: Annotated[float | None, "restricted to the endpoint's steps"]
+    cost: Annotated[float | None, "per action, in the price's unit"]
+    against: tuple[Against, ...] = ()
+    alone: Annotated[str | None, "why it is set against no run of open loop"] = None
+
+    def rival(self, rival: Rival) -> Against | None:
+        """What it comes to beside that rival."""
+        return next((one for one in self.against if one.rival == rival), None)
+
+    @property
+    def label(self) -> str:
+        """The name without the condition."""
+        return self.name.replace(f", {condition(self.results.settings.perturb)}", "")
+
+    @property
+    def open_loop(self) -> bool:
+        return self.results.settings.mode == "baseline"
 
 
-def read_runs(paths: Sequence[Path], replay: Replay | None = None) -> tuple[Run, ...]:
-    """Every file, and every results file of a folder, as a run, as `pair_up`.
+def read_runs(paths: Sequence[Path], profile: Path | None = None, within: int | None = None) -> tuple[Price, list[Run]]:
+    """Every file, and every results file of a folder, as a run, open loop first, and what their counts are priced at.
 
     Raises:
-        UserError: as `read_run`, a file is given twice, or a run is not of a bundle.
+        UserError: as `read_run` and `read_price`, a file is given twice, or a run is not of a bundle.
     """
     paths = [file for path in paths for file in (_of_folder(path) if path.is_dir() else [path])]
     resolved = [path.resolve() for path in paths]
     for path, place in zip(paths, resolved, strict=True):
         if resolved.count(place) > 1:
             raise UserError(f"{path} is given twice")
-    runs = [(path, read_run(path)) for path in paths]
-    for path, results in runs:
+    found = [(path, read_run(path)) for path in paths]
+    for path, results in found:
         if results.settings.bundle is None:
             raise UserError(f"{path} is a run of {results.settings.policy}, a script; a report is on runs of bundles")
-    return pair_up(runs, replay)
+    price = read_price(profile, [results for _, results in found])
+    return price, pair_up(found, price, within)
+
+
+def pair_up(found: Sequence[tuple[Path, Results]], price: Price = COUNTED, within: int | None = None) -> list[Run]:
+    """Names the runs, open loop first, and sets those that check against their rivals. within: as `Endpoint.of`."""
+    ordered = sorted(
+        found, key=lambda one: (MODES.index(one[1].settings.of_bundle.mode), one[1].settings.n_action_steps)
+    )
+    names = run_names([results for _, results in ordered])
+    named = [_run(name, *one, price, within) for name, one in zip(names, ordered, strict=True)]
+    return _judged([_set_against(run, named, price) for run in named])
 
 
 def _of_folder(folder: Path) -> list[Path]:
@@ -72,170 +109,151 @@ def _of_folder(folder: Path) -> list[Path]:
     return found
 
 
-def pair_up(runs: Sequence[tuple[Path, Results]], replay: Replay | None = None) -> tuple[Run, ...]:
-    """Names the runs, baselines first, compares each with the baseline of the same settings, and those of mode rsd with
-    their control. replay: its speed-ups stand in the place of the runs' own."""
-    ordered = sorted(runs, key=lambda run: MODES.index(run[1].settings.of_bundle.mode))
-    every = [results for _, results in ordered]
-    names = run_names(every)
-    named = [
-        Run(name, path, results, breakdown(results), _adds_only_throughput(results, every))
-        for name, (path, results) in zip(names, ordered, strict=True)
-    ]
-    baselines = [run for run in named if run.results.settings.mode == "baseline"]
-    controls = [run for run in named if run.results.settings.mode == "random" and not run.throughput_only]
-    paired = tuple(
-        run if run in baselines or run.throughput_only else _controlled(_compared(run, baselines), controls)
-        for run in named
+def _run(name: str, path: Path, results: Results, price: Price, within: int | None) -> Run:
+    endpoint = Endpoint.of(results.settings, within)
+    done = [episode for episode in results.episodes if episode.error is None]
+    reached = sum(map(endpoint.reached, done))
+    return Run(
+        name=name,
+        path=path,
+        results=results,
+        endpoint=endpoint,
+        breakdown=breakdown(results),
+        reached=reached / len(done) if done else None,
+        reached_interval=wilson(reached, len(done)),
+        mean_steps=sum(map(endpoint.steps, done)) / len(done) if done else None,
+        cost=price.per_action(results),
     )
-    return tuple(_judged(run) for run in (paired if replay is None else _timed(replay, paired)))
 
 
-def _judged(run: Run) -> Run:
-    """With its targets."""
-    if run.throughput_only:
+def _set_against(run: Run, runs: Sequence[Run], price: Price) -> Run:
+    """A run that checks beside its rivals; p not adjusted yet."""
+    settings = run.results.settings
+    if run.open_loop or settings.mode == "shadow":
         return run
-    speedup, why = (run.versus.speedup, run.versus.no_speedup) if run.versus else (None, run.alone)
-    return replace(run, targets=targets(run.results, speedup, why))
+    loops = [other for other in runs if other.open_loop]
+    alike = [loop for loop in loops if not differences(loop.results.settings, settings)]
+    if not alike:
+        return replace(run, alone=_why_alone(run, loops))
+    rivals: list[tuple[Rival, Run]] = []
+    if single := [loop for loop in alike if loop.results.settings.n_action_steps == 1]:
+        rivals.append(("open loop, n = 1", single[0]))
+    cheap = [loop for loop in alike if None not in (loop.cost, run.cost) and loop.cost <= run.cost * MARGIN]  # type: ignore[operator]
+    if cheap:
+        best = max(cheap, key=lambda loop: (loop.reached or 0.0, -(loop.cost or 0.0)))
+        rivals.append(("open loop of no higher cost", best))
+    if control := _control(run, runs):
+        rivals.append(("random acceptance", control))
+    found = []
+    for kind, other in rivals:
+        try:
+            versus = compare(other.results, run.results, price, run.endpoint.within, (other.name, run.name))
+        except UserError as error:  # they share no episode
+            return replace(run, alone=str(error))
+        found.append(Against(kind, versus, versus.mcnemar.p, versus.by_task_p, versus.difference))
+    return replace(run, against=tuple(found))
+
+
+def _why_alone(run: Run, loops: Sequence[Run]) -> str:
+    if not loops:
+        return "no run of open loop is among the results"
+    reasons = {loop.name: differences(loop.results.settings, run.results.settings) for loop in loops}
+    nearest = min(reasons, key=lambda name: len(reasons[name]))
+    return f"it differs from {nearest}: {'; '.join(reasons[nearest])}"
+
+
+def _control(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The random-acceptance control of a run of mode rsd: of the same settings, numbers of steps and rate."""
+    settings, rates = run.results.settings, run.results.rsd_stats
+    if settings.mode != "rsd" or rates.draft_acceptance_rate is None or rates.partial_acceptance_rate is None:
+        return None
+    accepted = rates.draft_acceptance_rate + rates.partial_acceptance_rate
+
+    def apart(other: Run) -> float:
+        return abs((other.results.settings.of_bundle.accept_rate or 0.0) - accepted)
+
+    found = [
+        other
+        for other in runs
+        if other.results.settings.mode == "random"
+        and other.results.settings.n_action_steps == settings.n_action_steps
+        and not differences(other.results.settings, settings)
+        and apart(other) <= SAME_RATE
+    ]
+    return min(found, key=apart, default=None)
+
+
+def _judged(runs: Sequence[Run]) -> list[Run]:
+    """With Holm's adjustment over the declared comparisons of all runs."""
+    declared = [one for run in runs for one in run.against if one.rival != "random acceptance"]
+    adjusted = {
+        id(one): pair
+        for one, *pair in zip(
+            declared, holm([one.p for one in declared]), holm([one.by_task_p for one in declared]), strict=True
+        )
+    }
+
+    def told(one: Against) -> Against:
+        p, by_task = adjusted.get(id(one), (one.p, one.by_task_p))
+        return replace(one, p=p, by_task_p=by_task, verdict=judge(one.versus.mcnemar, p))
+
+    return [replace(run, against=tuple(map(told, run.against))) for run in runs]
 
 
 def run_names(runs: Sequence[Results]) -> list[str]:
-    """The mode of each run, and whatever else it takes to tell it from the others. Where the tolerance or rate differs
-    within a mode, every run of it is named with its own; where some are perturbed, every run says whether it is."""
-    names = [run.settings.label for run in runs]
-    modes, traits = list(names), [_traits(run) for run in runs]
+    """What each run is, and whatever else it takes to tell it from the others of its kind."""
+    names = [_kind(run) for run in runs]
+    traits = [_traits(run) for run in runs]
     for trait in traits[0] if traits else ():
-        among = {"variant": modes, "perturbed": [""] * len(runs)}.get(trait, names)
-        alike = {group: {t[trait] for g, t in zip(among, traits, strict=True) if g == group} for group in among}
-        told = [len(alike[group]) > 1 and bool(t[trait]) for group, t in zip(among, traits, strict=True)]
+        alike = {group: {t[trait] for g, t in zip(names, traits, strict=True) if g == group} for group in names}
+        told = [len(alike[name]) > 1 and bool(t[trait]) for name, t in zip(names, traits, strict=True)]
         names = [f"{n}, {t[trait]}" if tell else n for n, t, tell in zip(names, traits, told, strict=True)]
     seen = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if names.count(name) == 1 else f"{name}, #{n}" for name, n in zip(names, seen, strict=True)]
 
 
-def _adds_only_throughput(run: Results, runs: Sequence[Results]) -> bool:
-    """Of runs that differ in timing, tasks and trials only, those that asked for most episodes count, and of single
-    timing those that did so there. Of the same episodes on other numbers of workers, single timing or the fewest
-    workers count."""
-    kind = {**to_json(run.settings), "timing": None, "tasks": None, "trials": None}
-    alike = [r for r in runs if {**to_json(r.settings), "timing": None, "tasks": None, "trials": None} == kind]
-    single = [r for r in alike if r.settings.timing == "single"]
-    return not _counts(run, alike) and not (run.settings.timing == "single" and _counts(run, single))
-
-
-def _counts(run: Results, runs: Sequence[Results]) -> bool:
-    """Whether none of the runs stands for `run`."""
-    return not any(_asked(other) > _asked(run) or _same_on_fewer_workers(other, run) for other in runs)
-
-
-def _asked(run: Results) -> int:
-    return len(run.settings.tasks) * run.settings.trials
-
-
-def _same_on_fewer_workers(a: Results, b: Results) -> bool:
-    """Whether `a` asked for the episodes of `b` on another number of workers, with single timing or on fewer."""
-    if a.throughput is None or b.throughput is None or a.throughput.workers == b.throughput.workers:
-        return False
-    if (a.settings.tasks, a.settings.trials) != (b.settings.tasks, b.settings.trials):
-        return False
-    costs = [(run.settings.timing != "single", run.throughput.workers) for run in (a, b) if run.throughput]
-    return costs[0] < costs[1]
-
-
-def _timed(replay: Replay, runs: Sequence[Run]) -> tuple[Run, ...]:
-    """The runs, with the replay's speed-ups in the place of those of their own times: it timed all of them alike."""
-    return tuple(_timed_by(replay, run, {other.name: other for other in runs}) for run in runs)
-
-
-def _timed_by(replay: Replay, run: Run, runs: Mapping[str, Run]) -> Run:
-    row = replay.row(run.results.settings.run)
-    if row is None or row.speedup is None or run.versus is None:
-        return run
-    baseline = replay.row(runs[run.baseline].results.settings.run) if run.baseline else None
-    if baseline is None or baseline.run != row.baseline:
-        return run
-    cost = (baseline.ms_per_action, row.ms_per_action)
-    return replace(run, versus=replace(run.versus, speedup=replayed(row), ms_per_action=cost, no_speedup=None))
-
-
-def replayed(row: ReplayRow) -> SpeedUp | None:
-    """The speed-up over the baseline that a replay measured."""
-    return SpeedUp(row.speedup, row.speedup_interval, replayed=True) if row.speedup is not None else None
+def _kind(run: Results) -> str:
+    settings = run.settings
+    mode = "open loop" if settings.mode == "baseline" else settings.label
+    return f"{mode}, n = {settings.n_action_steps}"
 
 
 def _traits(run: Results) -> dict[str, str]:
     settings, bundle = run.settings, run.settings.of_bundle
-    workers = counted(run.throughput.workers, "worker") if run.throughput else "interrupted"
     return {
+        "condition": condition(settings.perturb),
         "suite": settings.suite,
         "bundle": settings.policy,
+        "variant": variant(bundle),
         "backend": bundle.backend,
         "precision": bundle.precision,
         "backbone": f"{bundle.backbone_name} backbone",
-        "actions": f"{counted(settings.n_action_steps, 'action')} a query",
-        "variant": variant(bundle),
         "protocol": f"protocol {settings.protocol}",
-        "perturbed": condition(settings.perturb),
         "hardware": str(settings.hardware.get("gpu", settings.hardware.get("cpu", ""))),
         "timing": f"{settings.timing} timing",
-        "workers": workers,
+        "workers": counted(run.throughput.workers, "worker") if run.throughput else "interrupted",
         "episodes": counted(run.total_episodes, "episode"),
     }
 
 
-def _conditions(a: Run, b: Run) -> tuple[bool, bool]:
-    """Whether two runs differ in hardware, and in timing."""
-    x, y = a.results.settings, b.results.settings
-    return x.hardware != y.hardware, x.timing != y.timing
-
-
-def _apart(control: Run, accepted: float) -> float:
-    """How far the rate of a control is from that."""
-    return abs((control.results.settings.of_bundle.accept_rate or 0.0) - accepted)
-
-
 def condition(perturb: str | None) -> str:
-    """`unperturbed`, or `perturbed (late:7)`."""
-    return "unperturbed" if perturb is None else f"perturbed ({perturb})"
+    """`unperturbed`, or the perturbation."""
+    return "unperturbed" if perturb is None else perturb
 
 
-def variant(settings: BundleSettings) -> str:
-    """What decides acceptance beside the mode: the tolerance of `rsd` and `shadow`, the rate of `random`."""
-    if settings.accept_rate is not None:
-        return f"accepting {settings.accept_rate:.1%}"
-    if settings.mode == "baseline" or settings.rsd.rule != "actions":
+def check_steps(bundle: BundleSettings, n_action_steps: int) -> int:
+    """m, the steps that an accepted check commits at most."""
+    return bundle.rsd.check_steps or n_action_steps
+
+
+def variant(bundle: BundleSettings) -> str:
+    """What decides acceptance beside the mode: the rule with its threshold, or the rate of `random`."""
+    if bundle.mode == "baseline":
         return ""
-    return f"tolerance {'/'.join(f'{x:g}' for x in dict.fromkeys(settings.rsd.tolerance))}"
-
-
-def _compared(run: Run, baselines: Sequence[Run]) -> Run:
-    """`run` beside the baseline of the same settings; one of the same hardware and timing is preferred."""
-    settings = run.results.settings
-    if not baselines:
-        return replace(run, alone="no baseline run is among the results")
-    nearest = sorted(baselines, key=lambda other: _conditions(other, run))
-    reasons = [differences(other.results.settings, settings) for other in nearest]
-    baseline, different = min(zip(nearest, reasons, strict=True), key=lambda pair: len(pair[1]))
-    if different:
-        reason = f"it differs from {baseline.name}: {'; '.join(different)}"
-        return replace(run, alone=reason)
-    try:
-        versus = compare(baseline.results, run.results)
-    except UserError as error:
-        return replace(run, alone=str(error))
-    return replace(run, baseline=baseline.name, versus=versus)
-
-
-def _controlled(run: Run, controls: Sequence[Run]) -> Run:
-    """A run of mode rsd beside the control of the same settings and of its own rate, if there is one."""
-    settings = run.results.settings
-    alike = [other for other in controls if not differences(other.results.settings, settings)]
-    accepted = run.results.rsd_stats.draft_acceptance_rate
-    if settings.mode != "rsd" or not alike or accepted is None:
-        return run
-    control = min(alike, key=lambda other: (_apart(other, accepted), _conditions(other, run)))
-    if _apart(control, accepted) > SAME_RATE:
-        return run
-    with contextlib.suppress(UserError):  # they share no episode
-        return replace(run, control=control.name, versus_control=compare(control.results, run.results))
-    return run
+    rsd = bundle.rsd
+    m = f", m = {rsd.check_steps}" if rsd.check_steps else ""
+    if bundle.accept_rate is not None:
+        return f"accepting {bundle.accept_rate:.1%}{m}"
+    thresholds: dict[str, Sequence[float | None]] = {"tokens": (rsd.token_share,), "likelihood": (rsd.threshold,)}
+    told = dict.fromkeys(thresholds.get(rsd.rule, rsd.tolerance))
+    return f"{rsd.rule} {'/'.join('-' if x is None else f'{x:g}' for x in told)}{m}"

@@ -9,19 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from rsd_trt.config import ACTION_NAMES
 from rsd_trt.eval.report.breakdown import PHASES, Agreement
 from rsd_trt.eval.report.calibrate import Calibration
-from rsd_trt.eval.report.compare import Comparison, SpeedUp, moved
-from rsd_trt.eval.report.runs import Run
-from rsd_trt.eval.report.tradeoff import RULE, Point, Tradeoff
+from rsd_trt.eval.report.compare import Comparison, SpeedUp
+from rsd_trt.eval.report.cost import COUNTED, Price
+from rsd_trt.eval.report.runs import RULE, Run, condition
 from rsd_trt.eval.results import Results, TaskResult
 from rsd_trt.eval.table import Column, Measured, Table, Value
 from rsd_trt.records import to_json
 
 Row = tuple[Value, ...]
 VERDICT = Column("verdict", "verdict")
-SHARES = (
-    "Time: of the policy. Accepted, partial, rejected: of the queries that tested a chunk. Full queries: of all. "
-    "Episodes that ended in an error are neither successes nor failures."
-)
 
 
 def tasks_table(results: Results) -> Table:
@@ -43,115 +39,153 @@ def _task(task: TaskResult | None) -> Measured | None:
     return None if task is None else Measured(task.success_rate, task.success_interval, task.episodes)
 
 
-def runs_table(runs: Mapping[str, Results], title: str = "", points: Sequence[Point] = ()) -> Table:
-    """The figures of runs, a row each. points: of those whose cost is known, which may be that of a replay."""
-    columns = (
-        *(Column("run"), Column("success (95%)", "%"), Column("errors", rank=5)),
-        *(Column("time per action (95%)", "ms"), Column("timed", rank=6), Column("speed-up (95%)", "x", 2)),
-        *(Column("query p50", "ms", 7), Column("query p95", "ms", 8), Column("queries", rank=9)),
-        *(Column("full queries", "%", 1), Column("actions per query", rank=4), Column("accepted", "%")),
-        *(Column("partial", "%", 3), Column("rejected", "%", 3), Column("target moved in", rank=5)),
-        Column("steps per second", rank=10),
+def counts_table(results: Results) -> Table:
+    """`rsd-trt eval`: how its queries went, and what they took."""
+    stats, times, steps = results.rsd_stats, results.query_ms or {}, results.steps
+    row = (
+        *(steps, results.full_queries / steps if steps else None, results.checks / steps if steps else None),
+        *(stats.draft_acceptance_rate, stats.partial_acceptance_rate, stats.full_rejection_rate),
+        *(results.unusable_drafts or None, results.clipped_steps or None),
+        *(results.avg_inference_time_ms, times.get("p50"), times.get("p95"), results.steps_per_second),
     )
-    costs = {point.run: point for point in points}
-    rows: list[Row] = []
-    for name, run in runs.items():
-        stats, times, cost = run.rsd_stats, run.query_ms or {}, costs.get(name)
-        ms = Measured(cost.ms, cost.ms_interval) if cost else Measured(run.avg_inference_time_ms)
+    columns = (
+        *(Column("actions"), Column("full queries per action", "ratio"), Column("checks per action", "ratio")),
+        *(*_SHARES, *_ODDITIES, Column("time per action", "ms"), Column("query p50", "ms", 4)),
+        *(Column("query p95", "ms", 4), Column("steps per second", rank=5)),
+    )
+    return _without_empty(Table("", columns, (row,)))
+
+
+_SHARES = (Column("accepted", "%", 1), Column("partial", "%", 3), Column("rejected", "%", 3))
+_ODDITIES = (Column("unusable drafts", rank=6), Column("clipped steps", rank=6))
+
+
+def matrix(runs: Sequence[Run], price: Price = COUNTED) -> Table:
+    """Every run: how often and how soon it succeeds, what it costs, and what that is worth beside open loop."""
+    within = dict.fromkeys(run.endpoint.within for run in runs)
+    soon = f"within {'/'.join(map(str, within))} steps (95%)"
+    columns = (
+        *(Column("condition"), Column("run"), Column("episodes", rank=4), Column("errors", rank=6)),
+        *(Column("success (95%)", "%"), Column(soon, "%"), Column("mean steps", "steps", 2)),
+        *(Column("full queries per action", "ratio"), Column("checks per action", "ratio", 1)),
+        *(Column("cost per action", "ms"), Column("measured", "ms", 5)),
+        *(Column("less than open loop, n = 1 (95%)", "x", 2), Column("than the best of no higher cost (95%)", "x", 2)),
+        *(*_SHARES, *_ODDITIES, VERDICT),
+    )
+    several = len({run.results.settings.perturb for run in runs}) > 1
+    rows = []
+    for run in sorted(runs, key=lambda run: run.results.settings.perturb or ""):
+        found, steps = run.results, run.results.steps
+        single, best = run.rival("open loop, n = 1"), run.rival("open loop of no higher cost")
+        stats = found.rsd_stats
         rows.append(
             (
-                *(name, Measured(run.final_success_rate, run.final_success_interval, run.total_episodes), run.errors),
-                *(ms, "replayed" if cost and cost.replayed else None, _speedup(cost.speedup) if cost else None),
-                *(times.get("p50"), times.get("p95"), run.queries),
-                *(run.full_queries / run.queries if run.queries else None, run.actions_per_query),
+                *(condition(found.settings.perturb) if several else None, run.label if several else run.name),
+                *(found.total_episodes, found.errors or None),
+                Measured(found.final_success_rate, found.final_success_interval),
+                *(Measured(run.reached, run.reached_interval), run.mean_steps),
+                *(found.full_queries / steps if steps else None, found.checks / steps if steps else None),
+                *(run.cost if price.unit == "ms" else None, found.avg_inference_time_ms),
+                *(_times(single.versus.speedup) if single else None, _times(best.versus.speedup) if best else None),
                 *(stats.draft_acceptance_rate, stats.partial_acceptance_rate, stats.full_rejection_rate),
-                *(moved(run), run.steps_per_second),
+                *(found.unusable_drafts or None, found.clipped_steps or None, _verdict(run)),
             )
         )
-    return _without_empty(Table(title, columns, tuple(rows), SHARES))
+    note = (
+        f"Cost: {price.told}. Mean steps: to success, a failure or a later success counting as all of them. Measured: "
+        "policy time of a run with one worker. Accepted, partial, rejected: of the checks. Verdict: success within the "
+        "steps beside the best run of open loop of no higher cost, as declared below."
+    )
+    return _without_empty(Table("", columns, tuple(rows), note, grouped=several))
+
+
+def _verdict(run: Run) -> str | None:
+    if run.open_loop or run.results.settings.mode == "shadow":
+        return None
+    if run.alone is not None:
+        return "not compared"
+    best = run.rival("open loop of no higher cost")
+    return "no open loop costs as little" if best is None else f"{best.verdict} (p = {best.p:.2g})"
+
+
+def _times(found: SpeedUp | None) -> Measured | None:
+    return None if found is None else Measured(found.value, found.interval)
 
 
 def _without_empty(table: Table) -> Table:
     """Without columns that have no value in any row."""
     kept = [i for i in range(len(table.columns)) if any(_told(row[i]) for row in table.rows)]
     rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
-    return Table(table.title, tuple(table.columns[i] for i in kept), rows, table.note if rows else "")
+    columns = tuple(table.columns[i] for i in kept)
+    return Table(table.title, columns, rows, table.note if rows else "", grouped=table.grouped)
 
 
 def _told(value: Value) -> bool:
     return value is not None and not (isinstance(value, Measured) and value.value is None)
 
 
-def targets_table(runs: Sequence[Run]) -> Table:
-    """What each run says about the targets."""
-    rows = [
-        (
-            run.name,
-            f"{target.what} > {target.bound}",
-            Measured(target.value, target.interval, unit=target.unit),
-            f"{target.verdict}: {target.reason}" if target.reason else target.verdict,
-        )
-        for run in runs
-        for target in run.targets
-    ]
-    columns = (Column("run"), Column("target"), Column("measured (95%)", "%"), VERDICT)
-    return Table("", columns, tuple(rows), grouped=True)
+_PAIRED = (
+    *(
+        Column("pairs", rank=2),
+        Column("left out", rank=5),
+        Column("points (95%)", "points"),
+        Column("gained"),
+        Column("lost"),
+    ),
+)
+_SOFTER = (
+    *(
+        Column("difference", "verdict"),
+        Column("smallest provable loss", rank=4),
+        Column("mean steps before", "steps", 3),
+    ),
+    *(Column("after", "steps", 3), Column("p", "p", 3), Column("times less cost (95%)", "x", 1)),
+)
 
 
-def comparisons_table(runs: Sequence[Run]) -> Table:
-    """Every run against its baseline, or why not, and those of mode rsd against their control."""
-    told = [(run.name, run.baseline, run.versus, run.alone) for run in runs if run.versus or run.alone]
-    told += [(run.name, run.control, run.versus_control, None) for run in runs if run.versus_control]
-    return comparison_table(told)
-
-
-def comparison_table(told: Sequence[tuple[str, str | None, Comparison | None, str | None]]) -> Table:
-    """(run, the run that it is set against, their comparison, else why there is none)."""
+def rivals_table(runs: Sequence[Run]) -> Table:
+    """Every run that checks beside its rivals, or why not."""
     columns = (
-        *(Column("run"), Column("against"), Column("pairs", rank=2), Column("left out", rank=5)),
-        *(Column("success, points", "points", 1), Column("gained"), Column("lost"), Column("McNemar p", "p")),
-        *(Column("difference", "verdict"), Column("smallest provable loss", rank=4)),
-        *(Column("ms before", "ms", 6), Column("ms after", "ms", 6), Column("speed-up (95%)", "x")),
-        Column("note", rank=3),
+        *(Column("run"), Column("against"), *_PAIRED, Column("p, Holm", "p"), Column("by task, Holm", "p")),
+        *(*_SOFTER, Column("note", rank=3)),
     )
+    rows: list[Row] = []
+    for run in runs:
+        for one in run.against:
+            before, after = _paired(one.versus)
+            control = " (p not adjusted)" if one.rival == "random acceptance" else ""
+            against = f"{one.rival}: {one.versus.names[0]}{control}"
+            rows.append((run.name, against, *before, one.p, one.by_task_p, one.verdict, *after, _note(one.versus)))
+        if run.alone is not None:
+            rows.append((run.name, None, *[None] * (len(columns) - 3), f"not compared: {run.alone}"))
+    return _without_empty(Table("Against open loop", columns, tuple(rows), RULE, grouped=True))
+
+
+def comparison_table(found: Comparison) -> Table:
+    """`rsd-trt compare`."""
+    columns = (
+        *(Column("run"), Column("against"), *_PAIRED, Column("McNemar p", "p"), Column("by task", "p")),
+        *(*_SOFTER, Column("note", rank=3)),
+    )
+    before, after = _paired(found)
+    row = (*reversed(found.names), *before, found.mcnemar.p, found.by_task_p, found.difference, *after, _note(found))
     note = (
-        "Over the initial states that both runs ended without an error. Success: the difference. "
-        "Smallest provable loss: the fewest episodes lost, none gained, that McNemar's exact test could show. "
-        "Speed-up: of policy time per action, bootstrapped over episodes."
+        f"Success within {found.within} steps, over the initial states that both runs ended without an error. Smallest "
+        "provable loss: the fewest episodes lost, none gained, that McNemar's exact test could show. Cost: "
+        f"{found.cost_unit} per action."
     )
-    return _without_empty(Table("Against the baseline", columns, tuple(_compared(*one) for one in told), note))
+    return _without_empty(Table("", columns, (row,), note))
 
 
-def _compared(name: str, other: str | None, versus: Comparison | None, alone: str | None) -> Row:
-    if versus is None:
-        return (name, other, *[None] * 11, f"not compared: {alone}")
-    test, (before, after) = versus.mcnemar, versus.ms_per_action or (None, None)
-    notes = [f"no speed-up: {versus.no_speedup}"] if versus.speedup is None else []
-    notes += ["replayed"] if versus.speedup is not None and versus.speedup.replayed else []
-    notes += [f"other hardware: {'; '.join(versus.other_hardware)}"] if versus.other_hardware else []
-    return (
-        *(name, other, versus.pairs, versus.left_out, versus.success_points, test.gained, test.lost, test.p),
-        *(versus.difference, versus.provable_loss, before, after, _speedup(versus.speedup), "; ".join(notes) or None),
-    )
+def _paired(found: Comparison) -> tuple[Row, Row]:
+    """The cells before the tests, and those after the verdict."""
+    test, points = found.mcnemar, Measured(found.points, found.points_interval)
+    before = (found.pairs, found.left_out, points, test.gained, test.lost)
+    return before, (found.provable_loss, *found.steps, found.steps_p, _times(found.speedup))
 
 
-def _speedup(found: SpeedUp | None) -> Measured | None:
-    return None if found is None else Measured(found.value, found.interval)
-
-
-def same_cost_table(found: Tradeoff) -> Table:
-    """Every run that is no baseline against the baseline that costs the same."""
-    columns = (
-        *(Column("run"), Column("the dearer baseline"), Column("its share", "%"), Column("the cheaper one")),
-        *(Column("pairs"), Column("success of the baseline", "%"), Column("of the run", "%")),
-        *(Column("sign-flip p", "p"), VERDICT),
-    )
-    rows = []
-    for row in found.same_cost:
-        dearer, cheaper = (*row.neighbours, None, None)[:2]
-        names = (dearer.run if dearer else None, dearer.share if dearer else None, cheaper.run if cheaper else None)
-        rows.append((row.run, *names, row.pairs, *(row.success or (None, None)), row.p, row.verdict))
-    return Table("Against the baseline that costs the same", columns, tuple(rows), RULE)
+def _note(found: Comparison) -> str | None:
+    return f"other hardware: {'; '.join(found.other_hardware)}" if found.other_hardware else None
 
 
 def suites_table(runs: Sequence[Run]) -> Table:
@@ -182,35 +216,44 @@ def phases_table(runs: Sequence[Run]) -> Table:
 
 
 def agreement_tables(runs: Sequence[Run]) -> tuple[Table, ...]:
-    """Of the shadow-mode runs: by dimension, by step ahead; of all runs with a draft: by RFSQ layer; decisions."""
+    """Of the shadow-mode runs: by dimension, by step ahead, by RFSQ layer, and decisions."""
     head = (Column("draft agrees", "%"), Column("main head agrees", "%"), Column("median gap", "error"))
-    layer_columns = (Column("run"), Column("layer"), Column("equal", "%"), Column("by chance", "%"), VERDICT)
-    decision_columns = (
-        *(Column("run"), Column("accepted rightly"), Column("accepted wrongly")),
-        *(Column("rejected rightly"), Column("rejected wrongly"), Column("wrong of the accepted", "%")),
-    )
     dimensions: list[Row] = []
     steps: list[Row] = []
     layers: list[Row] = []
     decisions: list[Row] = []
     for run in runs:
-        found, judged = run.breakdown, run.results.judgements
+        found = run.breakdown
         if found.by_dimension is not None and found.by_step is not None:
             dimensions += _agreement(run.name, ACTION_NAMES, found.by_dimension)
             steps += _agreement(run.name, [str(i + 1) for i in range(len(found.by_step.n))], found.by_step)
         layers += [(run.name, f"L{i}", one.equal, one.chance, one.verdict) for i, one in enumerate(found.layers)]
-        if judged:
-            right, wrong = judged.get("true_accept", 0), judged.get("false_accept", 0)
-            rejected = (judged.get("true_reject", 0), judged.get("false_reject", 0))
-            share = wrong / (right + wrong) if right + wrong else None
-            decisions.append((run.name, right, wrong, *rejected, share))
-    by_dimension = (Column("run"), Column("dimension"), *head, Column("steps"))
-    by_step = (Column("run"), Column("step"), *head, Column("queries"))
+        if (judged := found.decisions) is not None:
+            quiet, other = judged.true_accept + judged.false_reject, judged.true_reject + judged.false_accept
+            shares = (judged.false_reject / quiet if quiet else None, judged.false_accept / other if other else None)
+            counts = (judged.true_accept, judged.false_accept, judged.true_reject, judged.false_reject)
+            decisions.append((run.name, *counts, *shares))
+    columns = (
+        *(Column("run"), Column("accepted rightly"), Column("accepted wrongly"), Column("rejected rightly")),
+        *(Column("rejected wrongly"), Column("false rejects", "%"), Column("false accepts", "%")),
+    )
+    note = "False rejects: of the checks that main's new chunk confirms. False accepts: of the others."
+    of_layers = (Column("run"), Column("layer"), Column("equal", "%"), Column("by chance", "%"), VERDICT)
     return (
-        Table("Agreement by dimension", by_dimension, tuple(dimensions), grouped=True),
-        Table("Agreement by step ahead", by_step, tuple(steps), grouped=True),
-        Table("Equal tokens of draft and main head", layer_columns, tuple(layers), grouped=True),
-        Table("Decisions, judged by the main head", decision_columns, tuple(decisions)),
+        Table("Decisions, judged by main's new chunk", columns, tuple(decisions), note if decisions else ""),
+        Table(
+            "Agreement by dimension",
+            (Column("run"), Column("dimension"), *head, Column("steps")),
+            tuple(dimensions),
+            grouped=True,
+        ),
+        Table(
+            "Agreement by step ahead",
+            (Column("run"), Column("step"), *head, Column("checks")),
+            tuple(steps),
+            grouped=True,
+        ),
+        Table("Equal tokens of draft and main head", of_layers, tuple(layers), grouped=True),
     )
 
 
@@ -219,7 +262,7 @@ def _agreement(name: str, what: Sequence[str], found: Agreement) -> list[Row]:
 
 
 def actions_table(runs: Sequence[Run]) -> Table:
-    """Executed actions beside the training data's."""
+    """Executed actions that are odd beside the training data's."""
     columns = (
         *(Column("run"), Column("dimension"), Column("min", "signed"), Column("mean", "signed")),
         *(Column("max", "signed"), Column("training 1%", "signed"), Column("training 99%", "signed")),
@@ -232,6 +275,7 @@ def actions_table(runs: Sequence[Run]) -> Table:
         )
         for run in runs
         for one in run.breakdown.actions
+        if one.verdict.startswith("odd")
     )
     return Table("Executed actions, environment units", columns, rows, grouped=True)
 
@@ -314,21 +358,25 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def calibration_table(found: Calibration) -> Table:
-    """`rsd-trt calibrate`: acceptance against false accepts on the held-out episodes."""
+    """`rsd-trt calibrate`: false rejects, false accepts and acceptance on the held-out episodes."""
     columns = (
-        *(Column(""), Column("alpha", "p"), Column("accepted (95%)", "%"), Column("accepted wrongly (95%)", "%")),
-        Column("tolerance by dimension", rank=1),
+        *(Column(""), Column("alpha", "p"), Column("accepted (95%)", "%"), Column("rejected wrongly (95%)", "%")),
+        *(Column("accepted wrongly (95%)", "%"), Column("threshold", rank=1)),
     )
     rows = [("before", found.before), ("chosen", found.chosen), *(("", other) for other in found.curve)]
     return Table(
-        f"On {found.episodes[2]} held-out episodes",
+        f"{found.chosen.rsd.rule}, on {found.episodes[1]} held-out episodes",
         columns,
         tuple(
             (
                 *(name, row.alpha, Measured(row.acceptance, row.acceptance_interval)),
+                Measured(row.false_rejects, row.false_rejects_interval),
                 Measured(row.false_accepts, row.false_accepts_interval),
-                " ".join(f"{x:.3f}" for x in row.tolerance),
+                f"{row.rsd.threshold or 0:.3f}"
+                if row.rsd.rule == "likelihood"
+                else " ".join(f"{x:.3f}" for x in row.rsd.tolerance),
             )
             for name, row in rows
         ),
+        "Wrongly: a check is right where main's new chunk confirms the steps that it would commit.",
     )

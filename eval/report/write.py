@@ -1,5 +1,5 @@
-"""A report on one or more runs: `performance_comparison.json`, `report.md` and `report.html`, and `tradeoff.png` where
-the runs make a curve of success against cost.
+"""A report on one or more runs: `performance_comparison.json`, `report.md` and `report.html`, and `frontier.png` where
+the cost of some run is known.
 
 The same results files give the same bytes.
 """
@@ -17,20 +17,17 @@ from typing import Annotated
 from rsd_trt import __version__
 from rsd_trt.errors import UserError
 from rsd_trt.eval.plots import check_plots
-from rsd_trt.eval.profile.replay_record import read_replay
 from rsd_trt.eval.report.breakdown import Breakdown
-from rsd_trt.eval.report.compare import Comparison, figures
+from rsd_trt.eval.report.charts import frontier_png
+from rsd_trt.eval.report.cost import Price, cannot_save_time
 from rsd_trt.eval.report.page import check_templates, make_page, render
-from rsd_trt.eval.report.runs import Run, read_runs
-from rsd_trt.eval.report.targets import Target
-from rsd_trt.eval.report.tradeoff import Tradeoff, tradeoff
-from rsd_trt.eval.report.tradeoff_chart import tradeoff_png
-from rsd_trt.eval.results import Settings, TaskResult, Throughput
+from rsd_trt.eval.report.runs import Against, Run, read_runs
+from rsd_trt.eval.results import RsdStats, Settings, TaskResult, Throughput
 from rsd_trt.eval.statistics import Interval
 from rsd_trt.files import replacing
 from rsd_trt.records import to_json
 
-COMPARISON_VERSION = 2
+COMPARISON_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -40,17 +37,26 @@ class RunSummary:
     name: str
     file: str
     settings: Settings
-    figures: dict[str, float | None]
-    final_success_interval: Annotated[Interval | None, "95%, Wilson's score"]
+    episodes: int
+    errors: int
+    success_rate: float | None
+    success_interval: Annotated[Interval | None, "95%, Wilson's score"]
+    within: Annotated[int, "steps of the endpoint"]
+    reached_rate: Annotated[float | None, "of success within so many steps"]
+    reached_interval: Annotated[Interval | None, "95%, Wilson's score"]
+    mean_steps: Annotated[float | None, "to success, restricted to so many steps"]
+    actions: int
+    checks: int
+    full_queries: int
+    unusable_drafts: int
+    clipped_steps: int
+    cost_per_action: Annotated[float | None, "in the price's unit"]
+    measured_ms_per_action: Annotated[float | None, "policy time of a run with one worker"]
+    rsd_stats: RsdStats
+    against: tuple[Against, ...]
+    alone: Annotated[str | None, "why it is set against no run of open loop"]
     task_results: tuple[TaskResult, ...]
     throughput: Throughput | None
-    throughput_only: Annotated[bool, "another run of its kind asked for more, or for the same on other workers"]
-    targets: tuple[Target, ...]
-    baseline: Annotated[str | None, "the name of the run that it is compared with"]
-    comparison: Comparison | None
-    not_compared: Annotated[str | None, "why it is compared with none"]
-    control: Annotated[str | None, "rsd: the name of the run of mode random that it is compared with, too"]
-    control_comparison: Comparison | None
     breakdown: Breakdown
     command: str
 
@@ -59,8 +65,9 @@ class RunSummary:
 class PerformanceComparison:
     """`performance_comparison.json`: what the report says, for programs."""
 
+    notice: Annotated[str | None, "that a draft cannot save time"]
+    price: Price
     runs: tuple[RunSummary, ...]
-    tradeoff: Tradeoff
     command: str
     rsd_trt: Annotated[str, "version"] = __version__
     schema_version: int = COMPARISON_VERSION
@@ -75,28 +82,31 @@ class Written:
     runs: tuple[Run, ...]
 
 
-def write_report(paths: Sequence[Path], out: Path, command: str, replay: Path | None = None) -> Written:
-    """Reads results files, and the replay of those without times, and writes the report into `out`. Its files are
-    replaced together once all of them are on the disk; other files in `out` stay.
+def write_report(
+    paths: Sequence[Path], out: Path, command: str, profile: Path | None = None, within: int | None = None
+) -> Written:
+    """Reads results files and writes the report into `out`. Its files are replaced together once all of them are on the
+    disk; other files in `out` stay.
+
+    profile: `profile.json`, whose costs price the runs' counts. within: steps of the endpoint, if not the suite's.
 
     Raises:
-        UserError: a results file or the replay cannot be used, `out` cannot be written, or jinja2 or matplotlib is not
-            installed.
+        UserError: a results file or the profile cannot be used, `out` cannot be written, or jinja2 or matplotlib is
+            not installed.
     """
     check_plots()
     check_templates()
-    record = read_replay(replay) if replay is not None else None
-    runs = read_runs(paths, record)
-    found = tradeoff([run for run in runs if not run.throughput_only], record)
-    comparison = PerformanceComparison(tuple(map(_summary, runs)), found, command)
-    page = make_page(runs, found, command)
+    price, runs = read_runs(paths, profile, within)
+    notice = cannot_save_time([run.results for run in runs])
+    comparison = PerformanceComparison(notice, price, tuple(map(_summary, runs)), command)
+    page = make_page(runs, price, command)
     texts = {
         "performance_comparison.json": (json.dumps(to_json(comparison), indent=1) + "\n").encode(),
         "report.md": render("report.md.jinja", page).encode(),
         "report.html": render("report.html.jinja", page).encode(),
     }
-    if page.picture is not None:
-        texts[page.picture] = tradeoff_png(found)
+    if page.picture is not None and (picture := frontier_png(runs, price)) is not None:
+        texts[page.picture] = picture
     try:
         with contextlib.ExitStack() as stack:
             for name, text in texts.items():
@@ -106,25 +116,35 @@ def write_report(paths: Sequence[Path], out: Path, command: str, replay: Path | 
                     os.fsync(stream.fileno())
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
-    return Written(tuple(out / name for name in texts), comparison, runs)
+    return Written(tuple(out / name for name in texts), comparison, tuple(runs))
 
 
 def _summary(run: Run) -> RunSummary:
+    found = run.results
     return RunSummary(
         name=run.name,
         file=str(run.path),
-        settings=run.results.settings,
-        figures=figures(run.results),
-        final_success_interval=run.results.final_success_interval,
-        task_results=run.results.task_results,
-        throughput=run.results.throughput,
-        throughput_only=run.throughput_only,
-        targets=run.targets,
-        baseline=run.baseline,
-        comparison=run.versus,
-        not_compared=run.alone,
-        control=run.control,
-        control_comparison=run.versus_control,
+        settings=found.settings,
+        episodes=found.total_episodes,
+        errors=found.errors,
+        success_rate=found.final_success_rate,
+        success_interval=found.final_success_interval,
+        within=run.endpoint.within,
+        reached_rate=run.reached,
+        reached_interval=run.reached_interval,
+        mean_steps=run.mean_steps,
+        actions=found.steps,
+        checks=found.checks,
+        full_queries=found.full_queries,
+        unusable_drafts=found.unusable_drafts,
+        clipped_steps=found.clipped_steps,
+        cost_per_action=run.cost,
+        measured_ms_per_action=found.avg_inference_time_ms,
+        rsd_stats=found.rsd_stats,
+        against=run.against,
+        alone=run.alone,
+        task_results=found.task_results,
+        throughput=found.throughput,
         breakdown=run.breakdown,
-        command=run.results.command,
+        command=found.command,
     )

@@ -20,7 +20,7 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision, BundleConfig, Precision, torch_dtype
 from rsd_trt.errors import Unavailable, UserError
 from rsd_trt.eval.verify.components import BATCHES
-from rsd_trt.eval.verify.oracle import LEVELS, Oracle, last_positions, pil_pixels, tower_features
+from rsd_trt.eval.verify.oracle import LEVELS, Oracle, pil_pixels, tower_features
 from rsd_trt.eval.verify.result import (
     INFINITE,
     BackboneParity,
@@ -30,7 +30,7 @@ from rsd_trt.eval.verify.result import (
     worst,
 )
 from rsd_trt.manifest import Batch
-from rsd_trt.models.backbone import Backbone, BackboneInputs
+from rsd_trt.models.backbone import Backbone, BackboneInputs, rope_tables
 from rsd_trt.models.components import agreeing_steps
 from rsd_trt.runtime.backends import Launcher, open_forward
 from rsd_trt.runtime.forward import Forward
@@ -62,9 +62,7 @@ class BackboneRequest:
 class Answers:
     """What a backbone and the bundle's heads give for every input, on the host, in float32."""
 
-    early: Tensor  # [n, H] after block k
-    final: Tensor  # [n, H] after block N
-    draft_tokens: Tensor  # [n, T, D, C]
+    final: Tensor  # [n, H] after block N and the final norm
     tokens: Tensor  # [n, T, D, L]
     actions: Tensor  # [n, T, A]
 
@@ -159,7 +157,7 @@ def open_reference(
     bundle: Bundle, dtype: Precision, device: torch.device, observations: Sequence[Observation]
 ) -> Generator[BackboneParity | NotMeasured, None, tuple[str, Answers]]:
     """The eager towers and blocks beside timm's and transformers'; returns the reference's name and answers."""
-    config, k = bundle.config, bundle.config.rsd.draft_block
+    config = bundle.config
     backbone = bundle.backbone(device, torch_dtype(dtype))
     preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), device, torch_dtype(dtype))
     inputs = [preprocess([observation]) for observation in observations]
@@ -168,7 +166,7 @@ def open_reference(
     except Unavailable as error:
         for component in ("towers", "language"):
             yield NotMeasured(component, "eager", dtype, "1", str(error))
-        return "eager", reference_answers(bundle, device, partial(eager_states, backbone, k), inputs)
+        return "eager", reference_answers(bundle, device, partial(eager_state, backbone), inputs)
 
     def part(component: str, whose: str, errors: tuple[float, float], limit: Limit) -> BackboneParity:
         name, exceeded = f"{whose} {dtype}", limit.exceeded(*errors)
@@ -181,56 +179,48 @@ def open_reference(
             yield part(f"towers.{i}", "timm", errors, replace(LIMITS[dtype], max_abs=INFINITE))  # of any scale
         errors = worst(language_pair(backbone, oracle, x) for x in inputs)
         yield part("language", "transformers", errors, LIMITS[dtype])
-    return ORACLE, reference_answers(bundle, device, partial(oracle_states, oracle, k), inputs)
+    return ORACLE, reference_answers(bundle, device, oracle.hidden, inputs)
 
 
-def eager_states(backbone: Backbone, k: int, inputs: BackboneInputs) -> tuple[Tensor, Tensor]:
-    """The hidden states [B, H] after block k and after block N."""
-    state = backbone.run(inputs, until=k)
-    return backbone.hidden(state), backbone.hidden(backbone.resume(state, backbone.config.language.blocks))
-
-
-def oracle_states(oracle: Oracle, k: int, inputs: BackboneInputs) -> tuple[Tensor, Tensor]:
-    """The same of the oracle."""
-    stream = oracle.embed(inputs)
-    states, rows = oracle.states(stream), torch.arange(len(stream), device=stream.device)
-    last = last_positions(inputs, stream)
-    return states[k][rows, last], states[-1][rows, last]
+def eager_state(backbone: Backbone, inputs: BackboneInputs) -> Tensor:
+    """The hidden state [B, H] after block N and the final norm."""
+    return backbone(inputs)
 
 
 def language_pair(backbone: Backbone, oracle: Oracle, inputs: BackboneInputs) -> tuple[Tensor, Tensor]:
     """Every position after the last block and the final norm, of the same embedded sequence."""
-    state = backbone.embed(inputs)
-    stream = backbone.resume(state, backbone.config.language.blocks).stream
-    return backbone.llama.norm(stream).flatten(1), oracle.states(state.stream)[-1].flatten(1)
+    stream, _ = backbone.embed(inputs)
+    expected = oracle.states(stream)[-1].flatten(1)
+    rope = rope_tables(backbone.config.language, stream)
+    for block in backbone.llama.layers:
+        stream = block(stream, rope)
+    return backbone.llama.norm(stream).flatten(1), expected
 
 
 def reference_answers(
     bundle: Bundle,
     device: torch.device,
-    states: Callable[[BackboneInputs], tuple[Tensor, Tensor]],
+    state: Callable[[BackboneInputs], Tensor],
     inputs: Sequence[BackboneInputs],
 ) -> Answers:
-    """What the bundle's heads make of hidden states, an input at a time."""
-    read = open_heads(bundle, device)
+    """What the bundle's head makes of hidden states, an input at a time."""
+    read = open_head(bundle, device)
     with torch.inference_mode():
-        return joined([read(*states(x)) for x in inputs])
+        return joined([read(state(x)) for x in inputs])
 
 
-def open_heads(bundle: Bundle, device: torch.device) -> Callable[[Tensor, Tensor], Answers]:
-    """What gives the answers of the bundle's heads, in eager float32, to hidden states [B, H] after block k and N."""
-    launcher = Launcher(bundle, "torch", device)
-    propose, predict = launcher.open("propose", "dynamic"), launcher.open("predict", "dynamic")
-    tolerance = torch.tensor(bundle.config.rsd.tolerance, device=device)
+def open_head(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Answers]:
+    """What gives the answers of the bundle's head, in eager float32, to hidden states [B, H]."""
+    config, dims = bundle.config, bundle.config.dims
+    predict = Launcher(bundle, "torch", device).open("predict", "dynamic")
 
-    def read(early: Tensor, final: Tensor) -> Answers:
-        early, final = early.float(), final.float()
-        draft = propose.run({"hidden": early})
-        given = {"hidden": final, "coarse_actions": draft["actions"], "tolerance": tolerance}
-        if bundle.config.head.kind == "conditioned":
-            given["condition"] = draft["tokens"]
+    def read(final: Tensor) -> Answers:
+        final, count = final.float(), len(final)
+        given = {"hidden": final}
+        if config.head.kind == "conditioned":  # as in a query that is due
+            given["condition"] = torch.zeros(count, dims.T, dims.D, dims.C, dtype=torch.int64, device=device)
         chunk = predict.run(given)
-        return Answers(early, final, draft["tokens"], chunk["tokens"], chunk["actions"])
+        return Answers(final, chunk["tokens"], chunk["actions"])
 
     return read
 
@@ -241,12 +231,8 @@ def fast_answers(forward: Forward, observations: Sequence[Observation], batch: i
     with torch.inference_mode():
         for start in range(0, len(observations), batch):
             seen = observations[start : start + batch]
-            forward.early(seen)
-            draft = torch.tensor(forward.draft().tokens)
-            forward.late(range(len(seen)))
-            main = forward.main()
-            early, final = (state.float().clone() for state in forward.hidden())
-            parts.append(Answers(early, final, draft, torch.tensor(main.tokens), torch.tensor(main.actions)))
+            main = forward.full(seen)
+            parts.append(Answers(forward.hidden.clone(), torch.tensor(main.tokens), torch.tensor(main.actions)))
     return joined(parts)
 
 
@@ -267,7 +253,6 @@ def whole_parity(
 ) -> BackboneParity:
     """A way of running the whole backbone beside a reference."""
     max_abs, cosine = worst([(found.final, expected.final)])
-    early_max_abs, early_cosine = worst([(found.early, expected.early)])
     error = (found.actions - expected.actions).abs()
     return BackboneParity(
         component="backbone",
@@ -278,14 +263,11 @@ def whole_parity(
         inputs=len(expected.final),
         max_abs=max_abs,
         cosine=cosine,
-        early_max_abs=early_max_abs,
-        early_cosine=early_cosine,
-        draft_token_mismatch=token_mismatch(found.draft_tokens, expected.draft_tokens),
         token_mismatch=token_mismatch(found.tokens, expected.tokens),
         action_max_abs=float(error.max()),
         action_mean_abs=float(error.mean()),
         steps_beyond_tolerance=steps_beyond_tolerance(found, expected, config),
-        exceeded=limit.exceeded(max_abs, cosine, early_cosine),
+        exceeded=limit.exceeded(max_abs, cosine),
     )
 
 

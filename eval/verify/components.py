@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import COMPONENTS, DEFAULT_ENGINES, Backend, Component, Precision
+from rsd_trt.config import COMPONENTS, DEFAULT_ENGINES, Backend, Component, Precision, RsdConfig
 from rsd_trt.errors import Unavailable, UserError
 from rsd_trt.eval.verify.inputs import Case, clone, hidden_states, make_case
 from rsd_trt.eval.verify.result import NotMeasured, Parity
@@ -23,7 +23,7 @@ from rsd_trt.models.signature import BATCH
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.forward import on_host
 from rsd_trt.runtime.session import Session, Tensors
-from rsd_trt.runtime.speculate import agreeing_prefix, agreeing_steps, agreeing_token_steps
+from rsd_trt.runtime.speculate import Check, rule_of
 
 LEAST_INPUTS = 64  # fewer prove little
 BATCHES: dict[Batch, int] = {"1": 1, "dynamic": 16}  # how many inputs each variant is given at a time
@@ -79,9 +79,8 @@ def verify(bundle: Bundle, request: VerifyRequest) -> Iterator[Parity | NotMeasu
     """
     device, precision = request.device, request.precision
     references = Launcher(bundle, "torch", device)
-    case = make_case(references, *hidden_states(bundle, request.inputs, request.hidden, device))
-    for component in COMPONENTS:
-        inputs = case.inputs[component]
+    case = make_case(references, hidden_states(bundle, request.inputs, request.hidden, device))
+    for component, inputs in case.inputs.items():
         expected = run_batches(references.open(component, "dynamic"), inputs, request.inputs)
         for backend in request.backends:
             launcher = Launcher(bundle, backend, device, precision, request.engines)
@@ -93,9 +92,9 @@ def verify(bundle: Bundle, request: VerifyRequest) -> Iterator[Parity | NotMeasu
                     yield NotMeasured(component, backend, precision, variant, str(error), failed)
                     continue
                 found = run_batches(session, inputs, batch)
-                result = parity(component, backend, precision, variant, case, expected, found)
+                result = parity(component, backend, precision, variant, bundle.config.rsd, case, expected, found)
                 if "finite" in found and not flags_nan(session, inputs, batch):
-                    result = replace(result, exceeded=(*result.exceeded, "a NaN in a hidden state is not flagged"))
+                    result = replace(result, exceeded=(*result.exceeded, "a NaN in its input is not flagged"))
                 yield result
 
 
@@ -111,10 +110,11 @@ def run_batches(session: Session, inputs: Tensors, batch: int) -> dict[str, Tens
 
 
 def flags_nan(session: Session, inputs: Tensors, batch: int) -> bool:
-    """Whether the session says, by `finite`, which input has a NaN in its hidden state: the robot's safety stop."""
-    hidden = inputs["hidden"].clone()
-    hidden[0, 0] = torch.nan
-    finite = run_batches(session, {**inputs, "hidden": hidden}, batch)["finite"]
+    """Whether the session says, by `finite`, which input has a NaN in it: the robot's safety stop."""
+    name = "hidden" if "hidden" in inputs else "instruction"
+    broken = inputs[name].clone()
+    broken[0, 0] = torch.nan
+    finite = run_batches(session, {**inputs, name: broken}, batch)["finite"]
     return not bool(finite[0]) and bool(finite[1:].all())
 
 
@@ -123,6 +123,7 @@ def parity(
     backend: str,
     precision: Precision,
     batch: Batch,
+    rsd: RsdConfig,
     case: Case,
     expected: Tensors,
     found: Tensors,
@@ -132,18 +133,20 @@ def parity(
     main = "logits" if "logits" in expected else "actions"
     error = (found[main] - expected[main]).abs().flatten()
     mismatch = _token_mismatch(expected, found)
-    decisions = _decision_mismatch(component, case, expected, found)
+    decisions = _decision_mismatch(component, case, expected, found, rsd)
     checks = {
         "token mismatch": (max(mismatch or (0.0,)), tolerance.tokens),
         "decision mismatch": (decisions or 0.0, tolerance.decisions),
     }
-    if main == "logits":
+    by_step: Tensor | None = None
+    if "logits" in expected:
         checks["logits"] = (float(error.max() / expected["logits"].std()), tolerance.logits)
-    else:
+    if "actions" in expected:
         by_step = (found["actions"] - expected["actions"]).abs().amax(-1)  # [B, T]
+        alike = by_step
         if "tokens" in expected:
-            by_step = by_step[(expected["tokens"] == found["tokens"]).all(3).all(2)]
-        checks["actions of equal tokens"] = (float(by_step.max()) if by_step.numel() else 0.0, tolerance.actions)
+            alike = by_step[(expected["tokens"] == found["tokens"]).all(3).all(2)]
+        checks["actions of equal tokens"] = (float(alike.max()) if alike.numel() else 0.0, tolerance.actions)
     if "finite" in expected:
         checks["finite flags"] = (float((expected["finite"] != found["finite"]).float().mean()), 0.0)
     if not all(bool(torch.isfinite(x).all()) for x in found.values() if x.is_floating_point()):
@@ -160,7 +163,7 @@ def parity(
         cosine=float(torch.cosine_similarity(found[main].double().flatten(), expected[main].double().flatten(), dim=0)),
         token_mismatch=mismatch,
         decision_mismatch=decisions,
-        action_max_abs=float(error.max()) if main == "actions" else None,
+        action_max_abs=None if by_step is None else float(by_step.max()),
         exceeded=tuple(f"{name} {value:.2g} > {limit:g}" for name, (value, limit) in checks.items() if value > limit),
     )
 
@@ -176,19 +179,21 @@ def _token_mismatch(expected: Tensors, found: Tensors) -> tuple[float, ...] | No
     return None
 
 
-def _decision_mismatch(component: Component, case: Case, expected: Tensors, found: Tensors) -> float | None:
-    """Share of inputs whose accepted prefix differs: `predict` decides itself, `propose` beside `case.chunks`."""
-    if component not in ("propose", "predict"):
+def _decision_mismatch(
+    component: Component, case: Case, expected: Tensors, found: Tensors, rsd: RsdConfig
+) -> float | None:
+    """Share of inputs of which the bundle's rule accepts another number of steps of `case`'s chunks."""
+    if component != "propose":
         return None
-    prefixes = []
-    for outputs in (expected, found):
-        if case.token_share is not None:
-            other = case.chunk_tokens if component == "propose" else case.draft_tokens
-            coarse = outputs["tokens"][..., : other.shape[-1]]
-            steps = agreeing_token_steps(on_host(other), on_host(coarse), case.token_share)
-        elif component == "propose":
-            steps = agreeing_steps(*(on_host(x) for x in (outputs["actions"], case.chunks, case.tolerance)))
-        else:
-            steps = on_host(outputs["agreement"])
-        prefixes.append(agreeing_prefix(steps))
-    return float((prefixes[0] != prefixes[1]).mean())
+    rule = rule_of(rsd)
+    actions, tokens = on_host({"actions": case.actions, "tokens": case.tokens}, len(case.actions)).values()
+
+    def accepted(outputs: Tensors, i: int) -> int:
+        guess = {name: value[i].cpu().numpy() for name, value in outputs.items()}
+        steps, depth = guess["tokens"].shape[:2]
+        logits = guess["logits"].reshape(steps, depth, -1)
+        check = Check(actions[i], tokens[i], guess["actions"], guess["tokens"], logits, steps, age=0, query=(i,))
+        return rule(check).steps
+
+    different = [accepted(expected, i) != accepted(found, i) for i in range(len(actions))]
+    return sum(different) / len(different)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from rsd_trt.bundle import HIDDEN_STATES, Bundle
-from rsd_trt.config import PROPRIO_DIM, Component, ControlConfig
+from rsd_trt.config import ARM_DIMS, COMPONENTS, PROPRIO_DIM, Component, ControlConfig
 from rsd_trt.errors import UserError
+from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.observation import Observation
 
-EDGE = 1.2  # coarse actions differ from the chunk by up to this many tolerances, so that agreement is a close call
+EDGE = 1.2  # a chunk differs from the guess by up to this many tolerances, so that agreement is a close call
 TRIALS = 5  # of each task
 INSTRUCTIONS = (  # two, as every length of prompt is captured and compiled for itself
     "pick up the bowl",
@@ -24,77 +25,87 @@ INSTRUCTIONS = (  # two, as every length of prompt is captured and compiled for 
 )
 
 
-def hidden_states(bundle: Bundle, count: int, file: Path | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hidden states [count, H] after block k and after block N: recorded ones if there are any, else seeded.
+def hidden_states(bundle: Bundle, count: int, file: Path | None, device: torch.device) -> Tensor:
+    """The backbone's hidden states [count, H]: recorded ones if there are any, else seeded.
 
     Raises:
         UserError: the file lacks them, or holds too few or of another width.
     """
     recorded = file or bundle.path / HIDDEN_STATES
     if file is None and not recorded.is_file():
-        generator = torch.Generator().manual_seed(0)
-        seeded = torch.randn(2, count, bundle.config.hidden, generator=generator).to(device)
-        return seeded[0], seeded[1]
+        return torch.randn(count, bundle.config.hidden, generator=torch.Generator().manual_seed(0)).to(device)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        states = load_file(recorded)
+        state = load_file(recorded).get("hidden")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{recorded} cannot be read as safetensors: {error}") from None
-    found = []
-    for name in ("prefix", "final"):
-        state = states.get(name)
-        if state is None or state.dim() != 2 or state.shape[1] != bundle.config.hidden or len(state) < count:
-            size = "nothing" if state is None else list(state.shape)
-            raise UserError(f"{recorded} has {size} as {name!r}, not [>= {count}, {bundle.config.hidden}]")
-        spread = torch.linspace(0, len(state) - 1, count).long()  # neighbouring queries are nearly alike
-        found.append(state[spread].float().to(device))
-    return found[0], found[1]
+    if state is None or state.dim() != 2 or state.shape[1] != bundle.config.hidden or len(state) < count:
+        size = "nothing" if state is None else list(state.shape)
+        raise UserError(f"{recorded} has {size} as 'hidden', not [>= {count}, {bundle.config.hidden}]")
+    spread = torch.linspace(0, len(state) - 1, count).long()  # neighbouring queries are nearly alike
+    return state[spread].float().to(device)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the components are given, and what their answers are judged beside."""
+    """What the components are given, and the chunks that a guess is judged beside."""
 
     inputs: dict[Component, dict[str, Tensor]]
-    chunks: Tensor  # [n, T, A], beside which the draft's actions are judged
-    tolerance: Tensor
-    draft_tokens: Tensor  # [n, T, D, C]
-    chunk_tokens: Tensor  # [n, T, D, C]
-    token_share: float | None  # with the rule `tokens`; None with the rule `actions`
+    actions: Tensor  # [n, T, A]
+    tokens: Tensor  # [n, T, D, L]
 
 
-def make_case(launcher: Launcher, early: Tensor, final: Tensor) -> Case:
-    """Inputs for every component, made by the reference. Actions to agree with lie around its own by up to EDGE
-    tolerances.
-
-    early, final: hidden states [n, H] after block k and after block N.
-    """
-    config, device, count = launcher.bundle.config, final.device, len(final)
-    tolerance = torch.tensor(config.rsd.tolerance, device=device)
-    draft = clone(launcher.open("propose", "dynamic").run({"hidden": early}))
-    zeros = torch.zeros(count, config.dims.T, config.dims.A, device=device)
-    predict: dict[str, Tensor] = {"hidden": final, "coarse_actions": zeros, "tolerance": tolerance}
-    head: dict[str, Tensor] = {"hidden": final}
+def make_case(launcher: Launcher, hidden: Tensor) -> Case:
+    """Inputs for every component, from hidden states [n, H]. The chunks lie around the draft's own guesses by up to
+    EDGE tolerances, in actions and in coarse tokens, so that some are accepted and some are not."""
+    config, device, count = launcher.bundle.config, hidden.device, len(hidden)
+    dims, rsd = config.dims, config.rsd
+    head: dict[str, Tensor] = {"hidden": hidden}
+    inputs: dict[Component, dict[str, Tensor]] = {}
+    guess: dict[str, Tensor] | None = None
+    if launcher.bundle.has("draft"):
+        propose = launcher.open("propose", "dynamic")
+        inputs["draft"] = inputs["propose"] = _seen(propose.signature, hidden)
+        guess = clone(propose.run(inputs["propose"]))
     if config.head.kind == "conditioned":
-        predict["condition"] = head["condition"] = draft["tokens"]
-    chunk = clone(launcher.open("predict", "dynamic").run(predict))
-    scale = torch.linspace(0, EDGE, count)[:, None, None]  # from none to EDGE tolerances: prefixes of every length
-    noise = (torch.rand(chunk["actions"].shape, generator=torch.Generator().manual_seed(1)) * 2 - 1) * scale
-    noise[..., : len(tolerance)] *= tolerance.cpu()
-    noise[..., len(tolerance) :] = 0
-    predict["coarse_actions"] = chunk["actions"] + noise.to(device)
-    inputs: dict[Component, dict[str, Tensor]] = {
-        "draft": {"hidden": early},
-        "head": head,
-        "decoder": {"tokens": chunk["tokens"]},
-        "propose": {"hidden": early},
-        "predict": predict,
-    }
-    coarse = chunk["tokens"][..., : config.dims.C]
-    share = config.rsd.token_share if config.rsd.rule == "tokens" else None
-    return Case(inputs, draft["actions"] + noise.to(device), tolerance, draft["tokens"], coarse, share)
+        zeros = torch.zeros(count, dims.T, dims.D, dims.C, dtype=torch.int64, device=device)
+        head["condition"] = zeros if guess is None else guess["tokens"]
+    chunk = clone(launcher.open("predict", "dynamic").run(head))
+    inputs |= {"head": head, "decoder": {"tokens": chunk["tokens"]}, "predict": head}
+    inputs = {component: inputs[component] for component in COMPONENTS if component in inputs}
+    if guess is None:
+        return Case(inputs, chunk["actions"], chunk["tokens"])
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.linspace(0, EDGE, count)[:, None, None]  # from none to EDGE tolerances
+    noise = (torch.rand(guess["actions"].shape, generator=generator) * 2 - 1) * scale
+    noise[..., :ARM_DIMS] *= torch.tensor(rsd.tolerance)
+    noise[..., ARM_DIMS:] = 0
+    coarse = guess["tokens"]
+    other = torch.rand(coarse.shape, generator=generator) < scale[..., None] * (1 - rsd.token_share)
+    coarse = torch.where(other.to(device), (coarse + 1) % dims.K, coarse)
+    tokens = torch.cat([coarse, chunk["tokens"][..., dims.C :]], -1)
+    return Case(inputs, guess["actions"] + noise.to(device), tokens)
+
+
+def _seen(signature: Signature, hidden: Tensor) -> dict[str, Tensor]:
+    """What a draft reads: hidden states, or as many seeded frames, states and instructions of different lengths."""
+    generator, count = torch.Generator().manual_seed(2), len(hidden)
+    seen: dict[str, Tensor] = {}
+    for port in signature.inputs:
+        shape = signature.shape(port, count)
+        if port.name == "hidden":
+            seen["hidden"] = hidden
+        elif port.dtype == "uint8":
+            seen[port.name] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        else:
+            seen[port.name] = torch.randn(shape, generator=generator)
+    if "instruction" in seen:
+        rows = seen["instruction"].shape[1]
+        real = torch.arange(count) % rows + 1  # rows behind an instruction's last are zero
+        seen["instruction"] *= (torch.arange(rows) < real[:, None])[..., None]
+    return {name: value.to(hidden.device) for name, value in seen.items()}
 
 
 def clone(outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from examples.reference_policy.demonstrate import SCENE_DIM
 from examples.reference_policy.loop import Loop, LoopSettings
 from examples.reference_policy.measure import measure
 from examples.reference_policy.targets import corrected_targets, decode_z, layer_losses, total_loss
-from rsd_trt.config import BundleConfig
+from rsd_trt.config import BundleConfig, HiddenDraftConfig
 from rsd_trt.models.backbone import Backbone, BackboneInputs
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.draft import DraftModel
@@ -46,8 +46,7 @@ class PolicySettings:
 class Outputs:
     """What one pass gives."""
 
-    draft_hidden: Tensor  # [B, H], after block k
-    hidden: Tensor  # [B, H], after block N
+    hidden: Tensor  # [B, H]
     draft: Tensor  # [B, C, T*D, K]
     head: Tensor  # [B, L, T*D, K]
 
@@ -55,27 +54,25 @@ class Outputs:
 class RsdModel(nn.Module):
     """The parts that are trained, and the auxiliary outputs that only the training uses.
 
-    `scene` tells, from either hidden state, where bowl and plate are relative to the grip site: it gives the
-    vision towers something to learn in every frame, also where the expert's action is at its limit.
+    `scene` tells, from the hidden state, where bowl and plate are relative to the grip site: it gives the vision
+    towers something to learn in every frame, also where the expert's action is at its limit.
     """
 
     def __init__(self, config: BundleConfig) -> None:
         super().__init__()
-        self.blocks, self.draft_block = config.backbone.language.blocks, config.rsd.draft_block
         self.backbone = Backbone(config.backbone)
         self.head = build_head(config.head, config.dims, config.hidden)
+        assert isinstance(config.draft, HiddenDraftConfig), "a draft with eyes of its own is trained after this"
         self.draft = DraftModel(config.draft, config.dims, config.hidden)
-        self.scene = nn.ModuleList(nn.Linear(config.hidden, SCENE_DIM) for _ in range(2))
+        self.scene = nn.Linear(config.hidden, SCENE_DIM)
         with torch.no_grad():
             self.backbone.llama.embed_tokens.weight.mul_(EMBEDDING_SCALE)
 
     def forward(self, inputs: BackboneInputs) -> Outputs:
-        state = self.backbone.run(inputs, self.draft_block)
-        draft_hidden = self.backbone.hidden(state)
-        hidden = self.backbone.hidden(self.backbone.resume(state, self.blocks))
+        hidden = self.backbone(inputs)
         with torch.autocast(hidden.device.type, enabled=False):  # the targets depend on an exact argmax
-            draft, head = self.draft(draft_hidden.float()), self.head(hidden.float())
-        return Outputs(draft_hidden, hidden, draft, head)
+            draft, head = self.draft(hidden.float()), self.head(hidden.float())
+        return Outputs(hidden, draft, head)
 
     def compile_blocks(self, enabled: bool = True) -> None:
         """Compiles each kind of block once: about as fast as compiling the whole, and done in a fraction of the
@@ -119,15 +116,15 @@ def fit_policy(
             z = codec.encoder(actions)
         with autocast(device):
             out = model(inputs)
-            scenes = [head(x) for head, x in zip(model.scene, (out.draft_hidden, out.hidden), strict=True)]
+            found = model.scene(out.hidden)
         head = layer_losses(out.head, corrected_targets(z, out.head, table), config.dims.T)
         draft = layer_losses(out.draft, corrected_targets(z, out.draft, table), config.dims.T)
         truth = batches.data.scene[index] / SCENE_UNIT
-        scene = torch.stack([nn.functional.smooth_l1_loss(x.float(), truth) for x in scenes])
-        loss = total_loss(head) + settings.draft_weight * total_loss(draft) + settings.scene_weight * scene.mean()
+        scene = nn.functional.smooth_l1_loss(found.float(), truth)
+        loss = total_loss(head) + settings.draft_weight * total_loss(draft) + settings.scene_weight * scene
         parts = {f"head_ce{i}": value for i, value in enumerate(head)}
         parts |= {f"draft_ce{i}": value for i, value in enumerate(draft)}
-        loop.update(loss, {"loss": loss, "scene_early": scene[0], "scene_late": scene[1], **parts})
+        loop.update(loss, {"loss": loss, "scene": scene, **parts})
         if loop.elapsed - measured > settings.measure_every and not ranks.rank():
             assert isinstance(loop.average, RsdModel)
             report = measure(loop.average, codec, config, batches, settings.measured, settings.batch)
@@ -170,12 +167,10 @@ def fit_draft(
     for _ in loop.steps(settings.batch):
         inputs = batches.inputs(batches.draw(settings.batch), settings.augmented)
         with torch.no_grad(), autocast(device):
-            state = model.backbone.run(inputs, model.draft_block)
-            early = model.backbone.hidden(state).float()
-            hidden = model.backbone.hidden(model.backbone.resume(state, model.blocks)).float()
+            hidden = model.backbone(inputs).float()
         with torch.no_grad():
             z = decode_z(model.head(hidden).argmax(-1), table, dims)
-        logits = model.draft(early)
+        logits = model.draft(hidden)
         losses = layer_losses(logits, corrected_targets(z, logits, table), config.dims.T)
         loss = total_loss(losses)
         loop.update(loss, {"loss": loss} | {f"draft_ce{i}": value for i, value in enumerate(losses)})

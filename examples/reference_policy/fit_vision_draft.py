@@ -31,12 +31,12 @@ from examples.reference_policy.loop import Loop, LoopSettings, read_trained
 from examples.reference_policy.measure_draft import measure_draft
 from examples.reference_policy.targets import corrected_targets, decode_z, layer_losses, total_loss
 from examples.reference_policy.train import Request, Training
-from rsd_trt.config import BundleConfig
+from rsd_trt.config import BundleConfig, VisionDraftConfig
 from rsd_trt.errors import UserError
 from rsd_trt.files import write_atomically
 from rsd_trt.models.codec import Codec
-from rsd_trt.models.vision_draft import VisionDraft, VisionDraftConfig, instruction_rows
-from rsd_trt.records import from_json
+from rsd_trt.models.vision_draft import VisionDraft, instruction_rows
+from rsd_trt.records import from_json, to_json, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,8 +144,7 @@ def fit_vision_draft(
         images, state = batches.see(index, augmented=True)
         with torch.no_grad(), autocast(device), tower_features(model) as towers:
             read = batches.read(index, images, state)
-            chain = model.backbone.run(read, model.blocks)
-            hidden = model.backbone.hidden(chain)
+            hidden = model.backbone(read)
         with torch.no_grad():
             z = decode_z(model.head(hidden.float()).argmax(-1), table, dims)
         with autocast(device):
@@ -194,11 +193,11 @@ def finish(training: Training, settings: DraftSettings) -> dict[str, object]:
     draft = student.draft.to(STORED).float().to(training.device).requires_grad_(False).eval()
     words = instructions(training.config, model, batches, settings.draft.instruction)
     report: dict[str, object] = {"steps": trained.step, "seconds": round(trained.elapsed, 1)}
-    report |= {"settings": asdict(settings)}
+    report |= {"settings": asdict(settings) | {"draft": to_json(settings.draft)}}
     report |= measure_draft(draft, model, training.codec(), training.config, batches, words)
     state = {name: value.to("cpu", STORED).contiguous() for name, value in draft.state_dict().items()}
     save_file(state, run / f"{NAME}.safetensors")
-    write_atomically(run / f"{NAME}.json", json.dumps(asdict(settings.draft), indent=1) + "\n")
+    write_atomically(run / f"{NAME}.json", to_text(settings.draft))
     write_atomically(run / f"{NAME}_report.json", json.dumps(report, indent=1) + "\n")
     log.info("%s", json.dumps({key: value for key, value in report.items() if key != "settings"}))
     return report
@@ -233,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     request = Request(args.data, args.run, Path(), args.size, args.chunk, args.rotation, args.device)
     training = Training(request)
-    base = asdict(TINY if args.size == "tiny" else VisionDraftConfig())
+    base = to_json(TINY if args.size == "tiny" else VisionDraftConfig())
     draft = from_json(VisionDraftConfig, base | json.loads(args.draft), "--draft")
     compiled = training.device.type == "cuda" if args.compile is None else args.compile
     settings = DraftSettings(draft, args.batch, args.features, compiled=compiled, seed=args.seed)

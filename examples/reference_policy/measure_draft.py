@@ -32,7 +32,7 @@ class Said:
     main: Tensor  # [F, T, A]
     main_tokens: Tensor  # [F, T*D] of L0
     nearest: Tensor  # [F, T*D], the L0 levels nearest to main's latents
-    early: Tensor  # [F, T, A], the early exit's chunk
+    hidden: Tensor  # [F, T, A], the chunk of the draft that reads main's hidden state
     guess: Tensor  # [F, T, A]
     likelihood: Tensor  # [F, T*D, K], log-probabilities of L0
     blind: Tensor  # [F, T, A], with the frames of another episode
@@ -52,7 +52,7 @@ def measure_draft(
 ) -> dict[str, object]:
     """Held-out numbers by name, over at most `frames` frames; words [tasks, rows, E].
 
-    agreement, early, blind: share of frames whose first step lies within `TOLERANCES` of main's. by_step: agreement of
+    agreement, hidden, blind: share of frames whose first step lies within `TOLERANCES` of main's. by_step: agreement of
     each step at 0.2. accuracy: by layer, of the corrected targets. With all frames also `stale`: how well rules tell,
     without running main, that main would say something else than a chunk of `AGES` steps ago says of this step.
     """
@@ -70,7 +70,7 @@ def measure_draft(
         "frames": len(index),
         "agreement": agreement(said.guess),
         "blind": agreement(said.blind),
-        "early": agreement(said.early),
+        "hidden": agreement(said.hidden),
         "by_step": _rounded(_agree(said.guess, said.main, STALE).float().mean(0)),
         "accuracy": _rounded(said.accuracy),
         "by_task": {
@@ -117,7 +117,7 @@ def ask(
             "main": codec.decoder(z),
             "main_tokens": choices[:, 0],
             "nearest": (z.flatten(1)[..., None] - table[0]).abs().argmin(-1),
-            "early": chunk(out.draft),
+            "hidden": chunk(out.draft),
             "guess": chunk(logits),
             "likelihood": logits[:, 0].log_softmax(-1),
             "blind": chunk(unseen),
@@ -220,8 +220,8 @@ def _doubts(said: Said, now: Tensor, then: Tensor, age: int, latents: int) -> di
         "first": apart(said.guess, summed=False),
         "path": apart(said.guess, summed=True),
         "path_blind": apart(said.blind, summed=True),
-        "early_first": apart(said.early, summed=False),
-        "early_path": apart(said.early, summed=True),
+        "hidden_first": apart(said.hidden, summed=False),
+        "hidden_path": apart(said.hidden, summed=True),
         "oracle_path": apart(said.main, summed=True),
     }
 

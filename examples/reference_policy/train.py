@@ -25,7 +25,7 @@ from examples.reference_policy.fit_policy import PolicySettings, RsdModel, build
 from examples.reference_policy.loop import METRICS, LoopSettings, Trained, read_trained, write_state
 from examples.reference_policy.measure import measure
 from rsd_trt.bundle import Bundle, save
-from rsd_trt.config import BundleConfig, Quantiles, Rotation, Size
+from rsd_trt.config import BundleConfig, HiddenDraftConfig, Quantiles, Rotation, Size
 from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.files import write_atomically
 from rsd_trt.models.codec import Codec
@@ -65,7 +65,8 @@ class Training:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.device = check_device(ranks.own_device(request.device))
-        config = preset(request.size, NAME)
+        draft = HiddenDraftConfig(width=256, mlp_width=1024, positions=1)  # see fit_vision_draft
+        config = structs.replace(preset(request.size, NAME), draft=draft)
         self.config = structs.replace(
             config,
             dims=structs.replace(config.dims, T=request.chunk or config.dims.T),

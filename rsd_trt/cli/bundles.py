@@ -70,7 +70,6 @@ def info(bundle: Path, engines: Path, whole: bool, as_json: bool) -> None:
 @click.option("--codec", type=click.Path(path_type=Path), help="The RFSQ codec's .pt file.")
 @click.option("--preset", type=Choice(PRESETS), required=True, help="How the policy is driven.")
 @click.option("--statistics", help="Data set to normalise by. [default: the only one]")
-@click.option("--draft-block", type=click.IntRange(1), help="Block that the draft reads after. [default: the last]")
 @click.option("--codec-scale", type=Choice(["plain", "layernorm"]), help="[default: as the codec's file says]")
 @click.option("--chunk", type=click.IntRange(1), default=Dims().T, show_default=True, help="Steps of an action chunk.")
 @click.option("--copy", is_flag=True, help="Copy the backbone's weights into the bundle (7B: 15 GB).")
@@ -91,9 +90,8 @@ def pack(as_json: bool, **options: object) -> None:
     from rsd_trt.records import to_json
 
     request = from_options(PackRequest, options)
-    for option, part in (("--draft-block", "draft"), ("--codec-scale", "codec")):
-        if getattr(request, option[2:].replace("-", "_")) is not None and getattr(request, part) is None:
-            raise click.UsageError(f"{option} is of the {part}: it needs --{part}")
+    if request.codec_scale is not None and request.codec is None:
+        raise click.UsageError("--codec-scale is of the codec: it needs --codec")
     if request.preset == "rvq" and request.statistics is not None:
         raise click.UsageError("--preset rvq takes actions as the environment does: leave out --statistics")
     packed = make(request, lambda shard: click.echo(f"checking {shard}", err=True))

@@ -183,16 +183,6 @@ class BuildProgress(Bar):
         self.progress.update(self.bar, advance=1, words=words)
 
 
-class ReplayProgress(Bar):
-    """Episodes replayed."""
-
-    def __init__(self) -> None:
-        super().__init__("episodes")
-
-    def advance(self, done: int, total: int) -> None:
-        self.progress.update(self.bar, completed=done, total=total)
-
-
 def command_line() -> str:
     """The command that was given, for what it measures to be measured again."""
     return shlex.join(["rsd-trt", *sys.argv[1:]])

@@ -28,7 +28,7 @@ from rsd_trt.cli.console import (
     precision_option,
     show,
 )
-from rsd_trt.config import BACKENDS, MAX_TOLERANCE, MODES, PROTOCOLS, SUITES
+from rsd_trt.config import BACKENDS, MAX_COUNT, MAX_TOLERANCE, MODES, PROTOCOLS, RULES, SUITES, TOLERANT_RULES
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions
 from rsd_trt.records import to_json
@@ -118,13 +118,31 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
 @option("--backend", type=Choice(BACKENDS), help="Choose what runs draft, head and decoder.")
 @device_option
 @option(
-    "--n-action-steps", type=click.IntRange(1), help="Commit at most so many actions a query. [default: the bundle's]"
+    "--n-action-steps",
+    type=click.IntRange(1),
+    help="Commit so many actions of a new chunk, at a full query. [default: the bundle's]",
 )
+@option(
+    "--check-steps",
+    type=click.IntRange(1),
+    help="Commit so many actions of the old chunk, at an accepted check. [default: the bundle's]",
+)
+@option("--rule", type=Choice(RULES), help="Choose what a check has to pass. [default: the bundle's]")
 @option(
     "--tolerance",
     type=FiniteRange(0, MAX_TOLERANCE),
-    help="With --mode rsd or shadow: let draft and plan differ by so much in any arm dimension, in environment units. "
-    "[default: the bundle's]",
+    help="Let draft and chunk differ by so much in any arm dimension, in environment units, with the rules first, "
+    "actions and path. [default: the bundle's]",
+)
+@option(
+    "--threshold",
+    type=FiniteRange(-MAX_COUNT, 0),
+    help="Accept chunks of this mean log-probability and above, with the rule likelihood. [default: the bundle's]",
+)
+@option(
+    "--refresh",
+    type=click.IntRange(1),
+    help="Make a full query after so many steps of a chunk. [default: the bundle's]",
 )
 @option(
     "--accept-rate",
@@ -193,11 +211,11 @@ def evaluate(as_json: bool, **options: object) -> None:
     if as_json:
         click.echo(json.dumps(to_json(results)))
     else:
-        from rsd_trt.eval.report.tables import runs_table, tasks_table
+        from rsd_trt.eval.report.tables import counts_table, tasks_table
 
         if progress.found == progress.total:
             click.echo(f"all {progress.total} episodes were there already; to run them again: --fresh")
-        show(tasks_table(results), runs_table({results.settings.label: results}))
+        show(tasks_table(results), counts_table(results))
         click.echo(f"results: {request.results_file}")
         note_untrained(results.settings.bundle is None or results.settings.bundle.trained)
     if results.errors:
@@ -221,17 +239,40 @@ def refuse_clashes(request: EvalRequest) -> None:
             if field.name in given:
                 raise click.UsageError(f"--policy {request.policy} runs no bundle: leave out {given[field.name]}")
     if request.record_hidden is not None and request.mode != "shadow":
-        raise click.UsageError("--record-hidden needs --mode shadow: the other modes do not compute both states")
+        raise click.UsageError(
+            "--record-hidden needs --mode shadow: the other modes do not run the backbone at every query"
+        )
     if (request.accept_rate is not None) != (request.mode == "random"):
         raise click.UsageError(
             "--mode random needs --accept-rate, such as 0.68 or an rsd run's results file, and no other mode has one"
         )
-    if request.tolerance is not None and request.mode not in ("rsd", "shadow"):
-        raise click.UsageError(
-            f"--tolerance is of the modes rsd and shadow: {request.mode} compares no draft with a chunk"
-        )
+    if request.policy is None:
+        _refuse_rules(request)
     if "engines" in given and request.backend not in ("ort", "trt"):
         raise click.UsageError(f"--engines is of the backends ort and trt: {request.backend} runs no export")
+
+
+def _refuse_rules(request: EvalRequest) -> None:
+    """Raises UsageError if an option of the checks has no effect: in a mode without them, or with another rule."""
+    judged = {"--rule": request.rule, "--tolerance": request.tolerance, "--threshold": request.threshold}
+    checked = {"--check-steps": request.check_steps, "--refresh": request.refresh}
+    for name, value in (judged | checked).items():
+        if value is not None and request.mode == "baseline":
+            raise click.UsageError(f"{name} is of checks, and --mode baseline makes none")
+        if value is not None and request.mode == "random" and name in judged:
+            raise click.UsageError(f"{name} is of rules, and --mode random accepts by chance")
+    if all(value is None for value in judged.values()):
+        return
+    from rsd_trt.bundle import Bundle
+
+    rsd = Bundle.open(request.bundle).config.rsd
+    rule = request.rule or rsd.rule
+    if request.tolerance is not None and rule not in TOLERANT_RULES:
+        raise click.UsageError(f"--tolerance is of the rules {', '.join(TOLERANT_RULES)}: the rule is {rule}")
+    if request.threshold is not None and rule != "likelihood":
+        raise click.UsageError(f"--threshold is of the rule likelihood: the rule is {rule}")
+    if rule == "likelihood" and request.threshold is None and rsd.threshold is None:
+        raise click.UsageError("--rule likelihood needs --threshold, such as -1.5: the bundle has none")
 
 
 COMMANDS = (evaluate,)

@@ -10,70 +10,90 @@ from msgspec import structs
 
 from rsd_trt.cli.console import FiniteRange, command_line, json_option, note_untrained, show
 from rsd_trt.config import DEFAULT_BUNDLE, MAX_TOLERANCE
+from rsd_trt.errors import UserError
+
+profile_option = click.option(
+    "--profile",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Price the counts with this profile.json of rsd-trt profile. [default: count full queries]",
+)
+within_option = click.option(
+    "--within",
+    type=click.IntRange(1),
+    help="Test success within so many steps. [default: 100 on libero_spatial, else all of an episode's]",
+)
 
 
 @click.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
+@profile_option
+@within_option
 @json_option
-def compare(a: Path, b: Path, as_json: bool) -> None:
-    """Compare two results files of the same episodes; the speed-up is B's over A.
+def compare(a: Path, b: Path, profile: Path | None, within: int | None, as_json: bool) -> None:
+    """Compare two results files of the same episodes; what is said is of B beside A.
 
-    Episodes are paired by task and initial state. Success is tested with McNemar's exact test; the speed-up's
-    interval is a bootstrap over episodes, and is given for single timing on the same hardware only.
+    Episodes are paired by task and initial state. Success is tested with McNemar's exact test, and once more by task.
+    Cost is checks and full queries times their medians in a profile; without one, full queries per action.
 
     \b
     Example: rsd-trt compare results/libero_spatial_baseline_results.json results/libero_spatial_rsd_results.json
     """
     from rsd_trt.eval.read import read_run
     from rsd_trt.eval.report.compare import compare as compare_runs
+    from rsd_trt.eval.report.cost import cannot_save_time, read_price
+    from rsd_trt.eval.report.runs import run_names
+    from rsd_trt.eval.report.tables import comparison_table
     from rsd_trt.records import to_json
 
     runs = read_run(a), read_run(b)
-    comparison = compare_runs(*runs)
+    scripts = [run.settings.policy for run in runs if run.settings.bundle is None]
+    if scripts:
+        raise UserError(f"{scripts[0]} is a script; runs of bundles are compared")
+    first, second = run_names(runs)
+    comparison = compare_runs(*runs, read_price(profile, runs), within, (first, second))
     if as_json:
         click.echo(json.dumps(to_json(comparison), indent=2))
         return
-    from rsd_trt.eval.report.tables import comparison_table, runs_table
-
-    baseline, other = comparison.modes
-    show(runs_table(dict(zip(comparison.modes, runs, strict=True))))
-    show(comparison_table([(other, baseline, comparison, None)]))
-    note_untrained(comparison.trained)
+    _notice(cannot_save_time(runs))
+    show(comparison_table(comparison))
+    note_untrained(all(run.settings.of_bundle.trained for run in runs))
 
 
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True, help="Folder.")
-@click.option(
-    "--replay",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="replay.json of rsd-trt replay: the times of runs with batched timing.",
-)
+@profile_option
+@within_option
 @json_option
-def report(results: tuple[Path, ...], out: Path, replay: Path | None, as_json: bool) -> None:
+def report(results: tuple[Path, ...], out: Path, profile: Path | None, within: int | None, as_json: bool) -> None:
     """Write a report on results files, or on those of a folder: OUT/report.html, .md, performance_comparison.json.
 
-    Every run is compared with the baseline of the same settings, and judged by the experiment's targets: success
-    above 85%, speed-up above 1.2x, acceptance above 60%. Runs with several n_action_steps whose times are known make
-    OUT/tradeoff.png, too: success against policy time per action. report.html needs no network.
+    Every run that checks is set against open loop: with one action a query, and the best that costs no more. With
+    --profile, cost is in ms. OUT/frontier.png shows success against it. report.html needs no network.
 
     \b
-    Example: rsd-trt report results/libero_spatial_baseline_results.json results/libero_spatial_rsd_results.json
+    Example: rsd-trt report results/*_results.json --profile results/profile.json
     """
     from rsd_trt.eval.report.write import write_report
     from rsd_trt.records import to_json
 
-    written = write_report(results, out, command_line(), replay)
+    written = write_report(results, out, command_line(), profile, within)
     if as_json:
         click.echo(json.dumps(to_json(written.comparison), indent=2))
         return
-    from rsd_trt.eval.report.tables import targets_table
+    from rsd_trt.eval.report.tables import matrix
 
-    show(targets_table(written.runs))
+    _notice(written.comparison.notice)
+    show(matrix(written.runs, written.comparison.price))
     for path in written.files:
         click.echo(path)
     note_untrained(all(run.results.settings.of_bundle.trained for run in written.runs))
+
+
+def _notice(notice: str | None) -> None:
+    if notice is not None:
+        click.echo(f"note: {notice}")
 
 
 @click.command()
@@ -81,31 +101,37 @@ def report(results: tuple[Path, ...], out: Path, replay: Path | None, as_json: b
 @click.option(
     "--alpha",
     type=FiniteRange(1e-4, 1, max_open=True),
-    default=0.05,
+    default=0.2,
     show_default=True,
-    help="Bound on the share of queries accepted wrongly, of those that can be.",
+    help="Bound the share of checks rejected wrongly, of those that main confirms.",
 )
 @click.option(
     "--limit",
     type=FiniteRange(0, MAX_TOLERANCE, min_open=True),
-    help="How far the main head may move a step of a chunk that still counts as right, in environment units. "
+    help="Let main move a step that it confirms by so much, in environment units. "
     "[default: the tolerance that SHADOW was run with]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the held-out episodes.")
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="The calibrated copy. [default: bundles/NAME-calibrated]"
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Draw the held-out episodes with this seed."
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write the calibrated copy to this folder. [default: bundles/NAME-calibrated]",
 )
 @json_option
 def calibrate(
     paths: tuple[Path, ...], alpha: float, limit: float | None, seed: int, out: Path | None, as_json: bool
 ) -> None:
-    """Choose the acceptance tolerance from a shadow run, and write it into a copy of the bundle.
+    """Choose the rule's tolerance or threshold from a shadow run, and write it into a copy of the bundle.
 
-    SHADOW is the results file of rsd-trt eval --mode shadow. Three fifths of its episodes choose the tolerance of each
-    dimension, the others show what it does.
+    SHADOW is the results file of rsd-trt eval --mode shadow, whose rule and numbers of steps the copy gets. One half
+    of its episodes chooses the strictest that rejects at most ALPHA of the checks that main confirms; the other half
+    shows what it rejects and accepts wrongly.
 
     \b
-    Example: rsd-trt calibrate bundles/mine results/libero_spatial_shadow_results.json --alpha 0.05
+    Example: rsd-trt calibrate bundles/mine results/libero_spatial_shadow_results.json --alpha 0.2
     """
     if len(paths) > 2:
         raise click.UsageError(f"got {len(paths)} paths: give a shadow run's results file, or a bundle and the file")
@@ -117,9 +143,10 @@ def calibrate(
 
     opened = Bundle.open(bundle)
     calibration = choose(opened, read_run(shadow), alpha, limit, seed)
-    rsd = structs.replace(opened.config.rsd, tolerance=calibration.chosen.tolerance)
     copy = copy_with(
-        opened, structs.replace(opened.config, rsd=rsd), out or Path("bundles", f"{opened.config.name}-calibrated")
+        opened,
+        structs.replace(opened.config, rsd=calibration.chosen.rsd),
+        out or Path("bundles", f"{opened.config.name}-calibrated"),
     )
     if as_json:
         click.echo(json.dumps({**to_json(calibration), "bundle": str(copy.path)}, indent=2))
@@ -127,15 +154,15 @@ def calibrate(
     from rsd_trt.eval.report.tables import calibration_table
 
     show(calibration_table(calibration))
-    chosen, (for_spread, for_scale, held_out) = calibration.chosen, calibration.episodes
+    chosen, (ours, held_out) = calibration.chosen, calibration.episodes
     limits = ", ".join(f"{x:g}" for x in calibration.limit)
-    click.echo(f"a step is right while the main head moves it by at most {limits}, and keeps its gripper")
-    verdict = f"{'within' if chosen.false_accepts <= alpha else 'ABOVE'} alpha {alpha:g}"
+    click.echo(f"main confirms a step that it moves by at most {limits}, with the same gripper")
+    said = f"{'within' if chosen.false_rejects <= alpha else 'ABOVE'} alpha {alpha:g}"
     click.echo(
-        f"chosen on {for_spread + for_scale} episodes; of {held_out} held out, accepted wrongly: "
-        f"{chosen.false_accepts:.1%}, {verdict}"
+        f"chosen on {ours} episodes; of {held_out} held out, rejected wrongly: {chosen.false_rejects:.1%}, {said}; "
+        f"accepted wrongly: {chosen.false_accepts:.1%}"
     )
-    click.echo(f"bundle with the chosen tolerance: {copy.path}")
+    click.echo(f"bundle with the chosen threshold: {copy.path}")
 
 
 COMMANDS = (compare, report, calibrate)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rsd_trt.config import CodecConfig, Dims, DraftConfig, HeadConfig
+from rsd_trt.config import CodecConfig, Dims, HeadConfig, HiddenDraftConfig
 from rsd_trt.errors import UserError, named, reason
 from rsd_trt.importers.archive import check_archive
 from rsd_trt.weights import Entry
@@ -127,9 +127,9 @@ def check_finite(file: Path, key: str, value: Tensor) -> None:
         raise UserError(f"{file}: {named(key)} has {bad} of {value.numel()} numbers that are NaN or infinite")
 
 
-def draft_config(draft: Checkpoint) -> DraftConfig:
+def draft_config(draft: Checkpoint) -> HiddenDraftConfig:
     """RFSQDraftModelWithProjection's sizes."""
-    return DraftConfig(
+    return HiddenDraftConfig(
         width=draft.size("input_projection.weight", 0),
         mlp_width=draft.size("decoder.decoder_layer.linear1.weight", 0),
         positions=draft.size("decoder.position_encoding", 1),

@@ -25,8 +25,8 @@ from rsd_trt.config import (
     CodecConfig,
     ControlConfig,
     Dims,
-    DraftConfig,
     HeadConfig,
+    HiddenDraftConfig,
     Preset,
     RsdConfig,
     WeightFile,
@@ -62,7 +62,6 @@ class PackRequest:
     head: Path | None = None
     codec: Path | None = None
     statistics: str | None = None  # the data set that actions and proprioception are normalised by
-    draft_block: int | None = None  # None: the last block, which the original experiment's drafts read
     codec_scale: Literal["plain", "layernorm"] | None = None  # None: what the file says
     chunk: int = Dims().T  # steps
     copy: bool = False
@@ -145,17 +144,13 @@ def configuration(request: PackRequest, source: OpenVLAFolder, parts: Mapping[Pa
                 f"{reader.file} reads a hidden state of {width} numbers, the backbone of {source.path} gives {hidden}"
             )
     dims = fit(parts, request.chunk)
-    blocks = source.config.language.blocks
     return BundleConfig(
         name=bundle_name(request.out) or request.preset,
         trained=True,
         backbone=replace(source.config, proprio=request.preset == "openvla-oft"),
-        rsd=RsdConfig(
-            draft_block=blocks if request.draft_block is None else request.draft_block,
-            n_action_steps=min(RsdConfig(draft_block=blocks).n_action_steps, dims.T),
-        ),
+        rsd=RsdConfig(n_action_steps=min(RsdConfig().n_action_steps, dims.T)),
         dims=dims,
-        draft=draft_config(parts["draft"]) if "draft" in parts else DraftConfig(),
+        draft=draft_config(parts["draft"]) if "draft" in parts else HiddenDraftConfig(),
         head=head_config(parts["head"]) if "head" in parts else HeadConfig(),
         codec=codec_config(parts["codec"], request.codec_scale) if "codec" in parts else CodecConfig(),
         control=_control(request, source),

@@ -1,11 +1,11 @@
-"""OpenVLA's architecture: two vision towers, a projector, Llama blocks. Run to any block, and resumed there.
+"""OpenVLA's architecture: two vision towers, a projector, Llama blocks.
 
 Parameter names follow OpenVLA's checkpoints, so that they load by key.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +27,6 @@ class BackboneInputs:
     tokens: Tensor
     lengths: Tensor
     proprio: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class BackboneState:
-    """The residual stream after `block` blocks: all that is needed to go on. Owned by the caller."""
-
-    stream: Tensor  # [B, S, H]
-    last: Tensor  # [B] int64, the position of each prompt's last token
-    block: int
-
-    def at(self, index: Tensor) -> BackboneState:
-        """The state of some places in the batch, in their order."""
-        return replace(self, stream=self.stream[index], last=self.last[index])
 
 
 class RMSNorm(nn.Module):
@@ -139,7 +126,7 @@ class ProprioProjector(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Images, prompt and proprioception -> the hidden state at the prompt's last position, after any block.
+    """Images, prompt and proprioception -> the hidden state at the prompt's last position, after the final norm.
 
     The sequence is: BOS, the patches of every image in a row, the proprioception token, the rest of the prompt.
     The prompts of a batch may have different lengths: they are padded on the right, and causal attention keeps the
@@ -166,8 +153,12 @@ class Backbone(nn.Module):
         assert isinstance(model, Llama)
         return model
 
-    def embed(self, inputs: BackboneInputs) -> BackboneState:
-        """The embedded sequence: the state before block 1."""
+    def forward(self, inputs: BackboneInputs) -> Tensor:
+        """-> the hidden state [B, H]."""
+        return self.language(*self.embed(inputs))
+
+    def embed(self, inputs: BackboneInputs) -> tuple[Tensor, Tensor]:
+        """The embedded sequence [B, S, H], and the position [B] of each prompt's last token in it."""
         images = inputs.pixels.shape[1]
         features = torch.cat(
             [
@@ -186,27 +177,14 @@ class Backbone(nn.Module):
             seen.append(self.proprio_projector(inputs.proprio.to(patches.dtype))[:, None])
         stream = torch.cat([text[:, :1], *seen, text[:, 1:]], dim=1)  # [B, S, H]
         inserted = stream.shape[1] - text.shape[1]
-        return BackboneState(stream, inputs.lengths - 1 + inserted, block=0)
+        return stream, inputs.lengths - 1 + inserted
 
-    def run(self, inputs: BackboneInputs, until: int) -> BackboneState:
-        """The state after block `until` (1..N)."""
-        return self.resume(self.embed(inputs), until)
-
-    def resume(self, state: BackboneState, until: int) -> BackboneState:
-        """Goes on from `state` to block `until`; what is already computed is not computed again."""
-        blocks = self.config.language.blocks
-        if not state.block <= until <= blocks:
-            raise ValueError(f"cannot go from block {state.block} to block {until} of {blocks}")
-        stream = state.stream
+    def language(self, stream: Tensor, last: Tensor) -> Tensor:
+        """The embedded sequence [B, S, H] -> the hidden state [B, H] at positions `last` [B]."""
         rope = rope_tables(self.config.language, stream)
-        for layer in self.llama.layers[state.block : until]:
+        for layer in self.llama.layers:
             stream = layer(stream, rope)
-        return replace(state, stream=stream, block=until)
-
-    def hidden(self, state: BackboneState) -> Tensor:
-        """[B, H] at the last prompt position; the final norm is applied after block N only."""
-        last = state.stream[torch.arange(len(state.last), device=state.last.device), state.last]
-        return self.llama.norm(last) if state.block == self.config.language.blocks else last
+        return self.llama.norm(stream[torch.arange(len(last), device=last.device), last])
 
 
 def rope_tables(config: LanguageConfig, stream: Tensor) -> tuple[Tensor, Tensor]:

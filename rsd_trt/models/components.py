@@ -1,4 +1,4 @@
-"""What a query launches after the backbone: logits, argmax, decoding and action conventions in one module each."""
+"""The two components that a query launches: logits, argmax, decoding and action conventions in one module each."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from rsd_trt.config import ARM_DIMS, ControlConfig, Dims
 from rsd_trt.models.codec import Decoder
 from rsd_trt.models.draft import DraftModel
-from rsd_trt.models.head import CONDITION, HIDDEN, Head
+from rsd_trt.models.head import Head
 from rsd_trt.models.signature import Exportable, Port, Signature
+from rsd_trt.models.vision_draft import VisionDraft
 
 
 class ActionTransform(nn.Module):
@@ -47,9 +48,8 @@ def agreeing_steps(a: Tensor, b: Tensor, tolerance: Tensor) -> Tensor:
     """Which steps of two chunks [B, T, A] agree -> [B, T] bool.
 
     A step agrees when every arm dimension differs by at most its tolerance [6] and the gripper's sign is equal.
-    NaN agrees with nothing. This is how `Predict` compares a new chunk with the guess that came before it, on the
-    device. What is left of a chunk is compared on the host, by `rsd_trt.runtime.speculate.agreeing_steps`: a test holds
-    the two equal on every input.
+    NaN agrees with nothing. For many chunks on a device; the loop's own is `rsd_trt.runtime.speculate.agreeing_steps`:
+    a test holds the two equal.
     """
     delta = a - b
     arm = (delta[..., :ARM_DIMS].abs() <= tolerance).all(-1)
@@ -58,9 +58,12 @@ def agreeing_steps(a: Tensor, b: Tensor, tolerance: Tensor) -> Tensor:
 
 
 class Propose(Exportable):
-    """hidden state after block k -> the draft's coarse tokens and the coarse actions that they decode to."""
+    """A check: what the draft reads -> its coarse tokens, the coarse actions that they decode to, its logits of L0.
 
-    def __init__(self, draft: DraftModel, decoder: Decoder, transform: ActionTransform) -> None:
+    With a draft that has eyes of its own this is the whole way from frames as rendered to the environment's actions.
+    """
+
+    def __init__(self, draft: DraftModel | VisionDraft, decoder: Decoder, transform: ActionTransform) -> None:
         super().__init__()
         self.draft, self.decoder, self.transform = draft, decoder, transform
         dims = draft.dims
@@ -69,48 +72,45 @@ class Propose(Exportable):
             outputs=(
                 Port("tokens", ("B", "T", "D", "C"), "int64"),
                 Port("actions", ("B", "T", "A")),
+                Port("logits", ("B", "T*D", "K")),
                 Port("finite", ("B",), "bool"),
             ),
             sizes={**draft.signature.sizes, "T": dims.T, "D": dims.D, "A": dims.A},
         )
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [B, H] -> tokens [B, T, D, C], actions [B, T, A] of the environment, finite [B]."""
-        logits = self.draft(hidden)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the draft reads -> tokens [B, T, D, C], actions [B, T, A] of the environment, logits of L0
+        [B, T*D, K], finite [B]."""
+        logits = self.draft(*inputs)
         tokens = most_likely(logits, self.draft.dims)
         actions = self.transform(self.decoder(tokens))
-        return tokens, actions, all_finite(logits, actions)
+        return tokens, actions, logits[:, 0], all_finite(logits, actions)
 
 
 class Predict(Exportable):
-    """hidden state after block N -> the chunk, and which of its steps agree with the draft's coarse actions."""
+    """The backbone's last hidden state -> the main head's chunk."""
 
     def __init__(self, head: Head, decoder: Decoder, transform: ActionTransform) -> None:
         super().__init__()
         self.head, self.decoder, self.transform = head, decoder, transform
         dims = head.dims
-        coarse = (Port("coarse_actions", ("B", "T", "A")), Port("tolerance", ("arm",)))
         self.signature = Signature(
-            inputs=(HIDDEN, *coarse, *((CONDITION,) if head.conditioned else ())),
+            inputs=head.signature.inputs,
             outputs=(
                 Port("tokens", ("B", "T", "D", "L"), "int64"),
                 Port("actions", ("B", "T", "A")),
-                Port("agreement", ("B", "T"), "bool"),
                 Port("finite", ("B",), "bool"),
             ),
-            sizes={**head.signature.sizes, "A": dims.A, "arm": ARM_DIMS},
+            sizes={**head.signature.sizes, "A": dims.A},
         )
 
-    def forward(
-        self, hidden: Tensor, coarse_actions: Tensor, tolerance: Tensor, *condition: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """hidden [B, H], coarse_actions [B, T, A], tolerance [6] (, condition [B, T, D, C] int64)
-        -> tokens [B, T, D, L], actions [B, T, A] of the environment, agreement [B, T], finite [B]."""
+    def forward(self, hidden: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, H] (, condition [B, T, D, C] int64)
+        -> tokens [B, T, D, L], actions [B, T, A] of the environment, finite [B]."""
         logits = self.head(hidden, *condition)
         tokens = most_likely(logits, self.head.dims)
         actions = self.transform(self.decoder(tokens))
-        agreement = agreeing_steps(coarse_actions, actions, tolerance)
-        return tokens, actions, agreement, all_finite(logits, actions)
+        return tokens, actions, all_finite(logits, actions)
 
 
 def most_likely(logits: Tensor, dims: Dims) -> Tensor:

@@ -1,4 +1,4 @@
-"""The draft model: a hidden state -> logits of the coarse RFSQ layers L0..L{C-1}.
+"""The original experiment's draft: the backbone's last hidden state -> logits of the coarse RFSQ layers L0..L{C-1}.
 
 Module names follow RFSQDraftModelWithProjection of the original experiment, so that its checkpoints load.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rsd_trt.config import Dims, DraftConfig
+from rsd_trt.config import Dims, HiddenDraftConfig
 from rsd_trt.models.classifiers import Classifiers
 from rsd_trt.models.signature import Exportable, Port, Signature
 
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
 class DraftDecoder(nn.Module):
     """Position encoding, one decoder layer, final norm."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: HiddenDraftConfig) -> None:
         super().__init__()
         self.position_encoding = nn.Parameter(torch.randn(1, config.positions, config.width) * 0.02)
         self.decoder_layer = DecoderLayer(config.width, config.mlp_width)
@@ -71,7 +71,7 @@ class DraftModel(Exportable):
     Takes and gives float32, whatever the precision of its weights.
     """
 
-    def __init__(self, config: DraftConfig, dims: Dims, hidden: int) -> None:
+    def __init__(self, config: HiddenDraftConfig, dims: Dims, hidden: int) -> None:
         super().__init__()
         self.dims = dims
         self.input_projection = nn.Linear(hidden, config.width)

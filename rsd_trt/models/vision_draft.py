@@ -10,17 +10,13 @@ two constant matrices, which every backend multiplies alike (TensorRT 10 refuses
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd_trt.config import PROPRIO_DIM, ControlConfig, Dims, Quantiles
-from rsd_trt.errors import UserError
+from rsd_trt.config import PROPRIO_DIM, ControlConfig, Dims, Quantiles, VisionDraftConfig
 from rsd_trt.models.classifiers import Classifiers
-from rsd_trt.models.codec import Decoder
-from rsd_trt.models.components import ActionTransform, all_finite, most_likely
 from rsd_trt.models.signature import Exportable, Port, Signature
 from rsd_trt.models.vision import MLP, NORM_EPS, Attention, cut
 
@@ -28,33 +24,6 @@ GREY = 127.5  # pixels become x / GREY - 1
 POSITION_PERIOD = 1000.0  # tokens, the longest wave of an instruction's positions is 2 pi times as long
 TINY = 1e-6
 UNLIMITED = 1e9  # of a state that is not normalised; infinity is not for every backend
-
-
-@dataclass(frozen=True)
-class VisionDraftConfig:
-    """The draft's vision transformer and its classifiers."""
-
-    side: int = 128  # S, pixels a side of what the transformer sees
-    patch: int = 16  # pixels
-    width: int = 192
-    blocks: int = 4
-    heads: int = 3
-    mlp_width: int = 768
-    classifier: int = 256  # hidden width of a layer's classifier
-    state: bool = True  # it reads the robot's own state
-    instruction: int = 64  # rows of the instruction's embeddings
-
-    def __post_init__(self) -> None:
-        if self.side % self.patch or self.width % self.heads:
-            raise UserError(
-                f"draft.side {self.side} must be a multiple of draft.patch {self.patch}, and draft.width {self.width} "
-                f"of draft.heads {self.heads}"
-            )
-
-    @property
-    def patches(self) -> int:
-        """Of one image."""
-        return (self.side // self.patch) ** 2
 
 
 class Resize(nn.Module):
@@ -69,7 +38,8 @@ class Resize(nn.Module):
 
     def __init__(self, frame: int, side: int, rotate: bool, center_crop: float) -> None:
         super().__init__()
-        self.register_buffer("matrix", resize_matrix(frame, side, rotate, center_crop), persistent=False)
+        with torch.device("cpu"):  # parameters may be built without numbers, on the meta device
+            self.register_buffer("matrix", resize_matrix(frame, side, rotate, center_crop), persistent=False)
 
     def forward(self, frames: Tensor) -> Tensor:
         side, frame = self.matrix.shape
@@ -151,8 +121,9 @@ class VisionDraft(Exportable):
             )
             for _ in range(dims.C)
         )
-        for name, values in _normalisation(control.proprio_quantiles).items():
-            self.register_buffer(f"state_{name}", values, persistent=False)
+        with torch.device("cpu"):
+            for name, values in _normalisation(control.proprio_quantiles).items():
+                self.register_buffer(f"state_{name}", values, persistent=False)
         state = (Port("state", ("B", "state")),) if config.state else ()
         self.signature = Signature(
             inputs=(
@@ -203,32 +174,6 @@ class VisionDraft(Exportable):
         """The readout [B, width] -> float32 logits [B, C, T*D, K]."""
         logits = self.classification_heads(readout).float()  # [B, C, T*D*K]
         return logits.view(len(readout), self.dims.C, self.dims.T * self.dims.D, self.dims.K)
-
-
-class ProposeVision(Exportable):
-    """A check in one launch: from frames as rendered to the guessed chunk, in the environment's actions."""
-
-    def __init__(self, draft: VisionDraft, decoder: Decoder, transform: ActionTransform) -> None:
-        super().__init__()
-        self.draft, self.decoder, self.transform = draft, decoder, transform
-        dims = draft.dims
-        self.signature = Signature(
-            inputs=draft.signature.inputs,
-            outputs=(
-                Port("tokens", ("B", "T", "D", "C"), "int64"),
-                Port("actions", ("B", "T", "A")),
-                Port("logits", ("B", "T*D", "K")),
-                Port("finite", ("B",), "bool"),
-            ),
-            sizes={**draft.signature.sizes, "T": dims.T, "D": dims.D, "A": dims.A},
-        )
-
-    def forward(self, frames: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> tokens [B, T, D, C], actions [B, T, A] of the environment, logits of L0 [B, T*D, K], finite [B]."""
-        logits = self.draft(frames, *rest)
-        tokens = most_likely(logits, self.draft.dims)
-        actions = self.transform(self.decoder(tokens))
-        return tokens, actions, logits[:, 0], all_finite(logits, actions)
 
 
 def resize_matrix(frame: int, side: int, rotate: bool, center_crop: float) -> Tensor:

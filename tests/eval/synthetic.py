@@ -10,11 +10,10 @@ import numpy as np
 from msgspec import structs
 
 from rsd_trt.config import ControlConfig, Mode, Quantiles, RsdConfig
-from rsd_trt.eval.profile.replay_record import Replay, ReplayRow
 from rsd_trt.eval.results import ActionStatistics, BundleSettings, Episode, QueryRecord, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
 from rsd_trt.records import to_json
-from rsd_trt.runtime.chunk import Gap, Judgement, judge
+from rsd_trt.runtime.chunk import Gap
 from rsd_trt.runtime.speculate import Route
 
 TASKS = (
@@ -51,9 +50,9 @@ def settings(mode: Mode = "rsd", **changes: object) -> Settings:
             backbone="graph",
             exports_sha256={"propose": "a1" * 32, "predict": "b2" * 32},
             trained=True,
-            backbone_blocks=32,
+            draft="vision",
             levels=7,
-            rsd=RsdConfig(draft_block=10),
+            rsd=RsdConfig(rule="first"),
             training_actions=TRAINING,
             accept_rate=0.7 if mode == "random" else None,
         ),
@@ -114,46 +113,14 @@ def write(path: Path, results: Results) -> Path:
     return path
 
 
-def replay(*timed: tuple[Results, float, tuple[float, float] | None]) -> Replay:
-    """A replay of these runs: (run, ms per action, its interval)."""
-    rows = tuple(
-        ReplayRow(
-            results=f"{results.settings.mode}.json",
-            run=results.settings.run,
-            mode=results.settings.of_bundle.mode,
-            n_action_steps=results.settings.n_action_steps,
-            perturb=results.settings.perturb,
-            backend=results.settings.of_bundle.backend,
-            backbone=results.settings.of_bundle.backbone,
-            precision=results.settings.of_bundle.precision,
-            episodes=results.total_episodes,
-            queries=results.queries,
-            full_queries=results.full_queries,
-            actions=results.steps,
-            ms_per_action=ms,
-            ms_per_action_interval=bounds,
-            suite=results.settings.suite,
-            decisions_of=results.settings.policy,
-            route_ms=dict.fromkeys(results.routes, ms),
-            route_queries=dict(results.routes),
-            episode_ms=(),
-            replayed_ms_per_action=ms,
-            priced_ms_per_action=ms,
-        )
-        for results, ms, bounds in timed
-    )
+def profile(path: Path, check: float, full: float, **changes: object) -> Path:
+    """A profile of the made-up bundle, in what a report reads of it."""
+    row = {"backend": "ort", "backbone": "graph", "backbone_precision": "bundle"}
+    costs = [{**row, "what": what, "ms": {"p50": ms, "n": 100}} for what, ms in (("check", check), ("full", full))]
     chosen = settings()
-    return Replay(
-        command="rsd-trt replay results.json --bundle bundles/made-up",
-        bundle=chosen.policy,
-        bundle_sha256=chosen.policy_sha256,
-        hardware=chosen.hardware,
-        versions=chosen.versions,
-        boundary="made up",
-        rows=rows,
-        prices={},
-        replayed={},
-    )
+    data = {"bundle": chosen.policy, "bundle_sha256": chosen.policy_sha256, "hardware": chosen.hardware}
+    path.write_text(json.dumps({**data, "costs": costs, "rows": []} | changes))
+    return path
 
 
 def throughput(workers: int, per_second: float) -> Throughput:
@@ -206,32 +173,38 @@ def _query(
     full_ms, draft_ms = (cost * random.gamma(400, 1 / 400) for cost in costs)
     most = settings.n_action_steps
     if settings.mode == "baseline":
-        return QueryRecord(step, "full", most, full_ms, full_query=True)
-    agreement = tuple(float(x) for x in random.binomial(112, (0.86, 0.55, 0.21)) / 112)
-    shadow = settings.mode == "shadow"
+        return QueryRecord(step, "full", most, full_ms, checked=False, full_query=True)
     if step == 0:
-        committed = most if shadow else min(2, most)
-        return QueryRecord(step, "start", committed, full_ms + 1, True, prefix=2, token_agreement=agreement)
+        return QueryRecord(step, "start", most, full_ms, checked=False, full_query=True)
     draw = random.random()
     route: Route = "accepted" if draw < acceptance else "partial" if draw < acceptance + 0.12 else "rejected"
     prefix = {"accepted": most, "partial": int(random.integers(1, max(2, most))), "rejected": 0}[route]
-    if shadow:
-        by_main = prefix if random.random() < 0.93 else int(random.integers(0, most + 1))
-        judgement: Judgement = judge(prefix, by_main)
-        gaps = (_gap(random, settings, 0.035), _gap(random, settings, 0.025))
+    agreement = tuple(float(x) for x in random.binomial(112, (0.86, 0.55, 0.21)) / 112)
+    if settings.mode == "shadow":
+        draft, main = _gap(random, 0.035), _gap(random, 0.025)
         return QueryRecord(
-            step, route, most, full_ms + 1, True, 1, prefix, agreement, judgement, draft_gap=gaps[0], main_gap=gaps[1]
+            step,
+            route,
+            most,
+            full_ms + draft_ms,
+            checked=True,
+            full_query=True,
+            prefix=prefix,
+            score=round(max(x / 0.1 for x in draft[0][:6]), 5),
+            token_agreement=agreement,
+            draft_gap=draft,
+            main_gap=main,
         )
     if route == "rejected":
-        committed = int(random.integers(1, most + 1))
-        return QueryRecord(step, route, committed, full_ms + 1, True, prefix=0, token_agreement=agreement)
-    return QueryRecord(step, route, prefix, draft_ms, full_query=False, prefix=prefix)
+        ms = full_ms + draft_ms
+        return QueryRecord(step, route, most, ms, True, True, prefix=0, token_agreement=agreement)
+    return QueryRecord(step, route, prefix, draft_ms, checked=True, full_query=False, prefix=prefix)
 
 
-def _gap(random: np.random.Generator, settings: Settings, spread: float) -> Gap:
-    growth = 1 + 0.4 * np.arange(settings.n_action_steps)[:, None]
-    arm = np.abs(random.normal(0, spread, (settings.n_action_steps, 6))) * growth * (1.5, 1.2, 2.2, 0.5, 0.7, 1.0)
-    gripper = random.random((settings.n_action_steps, 1)) < 0.02
+def _gap(random: np.random.Generator, spread: float, left: int = 6) -> Gap:
+    growth = 1 + 0.4 * np.arange(left)[:, None]
+    arm = np.abs(random.normal(0, spread, (left, 6))) * growth * (1.5, 1.2, 2.2, 0.5, 0.7, 1.0)
+    gripper = random.random((left, 1)) < 0.02
     return tuple(tuple(round(float(x), 4) for x in step) for step in np.hstack([arm, gripper]))
 
 

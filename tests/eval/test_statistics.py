@@ -18,11 +18,11 @@ from rsd_trt.eval.statistics import (
     _percentile_interval,
     bootstrap_share,
     bootstrap_speedup,
+    holm,
     mcnemar_exact,
     percentiles,
     sign_flip,
     smallest_provable_loss,
-    verdict,
     what_can_be_shown,
     wilson,
 )
@@ -61,18 +61,20 @@ def test_wilson_without_trials() -> None:
     assert wilson(0, 0) is None
 
 
-@pytest.mark.parametrize(
-    ("interval", "expected"),
-    [
-        ((0.86, 0.9), "met"),
-        ((0.85, 0.9), "not proved"),
-        ((0.8, 0.85), "not proved"),
-        ((0.7, 0.84), "not met"),
-        (None, "not measured"),
-    ],
-)
-def test_verdict(interval: tuple[float, float] | None, expected: str) -> None:
-    assert verdict(interval, 0.85) == expected
+def test_holm_by_hand() -> None:
+    """In order: .005 x 4, .01 x 3, .03 x 2, and .04 is raised to the one before it."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
+    assert holm([0.9, 0.8]) == (1.0, 1.0)
+    assert holm([]) == ()
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_adjusts_upwards_keeps_the_order_and_is_below_bonferroni(ps: list[float]) -> None:
+    found = holm(ps)
+    for p, adjusted in zip(ps, found, strict=True):
+        assert p <= adjusted <= min(1.0, len(ps) * p) + 1e-12
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    assert [found[i] for i in order] == sorted(found)
 
 
 def test_mcnemar_published() -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
+from msgspec import structs
 from synthetic import settings
 
+from rsd_trt.errors import UserError
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, RsdStats
 from rsd_trt.eval.summary import summarise
+from rsd_trt.runtime.chunk import Query
 
 QUERIES = (
-    QueryRecord(step=0, route="start", committed=2, ms=10.0, full_query=True, prefix=2, token_agreement=(1.0, 0.5)),
-    QueryRecord(step=2, route="accepted", committed=2, ms=4.0, full_query=False, prefix=3),
-    QueryRecord(step=4, route="partial", committed=1, ms=4.0, full_query=False, prefix=1, judgement="true_accept"),
-    QueryRecord(step=5, route="rejected", committed=1, ms=12.0, full_query=True, prefix=0, token_agreement=(0.0, 0.5)),
+    QueryRecord(0, "start", 2, 10.0, checked=False, full_query=True, clipped=1),
+    QueryRecord(2, "accepted", 2, 4.0, checked=True, full_query=False, prefix=3),
+    QueryRecord(4, "partial", 1, 4.0, checked=True, full_query=False, prefix=1, token_agreement=(1.0, 0.5)),
+    QueryRecord(5, "rejected", 1, 12.0, checked=True, full_query=True, token_agreement=(0.0, 0.5)),
 )
 
 
@@ -31,13 +37,30 @@ def test_figures_are_over_episodes_without_errors() -> None:
     assert found.rsd_stats == RsdStats(1 / 3, 1 / 3, 1 / 3)
     assert found.token_agreement == (0.5, 0.5)
     assert found.token_agreement_chance == 1 / 7
-    assert (found.queries, found.full_queries, found.steps) == (8, 4, 12)
+    assert (found.queries, found.checks, found.full_queries, found.steps) == (8, 6, 4, 12)
+    assert (found.unusable_drafts, found.clipped_steps) == (2, 2)
     assert (found.actions_per_query, found.steps_per_second) == (12 / 8, 3.0)
     assert found.routes == {"accepted": 2, "partial": 2, "rejected": 2, "start": 2}
-    assert found.judgements == {"true_accept": 2}
     tasks = [(t.task_id, t.successes, t.episodes, t.errors) for t in found.task_results]
     assert tasks == [(0, 1, 2, 0), (3, 0, 0, 1)]
     assert [e.key for e in found.episodes] == [(0, 0), (0, 1), (3, 0)]
+
+
+def test_a_record_of_a_query() -> None:
+    query = Query(
+        np.zeros((2, 7), np.float32), "rejected", True, prefix=0, score=math.inf, draft_finite=False, ms=1.23456
+    )
+    record = QueryRecord.of(query, 4, 3)
+    assert (record.step, record.batch, record.committed, record.ms) == (4, 3, 2, 1.2346)
+    assert record.unusable and record.prefix is None and record.score is None
+    usable = QueryRecord.of(dataclasses.replace(query, score=0.123456, draft_finite=True), 4, 3)
+    assert (usable.unusable, usable.prefix, usable.score) == (False, 0, 0.12346)
+
+
+@pytest.mark.parametrize("changes", [{"route": "rejected"}, {"route": "full"}, {"checked": False}])
+def test_a_query_checks_or_asks_the_main_head(changes: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="full_query is false"):
+        structs.replace(QUERIES[1], **changes)
 
 
 def test_batched_times_are_not_a_policys_speed() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rsd_trt.eval.profile.components import TEXTBOOK, Timing
+from rsd_trt.eval.profile.components import Timing
+from rsd_trt.eval.profile.costs import Cost
 
 
 def timing(
@@ -19,5 +20,10 @@ MADE_UP = [
     timing("head", "ort", 12, 12, batch=8),
     timing("draft", "graph", 1, 1, graph=True),
     timing("head", "trt", graph=True, reason="no GPU"),
-    timing(TEXTBOOK, "torch", 5, 5),
+    timing("predict", "torch", 5, 5, 5),
+]
+COSTS = [
+    Cost("check", "ort", "fp32", "eager", "bundle", (0.2, 0.2)),
+    Cost("full", "ort", "fp32", "eager", "bundle", (2.0, 2.0)),
+    *(Cost(what, "trt", "fp32", "graph", "bundle", reason="no GPU") for what in ("check", "full")),  # type: ignore[arg-type]
 ]

@@ -11,12 +11,11 @@ from msgspec import structs
 
 from examples.reference_policy.studies import fp8_sensitivity
 from examples.reference_policy.studies.fp8_sensitivity import sensitivity
-from rsd_trt.bundle import Bundle, save
+from rsd_trt.bundle import Bundle, build_draft, save
 from rsd_trt.errors import UserError
 from rsd_trt.eval.verify.inputs import random_observations
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.codec import Codec
-from rsd_trt.models.draft import DraftModel
 from rsd_trt.models.fast.products import PRODUCTS, every_product
 from rsd_trt.models.head import build_head
 from rsd_trt.presets import byte_tokenizer, preset
@@ -34,7 +33,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path: Path = tmp_path_factory.mktemp("wide") / "wide"
     parts = {
         "backbone": Backbone(config.backbone),
-        "draft": DraftModel(config.draft, config.dims, config.hidden),
+        "draft": build_draft(config),
         "head": build_head(config.head, config.dims, config.hidden),
         "codec": Codec(config.codec, config.dims),
     }
@@ -58,9 +57,8 @@ def test_the_loss_of_each_product_in_fp8(wide: Bundle) -> None:
     assert all(0.99 < row.cosine <= row.mean_cosine < 1 for row in found.values())
     assert found["all"].cosine == min(row.cosine for row in found.values())
     for row in found.values():
-        assert all(0 <= x <= 1 for x in (row.draft_token_mismatch, row.token_mismatch, row.steps_beyond_tolerance))
-    assert found["all"].action_mean_abs > 0 == found["block 1"].draft_token_mismatch
-    assert found["block 0"].early_cosine < found["block 1"].early_cosine == pytest.approx(1)  # the draft reads block 1
+        assert all(0 <= x <= 1 for x in (row.token_mismatch, row.steps_beyond_tolerance))
+    assert found["all"].action_mean_abs > 0
 
 
 def test_widths_that_e4m3_cannot_take(bundle: Bundle) -> None:

@@ -21,6 +21,7 @@ from examples.reference_policy.parts import join, split
 from rsd_trt.config import Dims
 from rsd_trt.models.vision_draft import VisionDraft
 from rsd_trt.presets import byte_tokenizer, preset
+from rsd_trt.records import to_json
 
 CHUNK = 4
 COMMON = ["--size", "tiny", "--chunk", str(CHUNK), "--device", "cpu", "--batch", "8", "--no-compile"]
@@ -39,7 +40,7 @@ def run(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_stored_is_a_draft_of_its_configuration(run: Path) -> None:
     stored = load_file(run / "vision_draft.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
-    assert json.loads((run / "vision_draft.json").read_text()) == vars(TINY)
+    assert json.loads((run / "vision_draft.json").read_text()) == to_json(TINY)
     config = preset("tiny", "tiny")
     draft = VisionDraft(TINY, Dims(T=CHUNK), config.control, config.hidden)
     draft.load_state_dict(stored)
@@ -49,7 +50,7 @@ def test_what_is_stored_is_a_draft_of_its_configuration(run: Path) -> None:
 def test_the_report_says_what_the_eyes_contribute(run: Path) -> None:
     report = json.loads((run / "vision_draft_report.json").read_text())
     assert report["frames"] > 0
-    for name in ("agreement", "blind", "early"):
+    for name in ("agreement", "blind", "hidden"):
         assert all(0 <= share <= 1 for share in report[name])
     assert len(report["accuracy"]) == Dims().C
     assert len(report["by_step"]) == CHUNK

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from examples.reference_policy.studies import pilot, summary
 from examples.reference_policy.studies.cells import TRIALS, Cell, Job, jobs, shard
@@ -18,7 +16,7 @@ from examples.reference_policy.studies.loops import Loops, confirmed
 from rsd_trt.config import ARM_DIMS, PROPRIO_DIM, Dims
 from rsd_trt.eval.libero.target import Late
 from rsd_trt.eval.results import Episode, QueryRecord
-from rsd_trt.runtime.forward import Draft, Main
+from rsd_trt.runtime.forward import Guess, Main
 from rsd_trt.runtime.observation import Observation
 
 T, A = Dims().T, Dims().A
@@ -28,36 +26,24 @@ SIDE = 4
 class Scripted:
     """Main's chunk at observation k says k + i / 100 in step i, gripper open; the draft says that + 0.05."""
 
-    device = torch.device("cpu")
-
     def __init__(self) -> None:
-        self.forwards: list[str] = []
-        self._k: NDArray[np.float32] = np.zeros(0, np.float32)
+        self.asked: list[tuple[str, int]] = []  # what, of how many
 
-    def early(self, observations: Sequence[Observation]) -> None:
-        self.forwards.append("early")
-        self._k = np.array([x.proprio[0] for x in observations], np.float32)
+    def check(self, observations: Sequence[Observation]) -> Guess:
+        actions, finite = self._actions("check", observations)
+        tokens, logits = np.zeros((len(actions), T, 1, 1), np.int64), np.zeros((len(actions), T, 1, 2), np.float32)
+        return Guess(tokens, actions + np.float32(0.05), logits, finite)
 
-    def late(self, index: Sequence[int], drafted: bool = True) -> None:
-        pass
+    def full(self, observations: Sequence[Observation]) -> Main:
+        actions, finite = self._actions("full", observations)
+        return Main(np.zeros((len(actions), T, 1, 1), np.int64), actions, finite)
 
-    def whole(self, observations: Sequence[Observation]) -> None:
-        self.early(observations)
-        self.forwards[-1] = "whole"
-
-    def draft(self) -> Draft:
-        found = self.main()
-        return Draft(found.tokens, found.actions + np.float32(0.05), found.finite, found.finite)
-
-    def main(self) -> Main:
-        rows = len(self._k)
-        actions = np.full((rows, T, A), -1.0, np.float32)
-        actions[..., :ARM_DIMS] = (self._k[:, None] + np.arange(T) / 100)[..., None]
-        flags = np.ones(rows, np.bool_)
-        return Main(np.zeros((rows, T, 1, 1), np.int64), actions, np.ones((rows, T), np.bool_), flags, flags)
-
-    def hidden(self) -> tuple[Tensor, Tensor]:
-        raise AssertionError
+    def _actions(self, what: str, observations: Sequence[Observation]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        self.asked.append((what, len(observations)))
+        k = np.array([x.proprio[0] for x in observations], np.float32)
+        actions = np.full((len(k), T, A), -1.0, np.float32)
+        actions[..., :ARM_DIMS] = (k[:, None] + np.arange(T) / 100)[..., None]
+        return actions, np.isfinite(k)
 
 
 def seen(k: float) -> Observation:
@@ -66,7 +52,7 @@ def seen(k: float) -> Observation:
 
 def steps_of(cells: Sequence[Cell], observations: Sequence[float]) -> list[list[tuple[str, list[float]]]]:
     """Each cell's answers to a series of observations: route, and the first arm dimension of the actions."""
-    loops = Loops(Scripted(), lambda number: cells[number])
+    loops = Loops(Scripted(), lambda number: cells[number])  # type: ignore[arg-type]
     for slot in range(len(cells)):
         loops.reset(slot, (0, slot * TRIALS + 3))
     answers: list[list[tuple[str, list[float]]]] = [[] for _ in cells]
@@ -97,7 +83,7 @@ def test_a_short_rest_of_a_chunk_is_used_up_first() -> None:
 
 
 def test_a_hold_keeps_the_gripper() -> None:
-    loops = Loops(Scripted(), lambda number: Cell(8, latency=1))
+    loops = Loops(Scripted(), lambda number: Cell(8, latency=1))  # type: ignore[arg-type]
     loops.reset(0, (0, 0))
     first = loops.act_batch([seen(1)], [0])[0].actions
     assert first[0].tolist() == [0.0] * ARM_DIMS + [-1.0]
@@ -134,11 +120,11 @@ def test_cells_share_a_forward_and_draft_and_coin_have_their_own_guess() -> None
     cells = [Cell(1), Cell(2, guess="draft", tolerance=0.04, m=2), Cell(2, guess="random", tolerance=1.0, m=2)]
     by_draft = steps_of(cells, [1, 1.02])
     assert [answers[1][0] for answers in by_draft] == ["full", "rejected", "accepted"]
-    loops = Loops(forward := Scripted(), lambda number: Cell(1))
+    loops = Loops(forward := Scripted(), lambda number: Cell(1))  # type: ignore[arg-type]
     for slot in range(3):
         loops.reset(slot, (0, 0))
     loops.act_batch([seen(1)] * 3, range(3))
-    assert forward.forwards == ["whole"]
+    assert forward.asked == [("full", 3)]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +147,7 @@ def test_rules(rule: str, errors: list[float], expected: int) -> None:
 
 
 def test_a_fault_ends_the_episode() -> None:
-    loops = Loops(Scripted(), lambda number: Cell(1))
+    loops = Loops(Scripted(), lambda number: Cell(1))  # type: ignore[arg-type]
     loops.reset(0, (0, 0))
     assert loops.act_batch([seen(float("nan"))], [0])[0].fault
 
@@ -187,7 +173,7 @@ def test_jobs_are_paired_and_leave_out_tasks_without_room() -> None:
 
 def episode(success: bool, steps: int, routes: Sequence[tuple[int, str, bool]], event: int | None) -> Episode:
     queries = tuple(
-        QueryRecord(step=step, route=route, committed=1, ms=1.0, full_query=full)  # type: ignore[arg-type]
+        QueryRecord(step, route, 1, 1.0, checked=route in ("accepted", "rejected"), full_query=full)  # type: ignore[arg-type]
         for step, route, full in routes
     )
     return Episode(0, 0, success, steps, 1.0, queries, perturbed_at=event, perturbed_by="late" if event else None)

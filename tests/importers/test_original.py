@@ -12,7 +12,7 @@ import torch
 from original import HIDDEN, A, C, D, K, L, T
 from torch import nn
 
-from rsd_trt.config import CodecConfig, Dims, DraftConfig, HeadConfig
+from rsd_trt.config import CodecConfig, Dims, HeadConfig, HiddenDraftConfig
 from rsd_trt.errors import UserError
 from rsd_trt.importers.original import Part, codec_config, draft_config, fit, head_config, read_checkpoint
 from rsd_trt.models.codec import Codec, Decoder
@@ -51,7 +51,7 @@ def test_a_draft(wrapping: str, randomise: Randomise, tmp_path: Path) -> None:
     randomise(theirs)
     checkpoint = read_checkpoint(write(tmp_path / "draft.pt", theirs, wrapping), "draft")
     config = draft_config(checkpoint)
-    assert config == DraftConfig(width=16, mlp_width=24, positions=20)
+    assert config == HiddenDraftConfig(width=16, mlp_width=24, positions=20)
     ours = DraftModel(config, DIMS, HIDDEN)
     ours.load_state_dict(checkpoint.state)
     torch.testing.assert_close(ours(hidden()), theirs(hidden()), rtol=1e-5, atol=1e-5)

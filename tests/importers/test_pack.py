@@ -13,14 +13,14 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
-from openvla_folder import BLOCKS, HIDDEN, IMAGE, STATISTICS, VOCAB, OpenVLA, ProprioProjector, write_folder
+from openvla_folder import HIDDEN, IMAGE, STATISTICS, VOCAB, OpenVLA, ProprioProjector, write_folder
 from PIL import Image
 from torch import Tensor, nn
 
 from rsd_trt.bundle import Bundle, copy_with
 from rsd_trt.cli import main
 from rsd_trt.cli.info import describe
-from rsd_trt.config import PROPRIO_DIM, Preset, protocol_name
+from rsd_trt.config import PROPRIO_DIM, HiddenDraftConfig, Preset, protocol_name
 from rsd_trt.errors import UserError
 from rsd_trt.importers.pack import PackRequest, pack
 from rsd_trt.runtime.observation import Observation
@@ -136,7 +136,7 @@ def test_the_hidden_state_of_an_observation_equals_an_independent_assembly(
     control, cpu = bundle.config.control, torch.device("cpu")
     inputs = Preprocessor(control, bundle.config.backbone, bundle.tokenizer(), cpu)([seen])
     backbone = bundle.backbone()
-    hidden = backbone.hidden(backbone.run(inputs, until=BLOCKS))
+    hidden = backbone(inputs)
 
     ids = bundle.tokenizer().encode(prompt).ids + ([] if preset == "rvq" else [29871])
     proprio = None
@@ -158,7 +158,7 @@ def test_the_hidden_state_of_pixels_is_exact(images: int, shards: int, model: Op
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, images, 2, 3, IMAGE, IMAGE, generator=generator)
     tokens = torch.randint(0, VOCAB, (2, 9), generator=generator)
-    hidden = backbone.hidden(backbone.run(BackboneInputs(pixels, tokens, torch.tensor([9, 9])), until=BLOCKS))
+    hidden = backbone(BackboneInputs(pixels, tokens, torch.tensor([9, 9])))
     expected = model.hidden([pixels[:, i].flatten(1, 2) for i in range(images)], tokens)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
 
@@ -182,9 +182,8 @@ def test_what_the_presets_set(folder: Path, tmp_path: Path) -> None:
     assert (rvq.control.rotate_images, rvq.control.gripper, rvq.control.action_quantiles) == (False, "env", None)
     assert protocol_name(rvq.control) == "original"
     assert rvq.backbone.towers[0].mean == (0.484375, 0.455078125, 0.40625)  # the saved ones, not 0.485, 0.456, 0.406
-    assert rvq.rsd.draft_block == BLOCKS
+    assert isinstance(rvq.draft, HiddenDraftConfig)
     assert rvq.trained
-    assert packed(folder, tmp_path / "early", draft_block=2).config.rsd.draft_block == 2
 
 
 @pytest.mark.parametrize("head", [original.RFSQHead, original.ConditionedRFSQHead, original.RFSQClassificationHead])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from msgspec import structs
 from torch import Tensor
 
 from rsd_trt.config import PROPRIO_DIM
-from rsd_trt.models.backbone import Backbone, BackboneInputs, BackboneState
+from rsd_trt.models.backbone import Backbone, BackboneInputs
 from rsd_trt.presets import preset
 
 TINY = preset("tiny", "tiny").backbone
@@ -68,21 +68,8 @@ def backbone(randomise: Callable[..., None]) -> Backbone:
     return module.requires_grad_(False).eval()
 
 
-@pytest.fixture
-def counted(backbone: Backbone) -> Iterator[list[int]]:
-    """The Llama blocks that run, in order."""
-    ran: list[int] = []
-    hooks = [
-        layer.register_forward_hook(lambda *_, block=block: ran.append(block))
-        for block, layer in enumerate(backbone.llama.layers, start=1)
-    ]
-    yield ran
-    for hook in hooks:
-        hook.remove()
-
-
-def llama_oracle(backbone: Backbone, stream: Tensor) -> list[Tensor]:
-    """transformers' hidden states for an embedded sequence, with this backbone's weights copied by key."""
+def llama_oracle(backbone: Backbone, stream: Tensor) -> Tensor:
+    """transformers' last hidden states for an embedded sequence, with this backbone's weights copied by key."""
     from transformers import LlamaConfig, LlamaModel
 
     language = backbone.config.language
@@ -98,32 +85,26 @@ def llama_oracle(backbone: Backbone, stream: Tensor) -> list[Tensor]:
     ).eval()
     oracle.load_state_dict(backbone.llama.state_dict())
     with torch.no_grad():
-        return list(oracle(inputs_embeds=stream, output_hidden_states=True).hidden_states)
+        return oracle(inputs_embeds=stream).last_hidden_state
 
 
 @pytest.mark.parametrize(("images", "tokens"), [(1, 3), (2, 20)])
-def test_every_hidden_state_equals_transformers(backbone: Backbone, images: int, tokens: int) -> None:
+def test_every_position_equals_transformers(backbone: Backbone, images: int, tokens: int) -> None:
     inputs = make_inputs([tokens, tokens], images)
-    stream = backbone.embed(inputs).stream
+    stream, last = backbone.embed(inputs)
     assert stream.shape == (2, 1 + images * PATCHES + 1 + tokens - 1, TINY.language.hidden)
+    assert last.tolist() == [stream.shape[1] - 1] * 2
     expected = llama_oracle(backbone, stream)
-    for k in range(1, N):
-        torch.testing.assert_close(backbone.run(inputs, until=k).stream, expected[k], rtol=0, atol=1e-5)
-    final = backbone.llama.norm(backbone.run(inputs, until=N).stream)
-    torch.testing.assert_close(final, expected[N], rtol=0, atol=1e-5)
-
-
-def test_the_final_norm_comes_after_the_last_block_only(backbone: Backbone) -> None:
-    inputs = make_inputs([5, 5])
-    early, late = backbone.run(inputs, until=N - 1), backbone.run(inputs, until=N)
-    assert torch.equal(backbone.hidden(early), early.stream[:, -1])
-    assert torch.equal(backbone.hidden(late), backbone.llama.norm(late.stream[:, -1]))
+    for position in range(stream.shape[1]):
+        found = backbone.language(stream, torch.full((2,), position))
+        torch.testing.assert_close(found, expected[:, position], rtol=0, atol=1e-5)
+    assert torch.equal(backbone(inputs), backbone.language(stream, last))
 
 
 def test_the_sequence_is_bos_then_patches_then_proprio_then_prompt(backbone: Backbone) -> None:
     inputs = make_inputs([4])
     assert inputs.proprio is not None
-    both = backbone.embed(inputs).stream[0]
+    both = backbone.embed(inputs)[0][0]
     words = backbone.llama.embed_tokens(inputs.tokens)[0]
     assert torch.equal(both[0], words[0])
     assert torch.equal(both[-3:], words[1:])
@@ -131,7 +112,7 @@ def test_the_sequence_is_bos_then_patches_then_proprio_then_prompt(backbone: Bac
     for i in range(2):
         alone = dataclasses.replace(inputs, pixels=inputs.pixels[:, i : i + 1])
         patches = slice(1 + i * PATCHES, 1 + (i + 1) * PATCHES)
-        single = backbone.embed(alone).stream[0, 1 : 1 + PATCHES]
+        single = backbone.embed(alone)[0][0, 1 : 1 + PATCHES]
         torch.testing.assert_close(both[patches], single, rtol=1e-5, atol=1e-5)
 
 
@@ -140,48 +121,20 @@ def test_each_tower_reads_its_own_pixels(backbone: Backbone) -> None:
     pixels = inputs.pixels[0]  # [1, towers, 3, S, S]
     features = [tower(pixels[:, i]) for i, tower in enumerate(backbone.vision_backbone.values())]
     expected = backbone.projector(torch.cat(features, dim=-1))[0]
-    torch.testing.assert_close(backbone.embed(inputs).stream[0, 1 : 1 + PATCHES], expected)
-
-
-@pytest.mark.parametrize("k", range(N + 1))
-def test_resuming_equals_one_run_and_repeats_no_block(backbone: Backbone, counted: list[int], k: int) -> None:
-    inputs = make_inputs([6, 6])
-    prefix = backbone.run(inputs, until=k)
-    assert (prefix.block, counted) == (k, list(range(1, k + 1)))
-    resumed = backbone.resume(prefix, until=N)
-    assert (resumed.block, counted) == (N, list(range(1, N + 1)))
-    assert torch.equal(resumed.stream, backbone.run(inputs, until=N).stream)
-
-
-@pytest.mark.parametrize(("block", "until"), [(2, 1), (0, N + 1), (N, N + 1)])
-def test_there_is_no_way_back_nor_beyond(backbone: Backbone, block: int, until: int) -> None:
-    state = BackboneState(torch.zeros(1, 2, TINY.language.hidden), torch.tensor([1]), block)
-    with pytest.raises(ValueError, match=f"cannot go from block {block} to block {until} of {N}"):
-        backbone.resume(state, until)
+    torch.testing.assert_close(backbone.embed(inputs)[0][0, 1 : 1 + PATCHES], expected)
 
 
 def test_padding_changes_nothing(backbone: Backbone) -> None:
     inputs = make_inputs([3, 9, 6])
-    for k in (1, N):
-        together = backbone.hidden(backbone.run(inputs, until=k))
-        for row in range(3):
-            alone = backbone.hidden(backbone.run(one_row(inputs, row), until=k))
-            torch.testing.assert_close(together[row], alone[0], rtol=0, atol=2e-6)
-
-
-def test_some_of_a_batch_go_on_without_the_others(backbone: Backbone) -> None:
-    inputs = make_inputs([3, 9, 6])
-    prefix = backbone.run(inputs, until=1)
-    index = torch.tensor([2, 0])
-    some = backbone.hidden(backbone.resume(prefix.at(index), until=N))
-    everything = backbone.hidden(backbone.resume(prefix, until=N))
-    torch.testing.assert_close(some, everything[index], rtol=0, atol=2e-6)
+    together = backbone(inputs)
+    for row in range(3):
+        torch.testing.assert_close(together[row], backbone(one_row(inputs, row))[0], rtol=0, atol=2e-6)
 
 
 def test_without_a_proprioception_token(backbone: Backbone) -> None:
     blind = Backbone(structs.replace(TINY, proprio=False))
     assert not [name for name in blind.state_dict() if "proprio" in name]
-    assert blind.embed(make_inputs([4], proprio=False)).stream.shape[1] == 1 + 2 * PATCHES + 3
+    assert blind.embed(make_inputs([4], proprio=False))[0].shape[1] == 1 + 2 * PATCHES + 3
     with pytest.raises(ValueError, match="no proprio"):
         backbone.embed(make_inputs([4], proprio=False))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rsd_trt.config import Dims, DraftConfig, HeadConfig
+from rsd_trt.config import Dims, HeadConfig, HiddenDraftConfig
 from rsd_trt.models.classifiers import Classifiers, StackedClassifiers, stacked
 from rsd_trt.models.draft import DraftModel
 from rsd_trt.models.head import build_head
@@ -21,7 +21,7 @@ HIDDEN = 10
 @torch.no_grad()
 def test_stacked_equals_plain(part: str, batch: int, randomise: Callable[..., None]) -> None:
     if part == "draft":
-        module = DraftModel(DraftConfig(width=8, mlp_width=16, positions=1), DIMS, HIDDEN)
+        module = DraftModel(HiddenDraftConfig(width=8, mlp_width=16, positions=1), DIMS, HIDDEN)
     else:
         module = build_head(HeadConfig(kind=part, feature=8, width=6, embedding=4), DIMS, HIDDEN)  # type: ignore[arg-type, assignment]
     randomise(module)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from msgspec import structs
 
-from rsd_trt.config import ARM_DIMS, CodecConfig, ControlConfig, DraftConfig, HeadConfig, Quantiles
+from rsd_trt.config import ARM_DIMS, CodecConfig, ControlConfig, HeadConfig, HiddenDraftConfig, Quantiles
 from rsd_trt.models.codec import Codec, Decoder
 from rsd_trt.models.components import ActionTransform, Predict, Propose, agreeing_steps, all_finite, most_likely
 from rsd_trt.models.draft import DraftModel
@@ -109,7 +109,7 @@ class Parts:
     def __init__(self, kind: str, randomise: Callable[..., None]) -> None:
         config = HeadConfig(kind=kind, feature=8, width=6, embedding=4)  # type: ignore[arg-type]
         control = ControlConfig(action_quantiles=QUANTILES, gripper="openvla")
-        self.draft = DraftModel(DraftConfig(width=8, mlp_width=16, positions=1), DIMS, HIDDEN)
+        self.draft = DraftModel(HiddenDraftConfig(width=8, mlp_width=16, positions=1), DIMS, HIDDEN)
         self.head = build_head(config, DIMS, HIDDEN)
         self.codec, self.transform = Codec(CodecConfig(), DIMS), ActionTransform(control, DIMS)
         for seed, part in enumerate((self.draft, self.head, self.codec)):
@@ -123,8 +123,10 @@ class Parts:
 @torch.no_grad()
 def test_propose_is_its_parts(randomise: Callable[..., None]) -> None:
     parts = Parts("rfsq", randomise)
-    tokens, actions, finite = parts.propose(parts.hidden)
-    expected = parts.draft(parts.hidden).argmax(-1).view(3, DIMS.C, DIMS.T, DIMS.D).permute(0, 2, 3, 1)
+    tokens, actions, first, finite = parts.propose(parts.hidden)
+    logits = parts.draft(parts.hidden)
+    assert torch.equal(first, logits[:, 0])
+    expected = logits.argmax(-1).view(3, DIMS.C, DIMS.T, DIMS.D).permute(0, 2, 3, 1)
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(actions, parts.transform(parts.codec.decode(expected)))
     assert finite.tolist() == [True] * 3
@@ -134,16 +136,13 @@ def test_propose_is_its_parts(randomise: Callable[..., None]) -> None:
 @torch.no_grad()
 def test_predict_is_its_parts(kind: str, randomise: Callable[..., None]) -> None:
     parts = Parts(kind, randomise)
-    guess, coarse, _ = parts.propose(parts.hidden)
+    guess = parts.propose(parts.hidden)[0]
     condition = (guess,) if kind == "conditioned" else ()
-    coarse[0], wide = parts.predict(parts.hidden, coarse, TOLERANCE, *condition)[1][0], TOLERANCE * 4
-    tokens, actions, agreement, finite = parts.predict(parts.hidden, coarse, wide, *condition)
+    tokens, actions, finite = parts.predict(parts.hidden, *condition)
     logits = parts.head(parts.hidden, *condition)
     expected = logits.argmax(-1).view(3, DIMS.L, DIMS.T, DIMS.D).permute(0, 2, 3, 1)
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(actions, parts.transform(parts.codec.decode(expected)))
-    assert torch.equal(agreement, agreeing_steps(coarse, actions, wide))
-    assert agreement[0].all()
     assert finite.tolist() == [True] * 3
 
 
@@ -151,10 +150,10 @@ def test_predict_is_its_parts(kind: str, randomise: Callable[..., None]) -> None
 def test_nan_logits_are_caught_although_argmax_hides_them(randomise: Callable[..., None]) -> None:
     parts = Parts("rfsq", randomise)
     parts.hidden[1, 0] = NAN
-    _, coarse, finite = parts.propose(parts.hidden)
+    _, coarse, _, finite = parts.propose(parts.hidden)
     assert torch.isfinite(coarse).all()
     assert finite.tolist() == [True, False, True]
-    _, actions, _, finite = parts.predict(parts.hidden, coarse, TOLERANCE)
+    _, actions, finite = parts.predict(parts.hidden)
     assert torch.isfinite(actions).all()
     assert finite.tolist() == [True, False, True]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rsd_trt.config import Dims, DraftConfig
+from rsd_trt.config import Dims, HiddenDraftConfig
 from rsd_trt.models.draft import DraftModel
 
 LAYER = "decoder.decoder_layer"
@@ -67,13 +67,13 @@ def reference(state: dict[str, Tensor], hidden: Tensor) -> Tensor:
 
 def test_names_and_shapes_are_the_originals() -> None:
     with torch.device("meta"):
-        state = DraftModel(DraftConfig(), Dims(), 4096).state_dict()
+        state = DraftModel(HiddenDraftConfig(), Dims(), 4096).state_dict()
     assert {key: tuple(value.shape) for key, value in state.items()} == SHAPES
 
 
 @torch.no_grad()
 def test_equals_the_original_forward(randomise: Callable[..., None]) -> None:
-    draft = DraftModel(DraftConfig(), Dims(), 4096)
+    draft = DraftModel(HiddenDraftConfig(), Dims(), 4096)
     randomise(draft)
     hidden = torch.randn(3, 4096, generator=torch.Generator().manual_seed(1))
     logits = draft(hidden)

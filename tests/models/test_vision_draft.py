@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,20 +11,13 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from rsd_trt.config import CodecConfig, ControlConfig, Quantiles
+from rsd_trt.config import CodecConfig, ControlConfig, Quantiles, VisionDraftConfig
 from rsd_trt.errors import UserError
 from rsd_trt.export.to_onnx import export_onnx
 from rsd_trt.models.classifiers import stacked
 from rsd_trt.models.codec import Codec, Decoder
-from rsd_trt.models.components import ActionTransform
-from rsd_trt.models.vision_draft import (
-    ProposeVision,
-    Resize,
-    VisionDraft,
-    VisionDraftConfig,
-    instruction_rows,
-    resize_matrix,
-)
+from rsd_trt.models.components import ActionTransform, Propose
+from rsd_trt.models.vision_draft import Resize, VisionDraft, instruction_rows, resize_matrix
 from rsd_trt.presets import byte_tokenizer, preset
 from rsd_trt.runtime.preprocess import Preprocessor
 
@@ -37,11 +29,11 @@ NAN = float("nan")
 
 
 @pytest.fixture
-def propose(randomise: Callable[..., None]) -> ProposeVision:
+def propose(randomise: Callable[..., None]) -> Propose:
     draft, codec = VisionDraft(CONFIG, TINY.dims, CONTROL, EMBEDDING), Codec(CodecConfig(), TINY.dims)
     randomise(draft)
     randomise(codec, 1)
-    return ProposeVision(draft, Decoder(codec, TINY.dims), ActionTransform(CONTROL, TINY.dims)).eval()
+    return Propose(draft, Decoder(codec, TINY.dims), ActionTransform(CONTROL, TINY.dims)).eval()
 
 
 def inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +92,7 @@ def test_word_order_counts_and_padding_does_not() -> None:
 
 
 @torch.no_grad()
-def test_everything_that_it_sees_counts(propose: ProposeVision) -> None:
+def test_everything_that_it_sees_counts(propose: Propose) -> None:
     given = inputs(1)
     logits = propose.draft(*given)
     for i, tensor in enumerate(given):
@@ -110,7 +102,7 @@ def test_everything_that_it_sees_counts(propose: ProposeVision) -> None:
 
 
 @torch.no_grad()
-def test_propose_is_its_parts(propose: ProposeVision) -> None:
+def test_propose_is_its_parts(propose: Propose) -> None:
     given, dims = inputs(3), TINY.dims
     logits = propose.draft(*given)
     tokens, actions, first, finite = propose(*given)
@@ -126,13 +118,13 @@ def test_propose_is_its_parts(propose: ProposeVision) -> None:
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 @pytest.mark.parametrize("state", [True, False])
 @torch.no_grad()
-def test_onnx_equals_the_module(batch: str, state: bool, tmp_path: Path, propose: ProposeVision) -> None:
+def test_onnx_equals_the_module(batch: str, state: bool, tmp_path: Path, propose: Propose) -> None:
     import onnxruntime
 
     given = inputs(1 if batch == "1" else 3)
     if not state:
-        draft = VisionDraft(dataclasses.replace(CONFIG, state=False), TINY.dims, CONTROL, EMBEDDING)
-        propose = ProposeVision(draft, propose.decoder, propose.transform).eval()
+        draft = VisionDraft(replace(CONFIG, state=False), TINY.dims, CONTROL, EMBEDDING)
+        propose = Propose(draft, propose.decoder, propose.transform).eval()
         given = (given[0], given[2])  # type: ignore[assignment]
     expected = propose(*given)
     export_onnx(stacked(propose), batch, tmp_path / "propose.onnx")  # type: ignore[arg-type]

@@ -1,139 +1,104 @@
-"""Test doubles for the policy: a backbone that notes its blocks, and heads that say what a script tells them."""
+"""A test double for the policy: a forward whose draft and main head say what a script tells them."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from msgspec import structs
-from torch import Tensor
+from numpy.typing import NDArray
 
-from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, Mode, RsdConfig
-from rsd_trt.models.backbone import BackboneState
-from rsd_trt.models.components import agreeing_steps, all_finite
+from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, HiddenDraftConfig, Limits, Mode, RsdConfig
 from rsd_trt.presets import preset
-from rsd_trt.runtime.forward import EagerForward
+from rsd_trt.runtime.forward import Guess, Main
 from rsd_trt.runtime.policy import Policy
-from rsd_trt.runtime.speculate import RandomAcceptance, Rule
+from rsd_trt.runtime.speculate import Actions, RandomAcceptance, Rule, Tokens
 
 DIMS = Dims(T=6, D=4, L=3, C=2, K=3)
-N = preset("tiny", "tiny").backbone.language.blocks
-DRAFT_BLOCK = 1
 NAN = float("nan")
 Step = tuple[int, int]  # of the arm and of the gripper (-1 or 1)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What draft and main head say to one observation, and where a NaN comes up."""
+    """An observation: what draft and main head say to it, and where a NaN comes up."""
 
     draft: Sequence[Step]
     main: Sequence[Step]
     draft_token: int = 0
     main_token: int = 0
-    nan: Literal["", "hidden k", "hidden N", "draft", "head"] = ""
+    nan: Literal["", "hidden", "draft", "head"] = ""
+    instruction: str = "do it"
 
 
-def chunk(steps: Sequence[Step]) -> Tensor:
+def chunk(steps: Sequence[Step]) -> Actions:
     """[T, A]: all arm dimensions alike."""
-    return torch.tensor([[float(arm)] * ARM_DIMS + [float(gripper)] for arm, gripper in steps])
+    return np.array([[float(arm)] * ARM_DIMS + [float(gripper)] for arm, gripper in steps], np.float32)
 
 
 class World:
-    """Frames, seen by their numbers."""
+    """A `rsd_trt.runtime.forward.Forward`. Its buffers are its own: each query overwrites them."""
 
-    def __init__(self, frames: Sequence[Frame]) -> None:
-        self.frames = list(frames)
-        self.device = torch.device("cpu")
-        self.ran: list[tuple[int, int]] = []  # (frame, block) of every block that ran
-        self.conditions: list[Tensor] = []
+    device = torch.device("cpu")
 
-    def __call__(self, observations: Sequence[int]) -> Tensor:
-        return torch.tensor(observations)
+    def __init__(self) -> None:
+        self.sessions: dict[str, object] = {"propose": Session(), "predict": Session()}
+        self.ran: list[tuple[str, Frame]] = []  # ("check" or "full", frame) of everything that was computed
+        self.conditions: list[Tokens] = []
+        self._lent: list[NDArray[np.generic]] = []
 
-    def run(self, inputs: Tensor, until: int) -> BackboneState:
-        return self.resume(BackboneState(inputs.view(-1, 1, 1).float(), torch.zeros_like(inputs), 0), until)
+    def check(self, observations: Sequence[Frame]) -> Guess:
+        self.ran += [("check", frame) for frame in observations]
+        tokens = self._filled([frame.draft_token for frame in observations], DIMS.C)
+        logits = np.zeros((len(observations), DIMS.T, DIMS.D, DIMS.K), np.float32)
+        for row, frame in zip(logits, observations, strict=True):
+            row[..., frame.draft_token] = 10
+        finite = np.array([frame.nan != "draft" for frame in observations])
+        return Guess(tokens, np.stack([chunk(frame.draft) for frame in observations]), logits, finite)
 
-    def resume(self, state: BackboneState, until: int) -> BackboneState:
-        assert state.block <= until
-        for block in range(state.block + 1, until + 1):
-            self.ran += [(int(frame), block) for frame in state.stream]
-        return dataclasses.replace(state, block=until)
+    def full(self, observations: Sequence[Frame], condition: Tokens | None = None) -> Main:
+        for lent in self._lent:
+            lent[...] = 0
+        self.ran += [("full", frame) for frame in observations]
+        self.conditions += [] if condition is None else [condition.copy()]
+        self.hidden = torch.tensor([[NAN if frame.nan == "hidden" else 0.0] for frame in observations])
+        finite = np.array([frame.nan not in ("hidden", "head") for frame in observations])
+        tokens = self._filled([frame.main_token for frame in observations], DIMS.L)
+        actions = np.stack([chunk(frame.main) for frame in observations])
+        self._lent = [tokens, actions]
+        return Main(tokens, actions, finite)
 
-    def hidden(self, state: BackboneState) -> Tensor:
-        bad = ("hidden k", "hidden N") if state.block == N else ("hidden k",)
-        rows = [[int(frame), NAN if self.frames[int(frame)].nan in bad else 0.0] for frame in state.stream]
-        return torch.tensor(rows)  # [B, 2]: the frame, and what may be NaN
+    def _filled(self, tokens: Sequence[int], layers: int) -> Tokens:
+        return np.stack([np.full((DIMS.T, DIMS.D, layers), token, np.int64) for token in tokens])
 
 
-@dataclass
-class Draft:
-    """The session `propose`."""
-
+class Session:
     sha256 = None
 
-    world: World
 
-    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        frames = [self.world.frames[int(row[0])] for row in inputs["hidden"]]
-        logits = torch.tensor([[NAN if frame.nan == "draft" else 0.0] for frame in frames])
-        return {
-            "tokens": torch.stack([torch.full((DIMS.T, DIMS.D, DIMS.C), frame.draft_token) for frame in frames]),
-            "actions": torch.stack([chunk(frame.draft) for frame in frames]),
-            "finite": all_finite(logits, inputs["hidden"]),
-        }
-
-
-@dataclass
-class Main:
-    """The session `predict`. Its buffers are its own: each run overwrites them."""
-
-    sha256 = None
-
-    world: World
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-
-    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        for buffer in self.buffers.values():
-            buffer.zero_()
-        if "condition" in inputs:
-            self.world.conditions.append(inputs["condition"])
-        frames = [self.world.frames[int(row[0])] for row in inputs["hidden"]]
-        actions = torch.stack([chunk(frame.main) for frame in frames])
-        logits = torch.tensor([[NAN if frame.nan == "head" else 0.0] for frame in frames])
-        self.buffers = {
-            "tokens": torch.stack([torch.full((DIMS.T, DIMS.D, DIMS.L), frame.main_token) for frame in frames]),
-            "actions": actions,
-            "agreement": agreeing_steps(inputs["coarse_actions"], actions, inputs["tolerance"]),
-            "finite": all_finite(logits, inputs["hidden"]),
-        }
-        return self.buffers
-
-
-def configure(kind: str = "rfsq", draft_block: int = DRAFT_BLOCK, **rsd: object) -> BundleConfig:
+def configure(hidden: bool = False, limits: Limits | None = None, **rsd: object) -> BundleConfig:
     config = preset("tiny", "tiny")
-    values: dict[str, object] = {"n_action_steps": 2, "refresh": 100, "tolerance": (0.5,) * ARM_DIMS, **rsd}
+    values: dict[str, object] = {"n_action_steps": 2, "rule": "actions", "tolerance": (0.5,) * ARM_DIMS, **rsd}
     return structs.replace(
         config,
         dims=DIMS,
-        rsd=RsdConfig(draft_block=draft_block, **values),  # type: ignore[arg-type]
-        head=structs.replace(config.head, kind=kind),
+        draft=HiddenDraftConfig() if hidden else config.draft,
+        rsd=RsdConfig(**values),  # type: ignore[arg-type]
+        control=structs.replace(config.control, limits=limits or Limits()),
     )
 
 
 def scripted(
-    frames: Sequence[Frame],
     mode: Mode = "rsd",
     environments: int = 1,
     decided_by: Rule | None = None,
     **settings: object,
 ) -> tuple[Policy, World]:
-    """A policy over frames; its observations are their numbers. Mode `random` accepts every other time by default."""
-    world = World(frames)
-    config = configure(**settings)  # type: ignore[arg-type]
-    forward = EagerForward(config, world, Draft(world), Main(world), world)  # type: ignore[arg-type]
+    """A policy whose observations are frames. Mode `random` accepts every other time by default."""
+    world = World()
     rule = RandomAcceptance(0.5, 0) if decided_by is None and mode == "random" else decided_by
-    return Policy(config, forward, mode, None, environments, rule), world
+    config = configure(**settings)  # type: ignore[arg-type]
+    return Policy(config, world, mode, None, environments, rule), world  # type: ignore[arg-type]

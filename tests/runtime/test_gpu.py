@@ -23,7 +23,7 @@ from rsd_trt.eval.verify.result import BackboneParity, Parity
 from rsd_trt.export.run import ExportRequest, export_bundle
 from rsd_trt.presets import initialise
 from rsd_trt.runtime.backends import Launcher, open_forward
-from rsd_trt.runtime.graph_forward import GraphForward
+from rsd_trt.runtime.forward import Forward
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.speculate import RandomAcceptance
@@ -116,10 +116,9 @@ def test_every_backbone_acts_as_the_eager_one(
             assert len(routes) > 1 or mode == "baseline"
 
 
-def warm_forward(bundle: Bundle, count: int) -> tuple[GraphForward, list[list[Observation]]]:
+def warm_forward(bundle: Bundle, count: int) -> tuple[Forward, list[list[Observation]]]:
     """A forward whose graphs are captured, and fresh batches of the same size."""
     forward = open_forward(Launcher(bundle, "graph", CUDA), "dynamic", "graph")
-    assert isinstance(forward, GraphForward)
     seen = random_observations(bundle.config.control, 8 * count)
     seen = [dataclasses.replace(x, instruction=INSTRUCTIONS[0]) for x in seen]
     batches = [seen[i : i + count] for i in range(0, len(seen), count)]
@@ -129,14 +128,10 @@ def warm_forward(bundle: Bundle, count: int) -> tuple[GraphForward, list[list[Ob
 
 
 @torch.inference_mode()
-def decide(forward: GraphForward, batch: list[Observation]) -> None:
-    """A rejected query, and a full query without a draft: three decisions."""
-    forward.early(batch)
-    forward.draft()
-    forward.late(range(len(batch)))
-    forward.main()
-    forward.whole(batch)
-    forward.main()
+def decide(forward: Forward, batch: list[Observation]) -> None:
+    """A rejected query: two decisions."""
+    forward.check(batch)
+    forward.full(batch)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -155,15 +150,15 @@ def test_warm_queries_allocate_nothing(bundle: Bundle, batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_decision_waits_for_the_device_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     forward, batches = warm_forward(bundle, batch)
-    real, waits = GraphForward._wait, []
+    real, waits = torch.cuda.Stream.synchronize, []
 
-    def wait(self: GraphForward) -> None:
+    def wait(self: torch.cuda.Stream) -> None:
         waits.append(1)
         torch.cuda.set_sync_debug_mode("default")
         real(self)
         torch.cuda.set_sync_debug_mode("error")
 
-    monkeypatch.setattr(GraphForward, "_wait", wait)
+    monkeypatch.setattr(torch.cuda.Stream, "synchronize", wait)
     torch.cuda.set_sync_debug_mode("error")  # any other wait raises
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
@@ -172,7 +167,7 @@ def test_a_decision_waits_for_the_device_once(bundle: Bundle, monkeypatch: pytes
             decide(forward, seen)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 3 * len(batches)
+    assert len(waits) == 2 * len(batches)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no FP8")

@@ -11,33 +11,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rsd_trt.config import ARM_DIMS
+from rsd_trt.config import ARM_DIMS, RULES, RsdConfig, RuleName
 from rsd_trt.models import components
 from rsd_trt.runtime.speculate import (
     Actions,
+    ActionsAgree,
+    Check,
     Checks,
+    FirstStep,
+    Likelihood,
+    PathAgrees,
     RandomAcceptance,
     Route,
+    Rule,
+    TokensAgree,
+    Tolerance,
     agreeing_prefix,
     agreeing_steps,
     agreeing_token_steps,
-    commit_accepted,
-    commit_full,
+    factor,
     gripper_holds,
-    refresh_due,
+    log_likelihood,
     route_checked,
+    rule_of,
 )
 
 STEPS = 8
 booleans = st.lists(st.booleans(), min_size=STEPS, max_size=STEPS)
-prefixes = st.integers(0, STEPS)
-committed = st.integers(1, STEPS)
 
 
 def grippers(*signs: float) -> Actions:
-    """A chunk [1, T, A] with these gripper commands."""
-    chunk = np.zeros((1, len(signs), ARM_DIMS + 1), np.float32)
-    chunk[0, :, ARM_DIMS] = signs
+    """A chunk [T, A] with these gripper commands."""
+    chunk = np.zeros((len(signs), ARM_DIMS + 1), np.float32)
+    chunk[:, ARM_DIMS] = signs
     return chunk
 
 
@@ -62,14 +68,14 @@ def test_the_host_decides_as_the_device_does(a: Actions, b: Actions, tolerance: 
     [([1, 1, 1, 1], 4), ([1, 1, 0, 1], 2), ([0, 1, 1, 1], 0), ([1, 0, 0, 0], 1), ([], 0)],
 )
 def test_prefix_table(passes: list[int], prefix: int) -> None:
-    assert agreeing_prefix(np.array([passes], bool)).tolist() == [prefix]
+    assert agreeing_prefix(np.array(passes, bool)) == prefix
 
 
-@given(rows=st.lists(booleans, min_size=1, max_size=4))
-def test_a_prefix_ends_before_the_first_disagreement(rows: list[list[bool]]) -> None:
-    for n, row in zip(agreeing_prefix(np.array(rows)).tolist(), rows, strict=True):
-        assert all(row[:n])
-        assert n == len(row) or not row[n]
+@given(row=booleans)
+def test_a_prefix_ends_before_the_first_disagreement(row: list[bool]) -> None:
+    n = agreeing_prefix(np.array(row))
+    assert all(row[:n])
+    assert n == len(row) or not row[n]
 
 
 @pytest.mark.parametrize(
@@ -84,14 +90,14 @@ def test_a_prefix_ends_before_the_first_disagreement(rows: list[list[bool]]) -> 
     ],
 )
 def test_a_gripper_switch_does_not_hold(before: float, signs: list[float], holds: list[bool]) -> None:
-    assert gripper_holds(grippers(*signs), np.array([before])).tolist() == [holds]
+    assert gripper_holds(grippers(*signs), before).tolist() == holds
 
 
 @given(passes=booleans, closed=booleans, before=st.booleans())
 def test_a_gripper_switch_ends_the_prefix(passes: list[bool], closed: list[bool], before: bool) -> None:
     signs = [1.0 if c else -1.0 for c in closed]
-    holds = gripper_holds(grippers(*signs), np.array([1.0 if before else -1.0]))
-    n = int(agreeing_prefix(np.array([passes]) & holds)[0])
+    holds = gripper_holds(grippers(*signs), 1.0 if before else -1.0)
+    n = agreeing_prefix(np.array(passes) & holds)
     assert len({before, *closed[:n]}) == 1
 
 
@@ -105,47 +111,91 @@ def test_token_rule_table(equal: int, share: float, agrees: bool) -> None:
     assert agreeing_token_steps(draft, chunk, share).tolist() == [[True, agrees]]
 
 
-@given(prefix=st.integers(1, STEPS), steps=committed)
-def test_an_accepted_query_commits_all_that_it_may(prefix: int, steps: int) -> None:
-    count = commit_accepted(prefix, steps)
-    assert 1 <= count <= min(prefix, steps)
-    assert count in (prefix, steps)
+TOLERANCE = Tolerance((0.5,) * ARM_DIMS)
+LEVELS = 3
 
 
-@given(prefix=prefixes, steps=committed)
-def test_a_full_query_commits_the_prefix_at_most_but_one_at_least(prefix: int, steps: int) -> None:
-    count = commit_full(prefix, steps)
-    assert 1 <= count <= max(1, min(prefix, steps))
-    assert count >= min(prefix, steps)
+def case(
+    guess: list[float], left: list[float], ahead: int = 2, closed: tuple[int, ...] = (), age: int = 1, **fields: object
+) -> Check:
+    """A check of chunks whose arm dimensions are all alike. closed: steps of `left` at which its gripper is another."""
+    there = grippers(*[-1.0] * len(left))
+    there[:, :ARM_DIMS] = np.array(left, np.float32)[:, None]
+    there[list(closed), ARM_DIMS] = 1
+    now = grippers(*[-1.0] * len(guess))
+    now[:, :ARM_DIMS] = np.array(guess, np.float32)[:, None]
+    values: dict[str, object] = {
+        "left_tokens": np.zeros((len(left), 2, 3), np.int64),
+        "guess_tokens": np.zeros((len(guess), 2, 2), np.int64),
+        "logits": np.zeros((len(guess), 2, LEVELS), np.float32),
+    }
+    return Check(there, guess=now, ahead=ahead, age=age, query=(0, 0, 1), **{**values, **fields})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("prefix", "left", "steps", "route"),
+    ("rule", "check", "steps", "score"),
     [
-        (0, 8, 4, "rejected"),
-        (0, 1, 4, "rejected"),
-        (1, 8, 4, "partial"),
-        (3, 8, 4, "partial"),
-        (4, 8, 4, "accepted"),
-        (8, 8, 4, "accepted"),
-        (2, 2, 4, "accepted"),
-        (1, 2, 4, "partial"),
-        (1, 8, 1, "accepted"),
+        (FirstStep(TOLERANCE), case([0.5, 9, 9], [0, 0, 0]), 3, 1.0),
+        (FirstStep(TOLERANCE), case([0.6, 0, 0], [0, 0, 0]), 0, 1.2),
+        (FirstStep(TOLERANCE), case([0, 0, 0], [0, 0, 0], closed=(0,)), 0, 0.0),
+        (FirstStep(TOLERANCE), case([0.1] * 4, [0]), 1, 0.2),
+        (ActionsAgree(TOLERANCE), case([0, 0.5, 0.6, 0], [0, 0, 0, 0]), 2, None),
+        (ActionsAgree(TOLERANCE), case([0, 0, 0, 0], [0, 0, 0], closed=(1,)), 1, None),
+        # the sum of the steps ahead counts: noise cancels, drift does not
+        (PathAgrees(TOLERANCE), case([0.4, -0.4, 9], [0, 0, 0]), 3, 0.8),
+        (PathAgrees(TOLERANCE), case([0.3, 0.3, 0], [0, 0, 0]), 0, 1.2),
+        (PathAgrees(TOLERANCE), case([0.3, 0.3, 0], [0, 0, 0], ahead=1), 3, 0.6),
+        (PathAgrees(TOLERANCE), case([0.9, -0.9, 0], [0, 0, 0]), 0, 1.8),  # on the way, too
+        (PathAgrees(TOLERANCE), case([0, 0, 0], [0, 0, 0], closed=(1,)), 0, 0.0),
+        (PathAgrees(TOLERANCE), case([0, 0, 0], [0, 0, 0], closed=(2,)), 3, 0.0),
+        (TokensAgree(1.0), case([9, 9, 9], [0, 0]), 2, None),
+        (Likelihood(-1.2), case([9] * 3, [0] * 2), 2, -np.log(LEVELS)),
+        (Likelihood(-1.0), case([9] * 3, [0] * 2), 0, -np.log(LEVELS)),
+        # a factor by the chunk's age; the last one is that of all older
+        (FirstStep(Tolerance((0.5,) * ARM_DIMS, (1.0, 0.5))), case([0.3], [0], age=0), 1, 0.6),
+        (FirstStep(Tolerance((0.5,) * ARM_DIMS, (1.0, 0.5))), case([0.3], [0], age=7), 0, 1.2),
+        (Likelihood(-2.0, (1.0, 0.5)), case([9] * 3, [0] * 2, age=7), 0, -np.log(LEVELS)),
     ],
 )
-def test_route_table(prefix: int, left: int, steps: int, route: Route) -> None:
-    assert route_checked(prefix, left, steps) == route
+def test_rule_table(rule: Rule, check: Check, steps: int, score: float | None) -> None:
+    found = rule(check)
+    assert found.steps == steps
+    assert found.score == (None if score is None else pytest.approx(score))
 
 
-@pytest.mark.parametrize("refresh", [1, 2, 5])
-def test_every_refreshth_query_is_a_full_query(refresh: int) -> None:
-    due = []
-    accepted = 0
-    for _ in range(12):
-        due.append(refresh_due(accepted, refresh))
-        accepted = 0 if due[-1] else accepted + 1
-    full = [i for i, forced in enumerate(due) if forced]
-    assert full == list(range(refresh - 1, 12, refresh))
+def test_the_likelihood_is_of_the_chunks_own_coarsest_tokens_of_the_steps_ahead() -> None:
+    logits = np.zeros((3, 2, LEVELS), np.float32)
+    logits[0, :, 2] = logits[1, :, 1] = 50
+    tokens = np.zeros((3, 2, 3), np.int64)
+    tokens[0, :, 0], tokens[1, :, 0] = 2, 1
+    for ahead, score in ((1, 0.0), (2, 0.0), (3, -np.log(LEVELS) / 3)):
+        check = case([9] * 3, [0] * 3, ahead=ahead, logits=logits, left_tokens=tokens)
+        assert Likelihood(-1.0)(check).score == pytest.approx(score, abs=1e-6)
+    assert Likelihood(-1.0)(case([9] * 3, [0] * 3, ahead=2, logits=logits)).steps == 0
+    expected = torch.log_softmax(torch.from_numpy(logits), -1).gather(-1, torch.from_numpy(tokens[..., :1])).mean()
+    assert log_likelihood(logits, tokens[..., 0]) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_that_a_bundle_may_name_is_there(name: RuleName) -> None:
+    rule = rule_of(RsdConfig(rule=name, threshold=-9.0))
+    assert rule(case([0] * 3, [0] * 2)).steps == 2
+    assert factor((), 3) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "ahead", "route"),
+    [
+        (0, 4, "rejected"),
+        (1, 4, "partial"),
+        (3, 4, "partial"),
+        (4, 4, "accepted"),
+        (8, 4, "accepted"),
+        (1, 1, "accepted"),
+    ],
+)
+def test_route_table(steps: int, ahead: int, route: Route) -> None:
+    assert route_checked(steps, ahead) == route
 
 
 rules = st.builds(RandomAcceptance, st.floats(0, 1), st.integers(0, 2**32 - 1))

@@ -215,13 +215,13 @@ class Double:
 def open_double(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[TrtSession, Double]]:
-    """open_double(ports, enqueues=True) -> a session of `propose` on the double."""
+    """open_double(ports, enqueues=True) -> a session of `predict` on the double."""
 
     def make(ports: list[str] | None, enqueues: bool = True) -> tuple[TrtSession, Double]:
-        double = Double(bundle.component("propose").signature, ports, enqueues)
+        double = Double(bundle.component("predict").signature, ports, enqueues)
         monkeypatch.setattr(trt_session, "capture", double.capture)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
-        file = tmp_path / "propose.engine"
+        file = tmp_path / "predict.engine"
         file.write_bytes(b"an engine")
         return TrtSession(file, double.signature, CPU, double.distribution), double
 
@@ -268,7 +268,7 @@ def test_an_engine_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(UserError) as error:
         open_double(ports)
-    assert str(error.value) == message.format(file=tmp_path / "propose.engine")
+    assert str(error.value) == message.format(file=tmp_path / "predict.engine")
 
 
 def test_a_larger_batch_than_an_engine_takes_is_refused(open_double: Callable[..., tuple[TrtSession, Double]]) -> None:

@@ -1,4 +1,4 @@
-"""What a check costs on the CPU: one launch of `ProposeVision` with ONNX Runtime in float32, by the draft's size.
+"""What a check costs on the CPU: one launch of `Propose` with ONNX Runtime in float32, by the draft's size.
 
     python -m examples.reference_policy.studies.draft_latency
 
@@ -22,11 +22,12 @@ import torch
 from msgspec import structs
 from numpy.typing import NDArray
 
+from rsd_trt.config import VisionDraftConfig
 from rsd_trt.export.to_onnx import export_onnx
 from rsd_trt.models.classifiers import stacked
 from rsd_trt.models.codec import Codec, Decoder
-from rsd_trt.models.components import ActionTransform
-from rsd_trt.models.vision_draft import ProposeVision, VisionDraft, VisionDraftConfig
+from rsd_trt.models.components import ActionTransform, Propose
+from rsd_trt.models.vision_draft import VisionDraft
 from rsd_trt.presets import preset
 
 SIZES = {
@@ -41,16 +42,16 @@ SIZES = {
 Feed = Mapping[str, NDArray[np.generic]]
 
 
-def build(draft: VisionDraftConfig, steps: int) -> ProposeVision:
+def build(draft: VisionDraftConfig, steps: int) -> Propose:
     """The component at the reference policy's sizes, with chunks of `steps`."""
     config = preset("reference", "reference")
     dims = structs.replace(config.dims, T=steps)
     module = VisionDraft(draft, dims, config.control, config.hidden)
     decoder = Decoder(Codec(config.codec, dims), dims)
-    return ProposeVision(module, decoder, ActionTransform(config.control, dims)).eval()
+    return Propose(module, decoder, ActionTransform(config.control, dims)).eval()
 
 
-def inputs(module: ProposeVision) -> dict[str, NDArray[np.generic]]:
+def inputs(module: Propose) -> dict[str, NDArray[np.generic]]:
     """One observation."""
     random = np.random.default_rng(0)
     found: dict[str, NDArray[np.generic]] = {}

@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import DEFAULT_BUNDLE, SUITES
-from rsd_trt.eval.verify.backbone import Answers, joined, open_heads, steps_beyond_tolerance, token_mismatch
+from rsd_trt.eval.verify.backbone import Answers, joined, open_head, steps_beyond_tolerance, token_mismatch
 from rsd_trt.eval.verify.components import BATCHES
 from rsd_trt.eval.verify.inputs import libero_observations, random_observations
 from rsd_trt.eval.verify.oracle import last_positions
@@ -40,11 +39,9 @@ class Sensitivity:
 
     what: str
     products: int
-    cosine: float  # after block N, the worst input
+    cosine: float  # of the hidden state, the worst input
     mean_cosine: float
-    early_cosine: float  # after block k, the worst input
-    draft_token_mismatch: float  # share of different tokens in the draft's worst layer
-    token_mismatch: float  # the same of the main head's
+    token_mismatch: float  # share of different tokens in the main head's worst layer
     action_mean_abs: float  # of the chunks, in environment units
     steps_beyond_tolerance: float  # share of the chunks' steps that differ by more than the bundle's tolerance
     inputs: int
@@ -67,14 +64,13 @@ def sensitivity(bundle: Bundle, device: torch.device, observations: Sequence[Obs
         inputs = process(observations[start : start + batch])
         stream = fused.embed(inputs.pixels.bfloat16(), inputs.tokens, inputs.proprio)
         embedded.append((stream, last_positions(inputs, stream)))
-    k, blocks = bundle.config.rsd.draft_block, config.language.blocks
-    read = open_heads(bundle, device)
+    read = open_head(bundle, device)
 
     def answers() -> Answers:
-        return joined([read(*hidden_states(fused, k, *x)) for x in embedded])
+        return joined([read(fused.language(*x)) for x in embedded])
 
     expected = answers()
-    for what, choice in choices(blocks).items():
+    for what, choice in choices(config.language.blocks).items():
         plain = {pair: getattr(fused.layers[pair[0]], pair[1]) for pair in choice}
         try:
             for (block, name), module in plain.items():
@@ -84,15 +80,12 @@ def sensitivity(bundle: Bundle, device: torch.device, observations: Sequence[Obs
         finally:
             for (block, name), module in plain.items():
                 setattr(fused.layers[block], name, module)
-        early = cosine_similarity(found.early.double(), expected.early.double(), dim=-1)
         final = cosine_similarity(found.final.double(), expected.final.double(), dim=-1)
         yield Sensitivity(
             what=what,
             products=len(choice),
             cosine=float(final.min()),
             mean_cosine=float(final.mean()),
-            early_cosine=float(early.min()),
-            draft_token_mismatch=max(token_mismatch(found.draft_tokens, expected.draft_tokens)),
             token_mismatch=max(token_mismatch(found.tokens, expected.tokens)),
             action_mean_abs=float((found.actions - expected.actions).abs().mean()),
             steps_beyond_tolerance=steps_beyond_tolerance(found, expected, bundle.config),
@@ -108,14 +101,6 @@ def choices(blocks: int) -> dict[str, Choice]:
     single = {f"block {i}": {pair for pair in every if pair[0] == i} for i in range(blocks - 1)}
     first = {f"all but blocks < {n}": {pair for pair in every if pair[0] >= n} for n in range(1, min(4, blocks - 1))}
     return {"all": every, "the MLPs": fp8_products(blocks), **only, **but, **first, **single}
-
-
-def hidden_states(fused: FusedBackbone, k: int, stream: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, H] after block k and after block N of an embedded sequence [B, S, H]."""
-    last_block = fused.config.language.blocks - 1
-    middle = fused.blocks(stream, 0, min(k, last_block))
-    final = fused.finish(fused.blocks(middle, k, last_block), last)
-    return (fused.read(middle, last) if k <= last_block else final), final
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -77,12 +77,10 @@ class Loops:
     def _chunks(self, observations: Sequence[Observation], drafts: bool) -> tuple[Actions, Actions]:
         """Main's fresh chunks [B, T, A], and what the old ones are checked against: the draft's, or the same."""
         if not drafts:
-            self.forward.whole(observations)
-            fresh = self.forward.main().actions.copy()
+            fresh = self.forward.full(observations).actions.copy()
             return fresh, fresh
-        self.forward.early(observations)
-        self.forward.late(range(len(observations)), drafted=False)
-        return self.forward.main().actions.copy(), self.forward.draft().actions.copy()
+        guess = self.forward.check(observations).actions.copy()
+        return self.forward.full(observations).actions.copy(), guess
 
 
 def _answer(state: State, fresh: Actions, guess: Actions, seed: int) -> Query:
@@ -113,7 +111,8 @@ def _answer(state: State, fresh: Actions, guess: Actions, seed: int) -> Query:
 
 def _query(state: State, actions: Actions, route: Route, prefix: int | None, full_query: bool) -> Query:
     state.gripper = float(actions[-1, ARM_DIMS])
-    return Query(actions.copy(), route, prefix, full_query=full_query)
+    checked = route in ("accepted", "partial", "rejected")
+    return Query(actions.copy(), route, checked, full_query, prefix)
 
 
 def _due(state: State, steps: int) -> Route | None:
@@ -146,11 +145,11 @@ def confirmed(rule: Rule, guess: Actions, left: Actions, gripper: float, toleran
     that agree and keep the gripper as it was.
     """
     now = guess[: len(left)]
-    agreeing = agreeing_steps(now[None], left[None], np.full(ARM_DIMS, tolerance, np.float32))
+    agreeing = agreeing_steps(now, left, np.full(ARM_DIMS, tolerance, np.float32))
     if rule == "first":
-        return len(left) * bool(agreeing[0, 0])
+        return len(left) * bool(agreeing[0])
     if rule == "actions":
-        return int(agreeing_prefix(agreeing & gripper_holds(left[None], np.array([gripper])))[0])
+        return int(agreeing_prefix(agreeing & gripper_holds(left, gripper)))
     ahead = max(m, LOOK_AHEAD)
     drift: NDArray[np.float32] = np.abs(np.cumsum(now[:ahead, :ARM_DIMS] - left[:ahead, :ARM_DIMS], axis=0))
     same = (now[0, ARM_DIMS] > 0) == (left[0, ARM_DIMS] > 0)

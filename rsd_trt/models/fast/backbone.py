@@ -147,7 +147,7 @@ class FusedTower(nn.Module):
 
 
 class FusedBackbone(nn.Module):
-    """A `Backbone` for inference, in three steps: `embed`, `blocks`, and `read` or `finish`.
+    """A `Backbone` for inference.
 
     It takes the given backbone's weights over, which cannot be used after. fp8: the products that are computed in
     E4M3, as (block, name), blocks counted from 0; the last block's never are.
@@ -172,6 +172,11 @@ class FusedBackbone(nn.Module):
         self._ropes: dict[int, Rope] = {}
         self._side: torch.cuda.Stream | None = None
         self.compiled = False
+
+    def forward(self, pixels: Tensor, tokens: Tensor, lengths: Tensor, proprio: Tensor | None) -> Tensor:
+        """What `BackboneInputs` holds -> the hidden state [B, H]."""
+        stream = self.embed(pixels, tokens, proprio)
+        return self.language(stream, lengths + (stream.shape[1] - tokens.shape[1] - 1))
 
     def embed(self, pixels: Tensor, tokens: Tensor, proprio: Tensor | None) -> Tensor:
         """pixels [B, images, towers, 3, S, S], tokens [B, P], proprio [B, 8] -> the embedded sequence [B, S, H]."""
@@ -199,21 +204,13 @@ class FusedBackbone(nn.Module):
         here.wait_stream(self._side)
         return out
 
-    def blocks(self, stream: Tensor, start: int, until: int) -> Tensor:
-        """The residual stream [B, S, H] after block `start` -> after block `until` < N."""
+    def language(self, stream: Tensor, last: Tensor) -> Tensor:
+        """The embedded sequence [B, S, H] -> the hidden state [B, H] at positions `last` [B], after the final norm."""
         rope = self.rope(stream)
         branch = torch.zeros_like(stream)
-        for layer in self.layers[start:until]:
+        for layer in self.layers:
             stream, branch = layer(stream, branch, rope)
-        return stream + branch
-
-    def read(self, stream: Tensor, last: Tensor) -> Tensor:
-        """The hidden state [B, H] at positions `last` [B], as it stands between two blocks."""
-        return stream[torch.arange(len(last), device=last.device), last]
-
-    def finish(self, stream: Tensor, last: Tensor) -> Tensor:
-        """The stream after block N - 1 -> the hidden state [B, H] after block N and the final norm."""
-        return self.norm(self.last.read(stream, self.rope(stream), last))
+        return self.norm(self.last.read(stream + branch, rope, last))
 
     def rope(self, stream: Tensor) -> Rope:
         """cos and sin [S, 1, H / heads] for the stream's length, computed once."""

@@ -37,7 +37,9 @@ def settings(bundle: Bundle, accept_rate: float | Path | None, mode: Mode = "ran
 
 
 def rsd(bundle: Bundle, **changes: object) -> Results:
-    return run(**{"mode": "rsd", "n_action_steps": 2, "policy_sha256": bundle.fingerprint, **changes})  # type: ignore[arg-type]
+    rsd = structs.replace(bundle.config.rsd, **{"n_action_steps": 2, **changes.pop("loop", {})})  # type: ignore[dict-item]
+    own = {"mode": "rsd", "n_action_steps": rsd.n_action_steps, "rsd": rsd, "policy_sha256": bundle.fingerprint}
+    return run(**{**own, **changes})  # type: ignore[arg-type]
 
 
 def test_the_rate_is_that_of_the_rsd_run(bundle: Bundle, tmp_path: Path) -> None:
@@ -64,9 +66,20 @@ def test_a_tolerance_takes_the_place_of_the_bundles(bundle: Bundle) -> None:
     assert wide.policy is not None and wide.policy.config.rsd == wide.settings.of_bundle.rsd
     assert own.settings.policy_sha256 == wide.settings.policy_sha256
     assert own.settings.run != wide.settings.run
-    by_tokens = structs.replace(bundle.config, rsd=structs.replace(bundle.config.rsd, rule="tokens"))
-    with pytest.raises(UserError, match=r"--tolerance 0.4: the bundle's rsd.rule is tokens; only actions has a toler"):
-        asked(dataclasses.replace(bundle, config=by_tokens), 0.4)
+
+
+def test_what_is_asked_of_the_checks_is_recorded(bundle: Bundle) -> None:
+    request = EvalRequest(
+        bundle=bundle.path, device="cpu", rule="likelihood", threshold=-1.5, n_action_steps=3, check_steps=2, refresh=5
+    )
+    driver = bundle_driver(request, bundle, (0,))
+    found = driver.settings.of_bundle
+    assert (found.rsd.rule, found.rsd.threshold, found.rsd.check_steps, found.rsd.refresh) == ("likelihood", -1.5, 2, 5)
+    assert driver.policy is not None
+    assert (driver.policy.n_action_steps, driver.policy.check_steps) == (driver.settings.n_action_steps, 2) == (3, 2)
+    assert found.draft == "vision"
+    with pytest.raises(UserError, match=r"rsd.check_steps 9 is not in 1\.\.8, the steps of a chunk"):
+        bundle_driver(dataclasses.replace(request, check_steps=9), bundle, (0,))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +87,9 @@ def test_a_tolerance_takes_the_place_of_the_bundles(bundle: Bundle) -> None:
     [
         ({"mode": "shadow"}, "is of mode shadow; the rate is that of a run of mode rsd"),
         ({"policy_sha256": "3f2a" * 16}, "is of bundle 3f2a3f2a3f2a, not of"),
-        ({"n_action_steps": 4}, "has n_action_steps 4, this run 2: --n-action-steps"),
-        ({"broken": tuple((t, i) for t in range(3) for i in range(4))}, "has no query that tested a live plan"),
+        ({"loop": {"n_action_steps": 4}}, "has n_action_steps 4, this run 2: --n-action-steps"),
+        ({"loop": {"check_steps": 1}}, "has check_steps 1, this run None: --check-steps"),
+        ({"broken": tuple((t, i) for t in range(3) for i in range(4))}, "has no check, and so no rate"),
     ],
 )
 def test_another_run_has_no_rate_for_it(
@@ -92,7 +106,20 @@ def test_another_run_has_no_rate_for_it(
         (("--accept-rate", "0.5"), "--mode random needs --accept-rate"),
         (("--mode", "random", "--accept-rate", "1.5"), "'1.5' is not in 0..1"),
         (("--mode", "random", "--accept-rate", "nan"), "'nan' is not in 0..1"),
-        (("--mode", "baseline", "--tolerance", "0.2"), "--tolerance is of the modes rsd and shadow: baseline compares"),
+        (("--mode", "baseline", "--tolerance", "0.2"), "--tolerance is of checks, and --mode baseline makes none"),
+        (("--mode", "baseline", "--rule", "path"), "--rule is of checks, and --mode baseline makes none"),
+        (("--mode", "baseline", "--threshold", "-1"), "--threshold is of checks, and --mode baseline makes none"),
+        (("--mode", "baseline", "--check-steps", "2"), "--check-steps is of checks, and --mode baseline makes none"),
+        (("--mode", "baseline", "--refresh", "8"), "--refresh is of checks, and --mode baseline makes none"),
+        (("--mode", "random", "--accept-rate", "0.5", "--rule", "first"), "--rule is of rules, and --mode random"),
+        (
+            ("--rule", "tokens", "--tolerance", "0.2"),
+            "--tolerance is of the rules first, actions, path: the rule",
+        ),
+        (("--rule", "likelihood", "--tolerance", "0.2"), "--tolerance is of the rules first, actions, path"),
+        (("--threshold", "-1"), "--threshold is of the rule likelihood: the rule is first"),
+        (("--rule", "likelihood"), "--rule likelihood needs --threshold, such as -1.5: the bundle has none"),
+        (("--rule", "frist"), "'frist' is unknown; did you mean 'first'?"),
         (("--tolerance", "-1"), "-1.0 is not in the range 0<=x<=2"),
         (("--record-hidden", "h"), "--record-hidden needs --mode shadow"),
         (("--engines", "x"), "--engines is of the backends ort and trt: torch runs no export"),
@@ -183,7 +210,7 @@ def test_settings_of_another_shape_are_refused(mode: Mode, rate: float | None) -
 def test_a_query_reaches_its_kernels_in_nine_calls(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the command's function on: seven up to the one that runs a session, the session, and what it launches."""
+    """From the command's function on, up to the session that runs the component."""
     package, depths, answer = str(Path(rsd_trt.__file__).parent), set(), TorchSession.run
 
     def measured(session: TorchSession, inputs: Tensors) -> dict[str, Tensor]:
@@ -198,4 +225,4 @@ def test_a_query_reaches_its_kernels_in_nine_calls(
     arguments = ("--trials", "1", "--max-steps", "6", "--out", str(tmp_path))
     result = CliRunner().invoke(main, ["eval", str(tiny_bundle), *arguments])
     assert result.exit_code == 0, result.output
-    assert depths and max(depths) <= 7
+    assert depths and max(depths) <= 9

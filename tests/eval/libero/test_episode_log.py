@@ -14,7 +14,9 @@ from rsd_trt.eval.results import Episode, QueryRecord
 
 SETTINGS = settings()
 NAME = "libero_spatial_rsd"
-QUERY = QueryRecord(step=0, route="start", committed=2, ms=10.0, full_query=True, token_agreement=(1.0, 0.5))
+QUERY = QueryRecord(
+    step=0, route="start", committed=2, ms=10.0, checked=False, full_query=True, token_agreement=(1.0, 0.5)
+)
 
 
 def episode(task: int, trial: int, success: bool = False, error: str | None = None) -> Episode:

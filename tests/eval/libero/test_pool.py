@@ -41,7 +41,7 @@ def run(
     for episode in run_episodes(
         policy, partial(serve, build=build), assignments, workers, batch, timeout, meter or Meter()
     ):
-        queries = tuple(structs.replace(query, ms=0.0, rows=1) for query in episode.queries)
+        queries = tuple(structs.replace(query, ms=0.0, batch=1) for query in episode.queries)
         assert episode.key not in found
         found[episode.key] = structs.replace(episode, seconds=0.0, queries=queries)
     assert sorted(found) == [(a.task, a.trial) for a in assignments]

@@ -10,17 +10,8 @@ from timings import MADE_UP, timing
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS
-from rsd_trt.eval.profile.components import (
-    PAIR,
-    TEXTBOOK,
-    ProfileRequest,
-    profile,
-    speedups,
-    textbook,
-    time_calls,
-)
-from rsd_trt.eval.verify.inputs import hidden_states, make_case
-from rsd_trt.runtime.backends import Launcher
+from rsd_trt.eval.profile.components import ProfileRequest, profile, speedups, time_calls
+from rsd_trt.eval.profile.costs import costs
 
 CPU = torch.device("cpu")
 REQUEST = ProfileRequest(("torch", "trt"), (1, 3), CPU, "fp32", Path("nowhere"), samples=3, warm_up=2)
@@ -33,7 +24,7 @@ def test_speedups_are_ratios_of_medians_at_the_same_batch() -> None:
         ("head", "ort + CUDA graph", 1): 3,
         ("head", "torch", 8): 1,
         ("head", "ort", 8): 0.5,
-        (TEXTBOOK, "torch", 1): 1,
+        ("predict", "torch", 1): 1,
     }
 
 
@@ -67,13 +58,11 @@ def test_calls_are_counted_after_the_warm_up() -> None:
     assert all(ms >= 0 for ms in samples)
 
 
-def test_every_component_the_pair_and_the_textbook_are_timed(bundle: Bundle) -> None:
+def test_every_component_is_timed(bundle: Bundle) -> None:
     timings = list(profile(bundle, REQUEST))
     for batch in REQUEST.batches:
         rows = {(row.backend, row.what): row for row in timings if row.batch == batch}
-        assert set(rows) == {("torch", what) for what in (*COMPONENTS, PAIR, TEXTBOOK)} | {
-            ("trt", what) for what in COMPONENTS
-        }
+        assert set(rows) == {(backend, what) for backend in ("torch", "trt") for what in COMPONENTS}
         for (backend, _), row in rows.items():
             assert len(row.ms) == (3 if backend == "torch" else 0)
             assert not row.cuda_graph
@@ -81,13 +70,10 @@ def test_every_component_the_pair_and_the_textbook_are_timed(bundle: Bundle) -> 
             assert row.reason == (None if backend == "torch" else wanted)
 
 
-def test_the_textbook_sequence_computes_what_predict_does(bundle: Bundle) -> None:
-    launcher = Launcher(bundle, "torch", CPU)
-    case = make_case(launcher, *hidden_states(bundle, 3, None, CPU))
-    sessions = {component: launcher.open(component, "dynamic") for component in COMPONENTS}
-    accepted, actions = textbook(sessions, case.inputs, bundle.config.rsd.token_share)
-    predict = sessions["predict"].run(case.inputs["predict"])
-    torch.testing.assert_close(actions, predict["actions"])  # the tiny bundle's actions are the environment's
-    coarse = sessions["propose"].run(case.inputs["propose"])["tokens"]
-    share = (coarse == predict["tokens"][..., : coarse.shape[-1]]).float().mean()
-    assert accepted == bool(share >= bundle.config.rsd.token_share)
+def test_a_bundle_without_a_draft_has_rows_for_the_rest(bundle_copy: Path) -> None:
+    (bundle_copy / "draft.safetensors").unlink()
+    rows = list(profile(Bundle.open(bundle_copy), REQUEST))
+    assert {row.what for row in rows} == {"head", "decoder", "predict"}
+    found = {cost.what: cost for cost in costs(Bundle.open(bundle_copy), REQUEST) if cost.backend == "torch"}
+    assert (len(found["check"].ms), len(found["full"].ms)) == (0, 3)
+    assert found["check"].reason == f"{bundle_copy} has no draft"

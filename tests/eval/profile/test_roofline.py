@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import BundleConfig, HeadConfig
+from rsd_trt.config import BackboneConfig, BundleConfig, HeadConfig
 from rsd_trt.errors import UserError
 from rsd_trt.eval.profile import roofline
 from rsd_trt.eval.profile.roofline import (
@@ -28,8 +28,7 @@ from rsd_trt.eval.profile.roofline import (
     stage_work,
 )
 from rsd_trt.models.codec import Codec, Decoder
-from rsd_trt.models.components import ActionTransform, Predict, Propose
-from rsd_trt.models.draft import DraftModel
+from rsd_trt.models.components import ActionTransform, Predict
 from rsd_trt.models.fast.backbone import FusedBackbone
 from rsd_trt.models.head import build_head
 from rsd_trt.presets import preset
@@ -55,43 +54,43 @@ def test_work_adds_up() -> None:
     assert sum((), Work()) == Work()
 
 
+def blocks_of(count: int) -> BackboneConfig:
+    """OpenVLA's backbone with so many blocks."""
+    return structs.replace(OPENVLA.backbone, language=structs.replace(OPENVLA.backbone.language, blocks=count))
+
+
 def test_a_7b_query_by_hand() -> None:
     """The 31 blocks that compute all positions: q, k, v, o 4096 x 4096; gate, up, down 4096 x 11008."""
     found = stage_work(OPENVLA, 1, PROMPT, "bf16")
     positions, weights = 256 + PROMPT, 4 * 4096**2 + 3 * 4096 * 11008
     flops = 2 * positions * weights + 4 * positions**2 * 4096
-    assert found["blocks <= k"].flops == {"bf16": 8 * flops}
     # inputs and outputs of the products, and of attention, in 2 bytes
     moved = positions * (4096 + 3 * 4096 + 4 * 4096 + 2 * 4096 + 4096 + 2 * 11008 + 11008 + 4096)
-    assert found["blocks <= k"].bytes == 8 * 2 * (weights + moved)
+    one, fewer = (
+        stage_work(structs.replace(OPENVLA, backbone=blocks_of(n)), 1, PROMPT, "bf16")["blocks"] for n in (32, 31)
+    )
+    assert one.bytes - fewer.bytes == 2 * (weights + moved)
     last = 2 * positions * 4096 * 8192 + 4 * positions * 4096 + 2 * (2 * 4096**2 + 3 * 4096 * 11008)
-    assert found["blocks > k"].flops == {"bf16": 23 * flops + last}
+    assert found["blocks"].flops == {"bf16": 31 * flops + last}
     assert found["preprocess"] == Work(3 * 256**2 + 2 * 2 * 3 * 224**2)
 
 
 def test_fp8_halves_the_weights_of_the_mlps_of_all_blocks_but_the_last() -> None:
     narrow, wide = (stage_work(OPENVLA, 1, PROMPT, dtype) for dtype in ("fp8", "bf16"))
     assert narrow["vision"] == wide["vision"]
-    assert narrow["blocks <= k"].total_flops == wide["blocks <= k"].total_flops
-    assert set(narrow["blocks > k"].flops) == {"bf16", "fp8"}
-    weights = 8 * 3 * 4096 * 11008
-    inputs = 8 * (PROMPT + 256) * (4096 + 11008)
-    assert wide["blocks <= k"].bytes - narrow["blocks <= k"].bytes == weights + inputs
+    assert narrow["blocks"].total_flops == wide["blocks"].total_flops
+    assert set(narrow["blocks"].flops) == {"bf16", "fp8"}
+    weights = 31 * 3 * 4096 * 11008
+    inputs = 31 * (PROMPT + 256) * (4096 + 11008)
+    assert wide["blocks"].bytes - narrow["blocks"].bytes == weights + inputs
 
 
 def test_more_images_and_tokens_are_more_work_on_the_same_weights() -> None:
     one, two = stage_work(OPENVLA, 1, PROMPT, "bf16"), stage_work(OPENVLA, 2, PROMPT, "bf16")
     assert two["vision"].total_flops == 2 * one["vision"].total_flops
     assert one["vision"].bytes < two["vision"].bytes < 2 * one["vision"].bytes
-    assert two["blocks > k"].total_flops > 1.8 * one["blocks > k"].total_flops
-    assert (one["propose"], one["predict"]) == (two["propose"], two["predict"])
-
-
-def test_a_textbook_query_has_nothing_between_draft_and_head() -> None:
-    late = structs.replace(TINY, rsd=structs.replace(TINY.rsd, draft_block=TINY.backbone.language.blocks))
-    found, early = stage_work(late, 1, PROMPT, "fp32"), stage_work(TINY, 1, PROMPT, "fp32")
-    assert list(found) == [stage for stage in STAGES if stage != "blocks > k"]
-    assert found["blocks <= k"] == early["blocks <= k"] + early["blocks > k"]
+    assert two["blocks"].total_flops > 1.8 * one["blocks"].total_flops
+    assert one["predict"] == two["predict"]
 
 
 def counted(run: Callable[[], object]) -> int:
@@ -104,36 +103,31 @@ def counted(run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("images", [1, 2])
 def test_the_backbone_as_torch_counts_it(bundle: Bundle, images: int) -> None:
     config = bundle.config
-    backbone, (k, blocks) = FusedBackbone(bundle.backbone()), (config.rsd.draft_block, config.backbone.language.blocks)
+    backbone = FusedBackbone(bundle.backbone())
     found = stage_work(config, images, PROMPT, "fp32")
     side = config.backbone.image_size
     pixels, tokens = torch.zeros(1, images, 2, 3, side, side), torch.zeros(1, PROMPT, dtype=torch.int64)
     assert counted(lambda: backbone.embed(pixels, tokens, torch.zeros(1, 8))) == found["vision"].total_flops
     stream = torch.zeros(1, PROMPT + images * patches(config) + 1, config.hidden)
     last = torch.tensor([stream.shape[1] - 1])
-    assert counted(lambda: backbone.blocks(stream, 0, k)) == found["blocks <= k"].total_flops
-    rest = lambda: backbone.finish(backbone.blocks(stream, k, blocks - 1), last)  # noqa: E731
-    assert counted(rest) == found["blocks > k"].total_flops
+    assert counted(lambda: backbone.language(stream, last)) == found["blocks"].total_flops
 
 
 @pytest.mark.parametrize("kind", ["rfsq", "conditioned", "classification"])
-def test_draft_and_heads_as_torch_counts_them(kind: str) -> None:
+def test_heads_as_torch_counts_them(kind: str) -> None:
     config: BundleConfig = structs.replace(TINY, head=HeadConfig(kind, feature=32, width=16, embedding=4))  # type: ignore[arg-type]
     dims, hidden = config.dims, torch.zeros(1, config.hidden)
     found = stage_work(config, 1, PROMPT, "fp32")
     decoder, transform = Decoder(Codec(config.codec, dims), dims), ActionTransform(config.control, dims)
-    propose = Propose(DraftModel(config.draft, dims, config.hidden), decoder, transform)
-    assert counted(lambda: propose(hidden)) == found["propose"].total_flops
     predict = Predict(build_head(config.head, dims, config.hidden), decoder, transform)
     condition = (torch.zeros(1, dims.T, dims.D, dims.C, dtype=torch.int64),) if kind == "conditioned" else ()
-    plan = torch.zeros(1, dims.T, dims.A), torch.tensor(config.rsd.tolerance)
-    assert counted(lambda: predict(hidden, *plan, *condition)) == found["predict"].total_flops
+    assert counted(lambda: predict(hidden, *condition)) == found["predict"].total_flops
 
 
 def test_the_weights_are_nearly_all_that_is_read_at_batch_1(bundle: Bundle) -> None:
-    """Biases, norms and the draft's unused rows are what the count leaves out."""
-    predict = bundle.component("head")
-    weights = 4 * sum(p.numel() for p in predict.parameters() if p.dim() > 1)
+    """Biases and norms are what the count leaves out."""
+    head = bundle.component("head")
+    weights = 4 * sum(p.numel() for p in head.parameters() if p.dim() > 1)
     assert weights < stage_work(bundle.config, 1, PROMPT, "fp32")["predict"].bytes < 1.2 * weights
 
 
@@ -184,3 +178,7 @@ def test_the_published_counts_are_those_of_today() -> None:
     for row in rows:
         work = stage_work(OPENVLA, 1, row["prompt_tokens"], row["precision"])[row["what"]]
         assert (work.bytes, work.total_flops) == (row["bytes"], row["flops"]), row
+    parts = [row for row in published["rows"] if row["what"].startswith("blocks") and row["images"] == 1]
+    for first, second in zip(parts[::2], parts[1::2], strict=True):
+        work = stage_work(OPENVLA, 1, first["prompt_tokens"], first["precision"])["blocks"]
+        assert (work.bytes, work.total_flops) == tuple(first[x] + second[x] for x in ("bytes", "flops"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -12,37 +11,35 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
-from msgspec import structs
 from PIL import Image
 from timm_double import TimmDouble
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision, Component
 from rsd_trt.errors import UserError
-from rsd_trt.eval.profile import queries, roofline, stage_calls, stages
+from rsd_trt.eval.profile import roofline, stage_calls, stages
 from rsd_trt.eval.profile.charts import stage_chart
-from rsd_trt.eval.profile.clock import Clock
 from rsd_trt.eval.profile.inputs import InputSize, make_inputs
-from rsd_trt.eval.profile.queries import QUERIES
-from rsd_trt.eval.profile.roofline import STAGES, Machine, Stage
+from rsd_trt.eval.profile.roofline import STAGES, Machine
 from rsd_trt.eval.profile.stages import (
+    FULL,
     ORACLE,
     Configuration,
     QueryProfile,
     QueryRequest,
     StageTiming,
     profile_query,
+    trace_query,
 )
 from rsd_trt.eval.profile.tables import stage_tables
 from rsd_trt.eval.verify import oracle
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.fast.backbone import FusedBackbone
-from rsd_trt.runtime import backends, graph_forward, session
-from rsd_trt.runtime.graph_forward import GraphForward
+from rsd_trt.runtime import backends, graph_backbone, session
 from rsd_trt.runtime.session import GraphSession, Launch, Session
 
 CPU = torch.device("cpu")
-EVERYTHING = {*STAGES, *QUERIES}
+EVERYTHING = {*STAGES, FULL}
 IMAGES = (1, 2)
 
 
@@ -61,11 +58,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         launch()
         return SimpleNamespace(replay=lambda: torch.inference_mode()(launch)())
 
-    for module in (graph_forward, session, stage_calls):
+    for module in (graph_backbone, session, stage_calls):
         monkeypatch.setattr(module, "capture", capture)
-    monkeypatch.setattr(graph_forward, "pinned", lambda shape, dtype: torch.zeros(tuple(shape), dtype=dtype))
+    monkeypatch.setattr(graph_backbone, "pinned", lambda shape, dtype: torch.zeros(tuple(shape), dtype=dtype))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", threading.get_ident)
-    monkeypatch.setattr(GraphForward, "_wait", lambda self: None)
     open_component = backends.Launcher.open
 
     def open_session(self: backends.Launcher, component: Component, batch: str) -> Session:
@@ -107,10 +103,11 @@ def test_every_stage_and_query_of_every_configuration_is_timed(bundle: Bundle) -
         for backbone in backbones
     ]
     for configuration, rows in configurations.items():
-        assert set(rows) == ({"vision", "baseline query"} if configuration.backbone == ORACLE else EVERYTHING)
+        assert set(rows) == ({"vision", FULL} if configuration.backbone == ORACLE else EVERYTHING)
         for row in rows.values():
             assert len(row.ms) == 2 and min(row.ms) > 0 and row.reason is None
-            assert row.host_overhead_ms == ()  # no GPU
+            captured = row.what == FULL and configuration.backbone == "graph"
+            assert (row.host_overhead_ms is not None) == captured
     ours = [x for x in configurations if x.backbone != ORACLE]
     assert [startup.configuration for startup in found.startups] == ours
     assert all(startup.load_s > 0 and startup.first_s > 0 for startup in found.startups)
@@ -121,11 +118,9 @@ def test_every_stage_and_query_of_every_configuration_is_timed(bundle: Bundle) -
 
 def test_a_query_has_the_work_and_the_bound_of_its_stages(bundle: Bundle) -> None:
     ((_, _), (_, rows)) = by_configuration(profile_query(bundle, request("eager"))).items()
-    for query, parts in QUERIES.items():
-        for name in ("bytes", "flops", "roofline_ms"):
-            total = sum(getattr(rows[stage], name) for stage in parts)
-            assert getattr(rows[query], name) == pytest.approx(total)
-    assert set(QUERIES["accepted query"]) < set(QUERIES["baseline query"]) | {"propose"}
+    for name in ("bytes", "flops", "roofline_ms"):
+        total = sum(getattr(rows[stage], name) for stage in STAGES)
+        assert getattr(rows[FULL], name) == pytest.approx(total)
     assert rows["preprocess"].flops == 0 and rows["preprocess"].bound == "memory"
 
 
@@ -133,10 +128,9 @@ def test_a_query_has_the_work_and_the_bound_of_its_stages(bundle: Bundle) -> Non
 def test_a_stage_computes_what_the_eager_one_does(bundle: Bundle) -> None:
     """Both cut the query at the same places."""
     given = make_inputs(bundle, InputSize(2, 30))
-    compared: list[Stage] = ["blocks <= k", "blocks > k"]
     eager = stage_calls.stage_calls(bundle.backbone(), backends.Launcher(given.bundle, "torch", CPU), given)
     with torch.inference_mode():
-        expected = [eager[stage]() for stage in compared]
+        expected = eager["blocks"]()
     captured: list[object] = []
 
     def keep(run: stage_calls.Call, device: torch.device) -> stage_calls.Call:
@@ -147,15 +141,7 @@ def test_a_stage_computes_what_the_eager_one_does(bundle: Bundle) -> None:
         patch.setattr(stage_calls, "_replayed", keep)
         fused = FusedBackbone(bundle.backbone())
         stage_calls.stage_calls(fused, backends.Launcher(given.bundle, "graph", CPU), given)
-    for value, wanted in zip(captured[2:], expected, strict=True):
-        torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-4)
-
-
-def test_a_late_draft_has_no_blocks_after_it(bundle: Bundle) -> None:
-    rsd = structs.replace(bundle.config.rsd, draft_block=bundle.config.backbone.language.blocks)
-    late = dataclasses.replace(bundle, config=structs.replace(bundle.config, rsd=rsd))
-    *_, rows = by_configuration(profile_query(late, request("eager"))).values()
-    assert set(rows) == EVERYTHING - {"blocks > k"}
+    torch.testing.assert_close(captured[-1], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_cannot_run_is_a_row_with_the_reason(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +150,7 @@ def test_what_cannot_run_is_a_row_with_the_reason(bundle: Bundle, monkeypatch: p
 
     monkeypatch.setattr(stages, "Oracle", missing)
     found = by_configuration(profile_query(bundle, request("eager", "compiled", precisions=("bf16", "fp8"))))
-    reasons = {x.name: rows["baseline query"].reason for x, rows in found.items()}
+    reasons = {x.name: rows[FULL].reason for x, rows in found.items()}
     needs_cuda = "backbone compiled needs a CUDA device, not cpu. Use: --backbone eager"
     assert reasons == {
         "compiled bf16": needs_cuda,
@@ -186,26 +172,20 @@ def test_a_prompt_has_the_tokens_that_were_asked_for(bundle: Bundle) -> None:
         make_inputs(bundle, InputSize(None, 1))
 
 
-def test_host_overhead_is_what_the_device_does_not_need(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[str] = []
+@pytest.mark.usefixtures("graphs")
+def test_host_overhead_is_what_a_query_takes_beyond_its_stages(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "time_queries", lambda *_, **__: {"full": (9.0, 5.0, 5.0)})
+    monkeypatch.setattr(stages._Timer, "_stage", lambda *_: (1.0, 1.0, 7.0))
+    (rows,) = by_configuration(profile_query(bundle, request("graph"))).values()
+    assert {what: row.host_overhead_ms for what, row in rows.items()} == dict.fromkeys(STAGES) | {FULL: 5 - len(STAGES)}
 
-    class Fake(Clock):
-        def __init__(self) -> None:
-            self.cuda = True
 
-        def wall(self, run: stage_calls.Call) -> float:
-            run()
-            return 5.0
-
-        def queued(self, run: stage_calls.Call) -> float:
-            return 4.0
-
-    monkeypatch.setattr(queries, "launch", lambda forward, kind, observation: launched.append(kind))
-    monkeypatch.setattr(queries, "EagerForward", FusedBackbone)  # so that this one's device has a time of its own
-    given = make_inputs(bundle, InputSize())
-    forward = backends.open_forward(backends.Launcher(given.bundle, "torch", CPU), "1")
-    times = queries.time_queries(forward, given, Fake(), samples=2, warm_up=1)
-    assert {kind: (t.wall, t.host_overhead) for kind, t in times.items()} == dict.fromkeys(QUERIES, ((5, 5), (1, 1)))
+def test_a_trace_has_a_check_only_of_what_the_draft_sees(bundle: Bundle, tmp_path: Path) -> None:
+    """Its weights are of the bundle's number of cameras."""
+    for images, kinds in (((), {"check query", "full query"}), ((1,), {"full query"})):
+        trace_query(bundle, request("eager", images=images), tmp_path / "trace.json")
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        assert {event["name"] for event in events if event["name"].endswith(" query")} == kinds
 
 
 MACHINE = Machine(1e11, {"fp32": 1e12}, 64, 1 << 20)
@@ -219,16 +199,16 @@ def made_up(backbone: str, images: int = 1, **ms: float) -> list[StageTiming]:
 
 
 MADE_UP = [
-    *made_up(ORACLE, vision=4, baseline_query=12),
-    *made_up("graph", preprocess=1, vision=2, propose=0.1, predict=0.2, accepted_query=3.4, baseline_query=4),
-    *made_up("graph", images=2, vision=3, baseline_query=5),
-    StageTiming("baseline query", Configuration("compiled", "fp8", 1, 28), reason="no GPU"),
+    *made_up(ORACLE, vision=4, full_query=12),
+    *made_up("graph", preprocess=1, vision=2, predict=0.2, full_query=4),
+    *made_up("graph", images=2, vision=3, full_query=5),
+    StageTiming(FULL, Configuration("compiled", "fp8", 1, 28), reason="no GPU"),
 ]
 
 
 def test_speedups_are_over_the_eager_stack_at_the_same_size() -> None:
     found = QueryProfile(MACHINE, tuple(MADE_UP), ()).speedups()
-    assert found == [1, 1, None, 2, None, None, None, 3, None, None, None]
+    assert found == [1, 1, None, 2, None, 3, None, None, None]
 
 
 def test_a_row_is_summed_up() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from timings import MADE_UP
+from timings import COSTS, MADE_UP
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.profile import components
+from rsd_trt.eval.profile import components, write
 from rsd_trt.eval.profile.components import ProfileRequest, Timing
 from rsd_trt.eval.profile.write import write_components
 
@@ -24,6 +24,7 @@ def test_a_profile_is_written_with_every_sample(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(components, "profile", lambda *_: iter(MADE_UP))
+    monkeypatch.setattr(write, "costs", lambda *_: iter(COSTS))
     written, _, _ = write_components(bundle, REQUEST, tmp_path / "out", "rsd-trt profile --backend 'a b'")
     report = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert report == written
@@ -33,6 +34,10 @@ def test_a_profile_is_written_with_every_sample(
     assert report["bundle_sha256"] == bundle.fingerprint
     assert report["hardware"]["cpu"]
     assert report["versions"]["torch"]
+    assert [(row["what"], row["ms"] and row["ms"]["p50"]) for row in report["costs"]] == [
+        *(("check", 0.2), ("full", 2.0), ("check", None), ("full", None)),
+    ]
+    assert report["cost_samples"] == [[0.2, 0.2], [2.0, 2.0], [], []]
     rows = report["rows"]
     assert [row["speedup"] for row in rows] == [1, 2, 3, 1, 0.5, None, None, 1]
     assert [row["cuda_graph"] for row in rows] == [row.cuda_graph for row in MADE_UP]
@@ -55,6 +60,7 @@ def test_nothing_measured_is_an_error(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Timing], reason: str
 ) -> None:
     monkeypatch.setattr(components, "profile", lambda *_: iter(rows))
+    monkeypatch.setattr(write, "costs", lambda *_: iter(COSTS))
     with pytest.raises(UserError) as error:
         write_components(bundle, REQUEST, tmp_path / "out", "")
     assert str(error.value) == f"nothing could be measured: {reason}"
@@ -65,6 +71,7 @@ def test_a_missing_matplotlib_and_a_file_in_the_way_are_told(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(components, "profile", lambda *_: iter(MADE_UP))
+    monkeypatch.setattr(write, "costs", lambda *_: iter(COSTS))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/out cannot be written: Not a directory"):
         write_components(bundle, REQUEST, tmp_path / "file" / "out", "")

@@ -1,4 +1,4 @@
-"""The tolerance: what it bounds, on drawn and on worked examples, and the command that writes it."""
+"""The threshold: what it bounds, on drawn and on worked examples, and the command that writes it."""
 
 from __future__ import annotations
 
@@ -10,153 +10,180 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from msgspec import structs
-from numpy.typing import NDArray
 from synthetic import run as shadow_run
 
-from rsd_trt.bundle import Bundle
+from rsd_trt.bundle import Bundle, copy_with
 from rsd_trt.cli import main
-from rsd_trt.config import ARM_DIMS, Dims
-from rsd_trt.errors import UserError
-from rsd_trt.eval.report.calibrate import Judged, calibrate, choose_tolerance, draft_spread, effect, judged
+from rsd_trt.config import ARM_DIMS, MAX_TOLERANCE, RsdConfig
+from rsd_trt.eval.report.calibrate import (
+    Check,
+    _measured,
+    _rates,
+    calibrate,
+    choose,
+    deviation,
+    judge_checks,
+    with_threshold,
+)
+from rsd_trt.eval.results import Episode, QueryRecord
 from rsd_trt.records import to_json
 
-ONES = np.ones(ARM_DIMS)
+LIMITS = np.array([0.1] * ARM_DIMS + [0])
+FIRST = RsdConfig(rule="first", tolerance=(0.1, 0.2) * 3)
 
 
-def gaps(*steps: float, gripper: int | None = None) -> NDArray[np.float64]:
-    """[n, A]: the same gap on every arm dimension of a step; `gripper`: the step at which signs differ."""
-    found = np.repeat(np.array(steps, float)[:, None], Dims().A, axis=1)
-    found[:, ARM_DIMS] = [i == gripper for i in range(len(steps))]
-    return found
+def query(draft: list[tuple[float, ...]], main: list[tuple[float, ...]], score: float | None = None) -> QueryRecord:
+    return QueryRecord(0, "accepted", 1, 1.0, True, True, prefix=1, score=score, draft_gap=draft, main_gap=main)  # type: ignore[arg-type]
+
+
+def gap(x: float, y: float = 0.0, gripper: float = 0.0) -> tuple[float, ...]:
+    """Of the first arm dimension, the second, and the gripper."""
+    return (x, y, 0.0, 0.0, 0.0, 0.0, gripper)
+
+
+NEAR, FAR = gap(0.05), gap(0.3)
 
 
 @pytest.mark.parametrize(
-    ("query", "score"),
+    ("made", "rsd", "expected"),
     [
-        (Judged(gaps(0.1, 0.2, 0.3), right=3), math.inf),  # nothing of it is wrong
-        (Judged(gaps(0.1, 0.2, 0.3), right=0), 0.1),  # wrong from the first step that is committed
-        (Judged(gaps(0.1, 0.2, 0.3), right=1), 0.2),
-        (Judged(gaps(0.3, 0.2, 0.1), right=2), 0.3),  # to get to the third, the first has to pass
-        (Judged(gaps(0.1, 0.2, gripper=0), right=0), math.inf),  # its gripper keeps the draft from it
-        (Judged(gaps(0.1, 0.2, gripper=1), right=0), 0.1),
+        (query([gap(0.05, 0.3)], [NEAR]), FIRST, 1.5),  # of the second dimension's tolerance 0.2
+        (query([gap(0.05, gripper=1)], [NEAR]), FIRST, math.inf),
+        (query([NEAR, FAR], [NEAR, NEAR]), structs.replace(FIRST, rule="actions"), 0.5),
+        (query([NEAR], [NEAR], score=0.7), structs.replace(FIRST, rule="path"), 0.7),
+        (query([NEAR], [NEAR], score=None), structs.replace(FIRST, rule="path"), math.inf),
+        (query([NEAR, gap(0.0, gripper=1)], [NEAR] * 2, score=0.7), structs.replace(FIRST, rule="path"), math.inf),
+        (query([gap(0.05)], [NEAR]), structs.replace(FIRST, by_age=(1.0,) * 4 + (2.0,)), 0.25),  # of age 4
+        (query([NEAR], [NEAR], score=-1.5), structs.replace(FIRST, rule="likelihood"), 1.5),
     ],
 )
-def test_the_score_is_the_scale_at_which_a_query_is_accepted_wrongly(query: Judged, score: float) -> None:
-    assert query.score(ONES) == score
-    if score < math.inf:
-        assert query.committed(ONES * score) > query.right
-        assert query.committed(ONES * (score - 1e-9)) <= query.right
+def test_the_deviation_is_what_the_rule_compares(made: QueryRecord, rsd: RsdConfig, expected: float) -> None:
+    assert deviation(made, rsd) == pytest.approx(expected)
 
 
-def drawn(random: np.random.Generator, count: int) -> list[list[Judged]]:
-    """Episodes whose gaps are larger where the chunk is wrong, but not always, and more so in some episodes."""
+@pytest.mark.parametrize(
+    ("main", "rule", "quiet"),
+    [
+        ([NEAR, NEAR, FAR], "first", True),
+        ([NEAR, FAR], "first", False),
+        ([NEAR, FAR], "actions", True),  # one step is enough to be accepted
+        ([NEAR], "first", True),  # all that is left
+        ([gap(0.0, gripper=1)], "first", False),
+    ],
+)
+def test_a_check_is_quiet_where_main_confirms_what_it_would_commit(
+    main: list[tuple[float, ...]], rule: str, quiet: bool
+) -> None:
+    made = structs.replace(shadow_run("shadow").episodes[0], queries=(query([NEAR] * len(main), main),))
+    rsd = structs.replace(FIRST, rule=rule, check_steps=2)
+    assert [check.quiet for check in judge_checks(made, rsd, LIMITS)] == [quiet]
+
+
+def test_what_no_draft_judged_is_no_check() -> None:
+    """Shadow mode records gaps where a full query is due, too."""
+    due = structs.replace(query([NEAR], [NEAR]), route="gripper", checked=False, prefix=None)
+    made = structs.replace(shadow_run("shadow").episodes[0], queries=(due,))
+    assert not judge_checks(made, FIRST, LIMITS)
+
+
+def drawn(random: np.random.Generator, count: int) -> list[list[Check]]:
+    """Episodes whose deviations are larger where main disagrees, but not always, and more so in some episodes."""
     episodes = []
     for _ in range(count):
-        queries, hard = [], random.uniform(0.5, 1.5)
-        for _ in range(int(random.integers(1, 12))):
-            steps = int(random.integers(1, 5))
-            right = int(random.integers(0, steps + 1))
-            draft = gaps(*([0.0] * steps), gripper=int(random.integers(0, 8)))
-            far = hard * (1 + 2 * (np.arange(steps) >= right)[:, None])
-            draft[:, :ARM_DIMS] = np.abs(random.normal(0, 0.03, (steps, ARM_DIMS))) * far * (1, 1, 2, 1, 1, 3)
-            queries.append(Judged(draft, right))
-        episodes.append(queries)
+        hard, quiet = random.uniform(0.5, 1.5), random.random(int(random.integers(2, 14))) < 0.8
+        episodes.append([Check(float(random.gamma(2, hard if q else 3 * hard)), bool(q)) for q in quiet])
     return episodes
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3])
-def test_new_episodes_are_accepted_wrongly_at_a_mean_rate_of_alpha_at_most(alpha: float) -> None:
+def test_new_episodes_are_rejected_wrongly_at_a_mean_rate_of_alpha_at_most(alpha: float) -> None:
     """Over many draws of calibration data the mean rate on fresh data is at most alpha, and not far below."""
     random = np.random.default_rng(0)
     rates = []
-    for _ in range(100):
-        spread = draft_spread(drawn(random, 20))
-        tolerance = choose_tolerance(drawn(random, 60), spread, alpha)
-        rates.append(effect(tolerance, drawn(random, 40), alpha).false_accepts)
+    for _ in range(200):
+        threshold = choose(drawn(random, 60), alpha)
+        rates.append(np.mean(_rates(drawn(random, 40), quiet=True, accepted=False, threshold=threshold)))
     error = 3 * float(np.std(rates)) / math.sqrt(len(rates))
     assert alpha / 4 < np.mean(rates) < alpha + error
 
 
-def test_a_larger_alpha_accepts_more() -> None:
+def test_a_larger_alpha_accepts_less() -> None:
     random = np.random.default_rng(1)
-    spread, episodes, held_out = draft_spread(drawn(random, 50)), drawn(random, 200), drawn(random, 200)
-    alphas = (0.01, 0.05, 0.2, 0.5)
-    found = [effect(choose_tolerance(episodes, spread, alpha), held_out, alpha).acceptance for alpha in alphas]
-    assert found == sorted(found)
-    assert found[0] < found[-1]
+    episodes, held_out = drawn(random, 200), drawn(random, 200)
+    found = [_measured(FIRST, choose(episodes, a), held_out, a) for a in (0.01, 0.05, 0.2, 0.5)]
+    for figure in ("acceptance", "false_accepts"):
+        values = [getattr(one, figure) for one in found]
+        assert values == sorted(values, reverse=True)
+        assert values[0] > values[-1]
 
 
-def test_the_scale_by_hand() -> None:
+def test_the_threshold_by_hand() -> None:
     """Three episodes with rates in halves and wholes: (sum of rates + 1) / 4 <= 0.6 leaves 1.4 for the sum."""
     episodes = [
-        [Judged(gaps(0.1), right=0), Judged(gaps(0.4), right=0)],  # each adds 1/2
-        [Judged(gaps(0.2), right=0)],  # adds 1
-        [Judged(gaps(0.05), right=1)],  # can only be accepted rightly
+        [Check(0.1, True), Check(0.4, True), Check(9.0, False)],  # each quiet one adds 1/2
+        [Check(0.2, True)],  # adds 1
+        [Check(0.3, False)],  # cannot be rejected wrongly
     ]
-    tolerance = choose_tolerance(episodes, ONES, 0.6)  # 0.1 fits with 0.5; with 0.2 the sum would be 1.5
-    assert tolerance == pytest.approx(ONES * 0.1999)
-    assert choose_tolerance(episodes, ONES, 0.9) == pytest.approx(ONES * 2.0)  # all of them fit
+    assert choose(episodes, 0.6) == 0.2  # 0.4 fits with 0.5; rejecting 0.2 too would make 1.5
+    assert choose(episodes, 0.3) == 0.4  # 0.2 is left for the sum: none fits
+    assert choose([[Check(0.3, False)]], 0.9) == math.inf
 
 
-def test_too_few_episodes_are_told_with_the_number_that_is_needed() -> None:
-    episodes = [[Judged(gaps(0.1), right=0)]] * 10
-    message = "alpha 0.05 needs 19 episodes to choose the scale on, there are 10: evaluate 48"
-    with pytest.raises(UserError, match=message):
-        choose_tolerance(episodes, ONES, 0.05)
-    assert len(choose_tolerance(episodes, ONES, 0.1)) == ARM_DIMS
-    with pytest.raises(UserError, match="in no query did the main head confirm the chunk"):
-        draft_spread(episodes)
+def test_a_threshold_becomes_a_tolerance_that_lets_it_pass() -> None:
+    found = with_threshold(FIRST, 1.50001)
+    assert found.tolerance == pytest.approx((0.1501, 0.3001) * 3)
+    assert structs.replace(found, tolerance=FIRST.tolerance) == FIRST
+    assert with_threshold(FIRST, math.inf).tolerance == (MAX_TOLERANCE,) * ARM_DIMS
+    likely = structs.replace(FIRST, rule="likelihood", threshold=-3.0)
+    assert with_threshold(likely, 1.5) == structs.replace(likely, threshold=-1.5)
+    assert with_threshold(likely, math.inf).threshold == -1e6
 
 
-def test_measure() -> None:
+def test_what_a_threshold_does() -> None:
     episodes = [
-        [
-            Judged(gaps(0.05, 0.3), right=2),  # one step accepted, rightly
-            Judged(gaps(0.05, 0.05), right=1),  # accepted, and wrongly
-            Judged(gaps(0.3), right=0),  # rejected, rightly
-        ],
-        [Judged(gaps(0.3), right=1)],  # rejected; it could not have been wrong
+        [Check(0.5, True), Check(2.0, True), Check(0.5, False), Check(2.0, False)],
+        [Check(0.5, True), Check(0.6, False)],
     ]
-    found = effect(ONES * 0.1, episodes, None)
-    assert (found.acceptance, found.false_accepts) == (0.5, 0.25)
-    assert found.false_accepts_interval is None
+    found = _measured(FIRST, 1.0, episodes, None)
+    assert (found.acceptance, found.false_rejects, found.false_accepts) == (4 / 6, 0.25, 0.75)
+    assert found.false_rejects_interval is None
 
 
-def test_gaps_of_a_run_are_judged_by_the_limit() -> None:
-    for episode in shadow_run("shadow").episodes:
-        strict, lax = judged(episode, ONES * 0.01), judged(episode, ONES * 1.0)
-        assert len(strict) == len(lax) == sum(q.draft_gap is not None for q in episode.queries)
-        assert sum(q.right for q in strict) < sum(q.right for q in lax)
+@pytest.fixture
+def first(bundle: Bundle, tmp_path: Path) -> Bundle:
+    """The tiny bundle with rule `first`."""
+    rsd = structs.replace(bundle.config.rsd, rule="first")
+    return copy_with(bundle, structs.replace(bundle.config, rsd=rsd), tmp_path / "first")
 
 
 def shadow_file(bundle: Bundle, folder: Path, **changes: object) -> Path:
     """A made-up shadow run of the bundle."""
-    changes = {"policy_sha256": bundle.fingerprint, "trials": 20, **changes}
+    changes = {"policy_sha256": bundle.fingerprint, "trials": 20, "rsd": bundle.config.rsd, **changes}
     path = folder / "shadow.json"
     path.write_text(json.dumps(to_json(shadow_run(**{"mode": "shadow", **changes}))))  # type: ignore[arg-type]
     return path
 
 
-def test_the_command_writes_a_copy_that_differs_in_the_tolerance_alone(bundle: Bundle, tmp_path: Path) -> None:
-    arguments = ["calibrate", str(bundle.path), str(shadow_file(bundle, tmp_path)), "-o", str(tmp_path / "copy")]
+def test_the_command_writes_a_copy_that_differs_in_the_tolerance_alone(first: Bundle, tmp_path: Path) -> None:
+    arguments = ["calibrate", str(first.path), str(shadow_file(first, tmp_path)), "-o", str(tmp_path / "copy")]
     result = CliRunner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["bundle"] == str(tmp_path / "copy")
     copy = Bundle.open(tmp_path / "copy")
-    assert copy.config.rsd.tolerance == tuple(found["chosen"]["tolerance"])
-    assert copy.config.rsd.tolerance != bundle.config.rsd.tolerance
-    assert structs.replace(copy.config.rsd, tolerance=bundle.config.rsd.tolerance) == bundle.config.rsd
+    assert to_json(copy.config.rsd) == found["chosen"]["rsd"]
+    assert copy.config.rsd.tolerance != first.config.rsd.tolerance
+    assert structs.replace(copy.config.rsd, tolerance=first.config.rsd.tolerance) == first.config.rsd
     assert {k: v for k, v in copy.fingerprints.items() if k != "config.json"} == {
-        k: v for k, v in bundle.fingerprints.items() if k != "config.json"
+        k: v for k, v in first.fingerprints.items() if k != "config.json"
     }
     assert [row["alpha"] for row in found["curve"]] == sorted(row["alpha"] for row in found["curve"])
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1
     assert "exists; choose another path" in again.stderr
     table = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path / "other")])
-    assert "accepted wrongly" in table.stdout
-    assert f"bundle with the chosen tolerance: {tmp_path / 'other'}" in table.stdout
+    assert "rejected wrongly" in table.stdout and "accepted wrongly" in table.stdout
+    assert f"bundle with the chosen threshold: {tmp_path / 'other'}" in table.stdout
 
 
 @pytest.mark.parametrize(
@@ -164,20 +191,51 @@ def test_the_command_writes_a_copy_that_differs_in_the_tolerance_alone(bundle: B
     [
         ({"mode": "rsd"}, "the results are of mode rsd; calibrate needs: rsd-trt eval --mode shadow"),
         ({"policy_sha256": "ff" * 32}, "the results are of bundle ffffffffffff"),
-        ({"tasks": (0,), "trials": 1}, "1 episodes that tested a chunk are too few to hold some out"),
+        ({"rsd": RsdConfig(rule="tokens")}, "rsd.rule is tokens"),
+        ({"tasks": (0,), "trials": 1}, "1 episodes with a check are too few to hold some out"),
+        ({"tasks": (0,), "trials": 6}, "alpha 0.2 needs 8 episodes with a check, there are 6"),
     ],
 )
 def test_what_cannot_be_calibrated_is_one_line(
-    bundle: Bundle, tmp_path: Path, changes: dict[str, object], message: str
+    first: Bundle, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    path = shadow_file(bundle, tmp_path, **changes)
-    result = CliRunner().invoke(main, ["calibrate", str(bundle.path), str(path), "-o", str(tmp_path / "copy")])
+    path = shadow_file(first, tmp_path, **changes)
+    result = CliRunner().invoke(main, ["calibrate", str(first.path), str(path), "-o", str(tmp_path / "copy")])
     assert result.exit_code == 1
     assert message in result.stderr
     assert not (tmp_path / "copy").exists()
 
 
-def test_the_limit_defaults_to_the_runs_own_tolerance(bundle: Bundle) -> None:
-    shadow = shadow_run("shadow", policy_sha256=bundle.fingerprint, trials=20)
-    assert calibrate(bundle, shadow, 0.1).limit == shadow.settings.of_bundle.rsd.tolerance
-    assert calibrate(bundle, shadow, 0.1, limit=0.2).limit == (0.2,) * ARM_DIMS
+@pytest.mark.parametrize(
+    "rsd",
+    [
+        RsdConfig(rule="path", tolerance=(0.3,) * ARM_DIMS),
+        RsdConfig(rule="likelihood", threshold=-9.0),
+        RsdConfig(rule="actions", check_steps=2),
+    ],
+)
+def test_the_copy_has_the_rule_of_the_run(first: Bundle, tmp_path: Path, rsd: RsdConfig) -> None:
+    """Another rule, tolerance or number of steps than the bundle's is an option of the shadow run alone."""
+
+    def scored(episode: Episode) -> Episode:
+        random = np.random.default_rng(episode.trial)
+        sign = -1 if rsd.rule == "likelihood" else 1
+        queries = (
+            structs.replace(one, score=sign * float(random.gamma(2.0))) if one.checked else one
+            for one in episode.queries
+        )
+        return structs.replace(episode, queries=tuple(queries))
+
+    path = shadow_file(first, tmp_path, rsd=rsd, change=scored)
+    result = CliRunner().invoke(main, ["calibrate", str(first.path), str(path), "-o", str(tmp_path / "copy")])
+    assert result.exit_code == 0, result.output
+    found = Bundle.open(tmp_path / "copy").config.rsd
+    name = "threshold" if rsd.rule == "likelihood" else "tolerance"
+    assert getattr(found, name) != getattr(rsd, name)
+    assert structs.replace(found, **{name: getattr(rsd, name)}) == rsd
+
+
+def test_the_limit_defaults_to_the_runs_own_tolerance(first: Bundle) -> None:
+    shadow = shadow_run("shadow", policy_sha256=first.fingerprint, trials=20, rsd=first.config.rsd)
+    assert calibrate(first, shadow, 0.1).limit == first.config.rsd.tolerance
+    assert calibrate(first, shadow, 0.1, limit=0.2).limit == (0.2,) * ARM_DIMS

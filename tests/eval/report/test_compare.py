@@ -11,47 +11,73 @@ from synthetic import outcome, run, settings
 
 from rsd_trt.config import ControlConfig
 from rsd_trt.errors import UserError
-from rsd_trt.eval.report.compare import SAME, compare, differences, figures, moved
+from rsd_trt.eval.report.compare import SAME, Endpoint, compare, differences
+from rsd_trt.eval.report.cost import Price
 from rsd_trt.eval.results import Episode
 from rsd_trt.records import to_json
 
 KEYS = [(task, trial) for task in range(3) for trial in range(4)]
+ALL = 220  # steps: the endpoint is plain success
+PRICE = Price(0.2, 2.0, "ms", "made up")
 
 
 def test_success_is_paired_and_tested_with_mcnemar() -> None:
     a = run("baseline", change=outcome(*KEYS[:8]))
     b = run("rsd", change=outcome(*KEYS[1:8], *KEYS[9:12]))
-    found = compare(a, b)
-    assert found.modes == ("baseline", "rsd")
+    found = compare(a, b, within=ALL)
+    assert found.names == ("baseline", "rsd")
     assert (found.pairs, found.left_out) == (12, 0)
-    assert found.success == (8 / 12, 10 / 12)
-    assert found.success_points == pytest.approx(100 / 6)
+    assert found.success == found.reached == (8 / 12, 10 / 12)
+    assert found.points == pytest.approx(100 / 6)
+    assert found.points_interval is not None and found.points_interval[0] < found.points < found.points_interval[1]
     assert (found.mcnemar.gained, found.mcnemar.lost, found.mcnemar.p) == (3, 1, 0.625)
+
+
+def test_the_endpoint_is_success_within_some_steps() -> None:
+    def at(steps: int, success: bool = True) -> Episode:
+        return Episode(0, 0, success, steps, 1.0, ())
+
+    early = Endpoint.of(settings())
+    assert early.within == 100  # of libero_spatial
+    assert [early.reached(e) for e in (at(100), at(101), at(50, success=False))] == [True, False, False]
+    assert [early.steps(e) for e in (at(60), at(101), at(50, success=False))] == [60, 100, 100]
+    assert Endpoint.of(settings(suite="libero_10")).within == Endpoint.of(settings(), 999).within == 220
+
+    def late(episode: Episode) -> Episode:
+        return structs.replace(episode, success=True, steps=120)
+
+    found = compare(run("baseline", success=2.0), run("rsd", change=late))
+    assert found.success[1] == 1.0
+    assert found.reached[1] == 0.0
+    assert (found.within, found.steps[1]) == (100, 100.0)
+    assert found.steps[0] < 100
 
 
 @pytest.mark.parametrize(
     ("before", "after", "difference"),
-    [(range(80), range(90), "higher"), (range(90), range(80), "lower"), (range(90), range(1, 91), "not shown")],
+    [(range(80), range(90), "above"), (range(90), range(80), "below"), (range(90), range(1, 91), "not shown")],
 )
 def test_a_difference_is_told_where_mcnemars_test_shows_it(before: range, after: range, difference: str) -> None:
     keys = [(task, trial) for task in range(10) for trial in range(10)]
     many = {"tasks": tuple(range(10)), "trials": 10}
     a = run("baseline", change=outcome(*(keys[i] for i in before)), **many)  # type: ignore[arg-type]
     b = run("rsd", change=outcome(*(keys[i] for i in after)), **many)  # type: ignore[arg-type]
-    found = compare(a, b)
+    found = compare(a, b, within=ALL)
     assert (found.difference, found.provable_loss) == (difference, 6)
+    assert found.by_task_p > 0.3, "of one or two tasks"
 
 
-def test_few_episodes_show_no_loss() -> None:
+def test_few_episodes_show_nothing() -> None:
     found = compare(run("baseline", tasks=(0,)), run("rsd", tasks=(0,)))
-    assert (found.difference, found.provable_loss) == ("not shown", None)
+    assert (found.difference, found.provable_loss, found.points_interval) == ("not shown", None, None)
+    assert found.speedup is not None and found.speedup.interval is None
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=25, deadline=None)
 @given(st.sets(st.sampled_from(KEYS)), st.sets(st.sampled_from(KEYS)))
 def test_the_difference_is_that_of_the_discordant_pairs(a: set[tuple[int, int]], b: set[tuple[int, int]]) -> None:
-    found = compare(run("baseline", change=outcome(*a)), run("rsd", change=outcome(*b)))
-    assert found.success_points / 100 * found.pairs == pytest.approx(found.mcnemar.gained - found.mcnemar.lost)
+    found = compare(run("baseline", change=outcome(*a)), run("rsd", change=outcome(*b)), within=ALL)
+    assert found.points / 100 * found.pairs == pytest.approx(found.mcnemar.gained - found.mcnemar.lost)
     assert (found.mcnemar.gained, found.mcnemar.lost) == (len(b - a), len(a - b))
 
 
@@ -60,61 +86,36 @@ def test_episodes_with_an_error_in_either_run_are_left_out() -> None:
     assert (found.pairs, found.left_out) == (9, 3)
 
 
-def test_speedup_is_policy_time_per_action_over_the_pairs() -> None:
-    def at(ms: float, slow: tuple[int, int]) -> object:
-        def change(episode: Episode) -> Episode:
-            cost = 1000.0 if episode.key == slow else ms
-            return structs.replace(episode, queries=tuple(structs.replace(query, ms=cost) for query in episode.queries))
-
-        return change
-
-    a = run("baseline", change=at(30.0, slow=(0, 0)), broken=((0, 0),))  # type: ignore[arg-type]
-    b = run("rsd", change=at(20.0, slow=(9, 9)))  # type: ignore[arg-type]
-    found = compare(a, b)
-    done = [[e for e in r.episodes if e.key != (0, 0)] for r in (a, b)]
-    cost = [sum(e.policy_ms for e in es) / sum(e.steps for e in es) for es in done]
-    assert found.ms_per_action == pytest.approx(cost)
-    assert found.speedup is not None and found.speedup.interval is not None
-    assert found.speedup.value == pytest.approx(cost[0] / cost[1])
+def test_cost_is_counts_times_medians_over_the_pairs() -> None:
+    a, b = run("baseline", broken=((0, 0),)), run("rsd")
+    found = compare(a, b, PRICE)
+    mine = [episode for episode in b.episodes if episode.key != (0, 0)]
+    queries = [query for episode in mine for query in episode.queries]
+    total = 0.2 * sum(q.checked for q in queries) + 2.0 * sum(q.full_query for q in queries)
+    assert found.cost is not None and found.speedup is not None and found.speedup.interval is not None
+    assert found.cost[1] == pytest.approx(total / sum(episode.steps for episode in mine))
+    assert found.speedup.value == pytest.approx(found.cost[0] / found.cost[1])
     assert found.speedup.interval[0] < found.speedup.value < found.speedup.interval[1]
-    assert found.no_speedup is None
+    assert found.cost_unit == "ms"
+    assert compare(run("baseline", timing="batched"), run("rsd", timing="batched"), PRICE).cost is not None
 
 
-def test_few_episodes_give_no_interval() -> None:
-    found = compare(run("baseline", tasks=(0,)), run("rsd", tasks=(0,)))
-    assert found.speedup is not None
-    assert found.speedup.interval is None
+@pytest.mark.parametrize("runs", [("baseline", "shadow"), ("idle", "idle")])
+def test_where_there_is_no_cost(runs: tuple[str, str]) -> None:
+    """Shadow mode computes all that rsd would save; or no action was executed."""
 
-
-@pytest.mark.parametrize("timings", [("batched", "batched"), ("single", "batched"), ("batched", "single")])
-def test_batched_timing_never_gives_a_speedup(timings: tuple[str, str]) -> None:
-    found = compare(run("baseline", timing=timings[0]), run("rsd", timing=timings[1]))
-    assert (found.speedup, found.ms_per_action) == (None, None)
-    assert found.no_speedup == "batched timing"
-    assert found.pairs == 12
-
-
-def test_another_machine_gives_no_speedup() -> None:
-    found = compare(run("baseline"), run("rsd", hardware={"cpu": "made-up processor", "gpu": "another"}))
-    assert (found.speedup, found.no_speedup, found.pairs) == (None, "other hardware", 12)
-    assert "hardware.gpu is 'made-up GPU' and 'another'" in found.other_hardware
-    batched = compare(run("baseline", timing="batched"), run("rsd", timing="batched", hardware={"cpu": "another"}))
-    assert batched.other_hardware
-    assert compare(run("baseline"), run("rsd")).other_hardware == ()
-
-
-def test_shadow_mode_gives_no_speedup() -> None:
-    found = compare(run("baseline"), run("shadow"))
-    assert found.speedup is None
-    assert found.no_speedup == "shadow mode computes all that rsd would save"
-
-
-def test_runs_without_an_action_give_no_speedup() -> None:
     def idle(episode: Episode) -> Episode:
         return structs.replace(episode, steps=0, queries=())
 
-    found = compare(run("baseline", change=idle), run("rsd", change=idle))
-    assert found.no_speedup == "no action was executed"
+    made = [run("baseline" if i == 0 else "rsd", change=idle) if m == "idle" else run(m) for i, m in enumerate(runs)]  # type: ignore[arg-type]
+    found = compare(made[0], made[1])
+    assert (found.cost, found.speedup) == (None, None)
+
+
+def test_another_machine_is_told() -> None:
+    found = compare(run("baseline"), run("rsd", hardware={"cpu": "made-up processor", "gpu": "another"}))
+    assert "hardware.gpu is 'made-up GPU' and 'another'" in found.other_hardware
+    assert compare(run("baseline"), run("rsd")).other_hardware == ()
 
 
 @pytest.mark.parametrize(
@@ -122,14 +123,14 @@ def test_runs_without_an_action_give_no_speedup() -> None:
     [
         ({"backend": "trt"}, "backend is 'ort' and 'trt'"),
         ({"protocol": "original"}, "protocol is 'oft' and 'original'"),
-        ({"n_action_steps": 8}, "n_action_steps is 4 and 8"),
         ({"max_steps": 9}, "max_steps is 220 and 9"),
         ({"trials": 3}, "trials is 4 and 3"),
         ({"tasks": (0, 1)}, r"tasks is \[0, 1, 2\] and \[0, 1\]"),
-        ({"perturb": 0}, "perturb is None and 0"),
+        ({"perturb": "late:0"}, "perturb is None and 'late:0'"),
         ({"policy_sha256": "ff"}, "policy_sha256 is '3f2a.*' and 'ff'"),
         ({"versions": {**settings().versions, "torch": "3"}}, "versions.torch is '2.13.0' and '3'$"),
         ({"control": ControlConfig(rotate_images=False)}, "control.rotate_images is True and False"),
+        ({"suite": "libero_goal", "seed": 8}, "suite is .*; seed is 7 and 8"),
     ],
 )
 def test_other_conditions_are_refused_with_both_values(changes: dict[str, object], message: str) -> None:
@@ -137,19 +138,14 @@ def test_other_conditions_are_refused_with_both_values(changes: dict[str, object
         compare(run("baseline"), run("rsd", **changes))
 
 
-def test_a_script_is_compared_with_nothing() -> None:
-    with pytest.raises(UserError, match=r"backend is None and 'ort'"):
-        compare(run("baseline", policy="expert", bundle=None), run("rsd"))
+def test_a_run_is_not_compared_with_itself() -> None:
+    with pytest.raises(UserError, match=r"both are run [0-9a-f]{12}"):
+        compare(run("rsd"), run("rsd"))
 
 
-def test_every_difference_is_named() -> None:
-    with pytest.raises(UserError, match=r"suite is .*; seed is 7 and 8; both are of mode 'rsd'"):
-        compare(run("rsd"), run("rsd", suite="libero_goal", seed=8))
-
-
-def test_timing_and_tolerance_may_differ() -> None:
+def test_mode_rule_steps_and_timing_may_differ() -> None:
     other = structs.replace(settings("rsd").of_bundle.rsd, refresh=3)
-    assert differences(settings("baseline"), settings("rsd", timing="batched", rsd=other)) == []
+    assert differences(settings("baseline"), settings("rsd", timing="batched", rsd=other, n_action_steps=1)) == []
 
 
 def test_runs_that_share_no_whole_episode_are_refused() -> None:
@@ -159,20 +155,3 @@ def test_runs_that_share_no_whole_episode_are_refused() -> None:
 
 def test_settings_that_must_be_equal_exist() -> None:
     assert set(SAME) < set(to_json(settings())) | set(to_json(settings().bundle))
-
-
-def test_figures() -> None:
-    found = figures(run("rsd", broken=((0, 0),)))
-    assert (found["episodes"], found["errors"]) == (11, 1)
-    assert figures(run("rsd", timing="batched"))["ms_per_action"] is None
-    assert figures(run("baseline"))["accepted"] is None
-    assert found["accepted"] is not None and 0 < found["accepted"] < 1
-
-
-def test_episodes_whose_target_was_moved_are_counted() -> None:
-    def change(episode: Episode) -> Episode:
-        offset = None if episode.trial % 2 else (0.02, 0.03)
-        return structs.replace(episode, perturbed_at=offset and 7, displacement=offset)
-
-    assert moved(run("baseline", perturb="displace:3", change=change, broken=((0, 0),))) == 5
-    assert moved(run("baseline", change=change)) is None

@@ -23,7 +23,7 @@ def strip(folder: Path, task: int, trial: int, data: bytes = JPEG, mode: str = "
     path.write_bytes(data)
 
 
-def runs(folder: Path, *modes: str) -> tuple[Run, ...]:
+def runs(folder: Path, *modes: str) -> list[Run]:
     """Runs of which every episode but task 0, trial 0 fails."""
     made = [run(mode, change=outcome((0, 0)), broken=((1, 1),)) for mode in modes]  # type: ignore[arg-type]
     return pair_up([(folder / f"{mode}.json", results) for mode, results in zip(modes, made, strict=True)])
@@ -35,7 +35,7 @@ def test_strips_are_embedded_with_task_trial_and_steps(tmp_path: Path) -> None:
     video.parent.mkdir(parents=True)
     video.touch()
     found = gallery(runs(tmp_path, "rsd"))
-    assert found.title == "Failures of rsd: 1 of 10"
+    assert found.title == "Failures of rsd, n = 4: 1 of 10"
     (shown,) = found.strips
     assert shown.caption.startswith("Task 2, trial 3, ")
     assert " steps: pick up the black bowl from table center" in shown.caption
@@ -68,7 +68,7 @@ def test_successes_and_errors_are_not_failures(tmp_path: Path) -> None:
 
 def test_rsds_failures_go_before_the_baselines(tmp_path: Path) -> None:
     assert gallery(runs(tmp_path, "baseline", "rsd", "shadow")).title.startswith("Failures of rsd")
-    assert gallery(runs(tmp_path, "shadow", "baseline")).title.startswith("Failures of baseline")
+    assert gallery(runs(tmp_path, "shadow", "baseline")).title.startswith("Failures of open loop")
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 49)), unique=True))

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 from click.testing import CliRunner, Result
 from msgspec import structs
-from synthetic import TASKS, run, settings, throughput, write
+from synthetic import TASKS, profile, run, throughput, write
 
 from rsd_trt.cli import main
 from rsd_trt.errors import UserError
@@ -84,32 +84,34 @@ def check(page: str) -> Checker:
     return found
 
 
-def make(folder: Path, *runs: Results) -> Path:
-    """Writes a report on these runs into `folder / "report"`."""
+def make(folder: Path, *runs: Results, price: tuple[float, float] | None = None) -> Path:
+    """Writes a report on these runs into `folder / "report"`; price: of a check and of a full query."""
     paths = [write(folder / f"{i}.json", results) for i, results in enumerate(runs)]
-    write_report(paths, folder / "report", "rsd-trt report")
+    priced = profile(folder / "profile.json", *price) if price else None
+    write_report(paths, folder / "report", "rsd-trt report", priced)
     return folder / "report"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report on a run of each mode that misses its targets, and on two runs of a series over workers."""
+    """A report on a run of each mode, and on two runs of a series over workers, priced with a profile."""
     folder = tmp_path_factory.mktemp("whole")
-    bad = {"success": 0.6, "acceptance": 0.4, "throughput": throughput(1, 1.0)}
+    bad = {"success": 0.6, "acceptance": 0.4, "throughput": throughput(1, 1.0), "action_scale": 3.0}
     strip = folder / "failures" / "libero_spatial_rsd" / "task0_trial0.jpg"
-    runs = [run("baseline", **bad), run("rsd", broken=((2, 2),), **bad), run("shadow", **bad)]  # type: ignore[arg-type]
-    failed = next(e for e in runs[1].episodes if not e.success and e.error is None)
+    loops = [run("baseline", n_action_steps=n, **bad) for n in (1, 4, 8)]  # type: ignore[arg-type]
+    runs = [*loops, run("rsd", broken=((2, 2),), **bad), run("shadow", **bad)]  # type: ignore[arg-type]
+    failed = next(e for e in runs[3].episodes if not e.success and e.error is None)
     strip = strip.with_name(f"task{failed.task_id}_trial{failed.trial}.jpg")
     strip.parent.mkdir(parents=True)
     strip.write_bytes(b"\xff\xd8\xff\xe0 strip")
     series = [run("rsd", timing="batched", trials=2, throughput=throughput(n, float(n))) for n in (2, 16)]
-    return make(folder, *runs, *series)
+    return make(folder, *runs, *series, price=(3.0, 20.0))
 
 
 def test_the_html_page_needs_no_network(whole: Path) -> None:
     page = (whole / "report.html").read_text("utf-8")
     found = check(page)
-    assert len(found.charts) >= 8
+    assert len(found.charts) >= 3
     assert "data:image/jpeg;base64," in page
     assert '<meta name="viewport"' in page
     assert "prefers-color-scheme: dark" in page
@@ -124,17 +126,24 @@ def test_charts_are_readable_on_light_and_dark(whole: Path) -> None:
 
 def test_the_html_page_has_every_part(whole: Path) -> None:
     found = check((whole / "report.html").read_text("utf-8"))
-    for heading in ("Targets", "Runs", "Tasks", "Acceptance", "Actions", "Latency", "Throughput", "Configuration"):
+    for heading in ("Runs", "Tasks", "Acceptance", "Actions", "Latency", "Throughput", "Configuration", "Commands"):
         assert heading in found.text
-    for heading in ("Failures of rsd, single timing: 1 of", "Commands", "Against the baseline", "Codec and gripper"):
+    for heading in ("Failures of rsd, n = 4, single timing: 1 of", "Against open loop", "Codec and gripper"):
         assert heading in found.text
-    for said in (TASKS[0], "not met", "met", "McNemar p", "of 12 episodes ended in an error", "bound by", "GPU busy"):
+    for said in (TASKS[0], "open loop of no higher cost: open loop, n = ", "p, Holm", "bound by", "GPU busy", "odd: "):
         assert said in found.text
-    for unit in ("ms a query", "success, %", "episodes per second", "tested queries, %", "environment units"):
+    for said in (
+        "within 100 steps (95%)",
+        "cost per action, ms",
+        "made-up on made-up GPU, ort, graph",
+        "false rejects",
+    ):
+        assert said in found.text
+    for unit in ("success within 100 steps, %", "ms per action", "checks, %"):
         assert any(unit in svg for svg in found.charts)
     for fact in ("policy_sha256", "3f2a" * 16, "made-up GPU", "versions.torch", "rsd-trt eval bundles/made-up"):
         assert fact in found.text
-    assert "shadow: not shown, since shadow mode runs draft and main head at every query" in found.text
+    assert "shadow, n = 4: not shown, since shadow mode runs draft and main head at every query" in found.text
 
 
 def test_the_markdown_page_has_the_same_tables(whole: Path) -> None:
@@ -145,7 +154,7 @@ def test_the_markdown_page_has_the_same_tables(whole: Path) -> None:
         lines = table.splitlines()
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
         assert set(lines[1]) <= set("| -:")
-    assert page.count("\n## ") == 10
+    assert page.count("\n## ") == 9
     assert "\n\n\n" not in page
 
 
@@ -153,18 +162,21 @@ def test_the_json_file_is_typed(whole: Path) -> None:
     data = json.loads((whole / "performance_comparison.json").read_text("utf-8"))
     jsonschema.validate(data, json_schema(PerformanceComparison))
     found = from_json(PerformanceComparison, data, "file")
-    assert [r.name for r in found.runs if not r.throughput_only] == ["baseline", "rsd, single timing", "shadow"]
-    rsd = found.runs[1]
-    assert rsd.baseline == "baseline"
-    assert rsd.comparison is not None and rsd.comparison.left_out == 1
-    assert [target.what for target in rsd.targets] == ["success", "speed-up", "acceptance"]
+    names = [f"open loop, n = {n}" for n in (1, 4, 8)]
+    assert [r.name for r in found.runs[:3]] == names
+    assert (found.price.check, found.price.full, found.notice) == (3.0, 20.0, None)
+    rsd = found.runs[3]
+    assert rsd.name == "rsd, n = 4, single timing"
+    assert [one.rival for one in rsd.against] == ["open loop, n = 1", "open loop of no higher cost"]
+    assert rsd.against[0].versus.left_out == 1
+    assert rsd.cost_per_action == pytest.approx((rsd.checks * 3 + rsd.full_queries * 20) / rsd.actions)
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{mode}.json", run(mode)) for mode in ("baseline", "rsd")]  # type: ignore[arg-type]
     for out in ("a", "b"):
         write_report(paths, tmp_path / out, "rsd-trt report")
-    for name in ("report.html", "report.md", "performance_comparison.json"):
+    for name in ("report.html", "report.md", "performance_comparison.json", "frontier.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -228,35 +240,25 @@ def test_every_mix_of_runs_gives_a_whole_page(tmp_path: Path, runs: list[Results
     from_json(PerformanceComparison, json.loads((report / "performance_comparison.json").read_text()), "file")
 
 
-def test_batched_runs_show_no_latency_and_no_speedup(tmp_path: Path) -> None:
-    found = check(
-        (make(tmp_path, run("baseline", timing="batched"), run("rsd", timing="batched")) / "report.html").read_text(
-            "utf-8"
-        )
-    )
-    assert "rsd: not shown, since queries that share a forward say nothing of one alone (batched timing)" in found.text
-    assert "not measured: batched timing" in found.text
-    assert not any("ms a query" in svg for svg in found.charts)
-    assert not re.search(r"\d\.\d\dx", found.text)
+def test_batched_runs_show_no_latency(tmp_path: Path) -> None:
+    report = make(tmp_path, run("baseline", timing="batched"), run("rsd", timing="batched"))
+    text = check((report / "report.html").read_text("utf-8")).text
+    assert "rsd, n = 4: not shown, since queries that share a forward say nothing of one alone" in text
+    assert "measured, ms" not in text
 
 
-def test_a_speedup_without_an_interval_says_so(tmp_path: Path) -> None:
-    report = make(tmp_path, run("baseline", tasks=(0,)), run("rsd", tasks=(0,)))
-    assert "not proved: too few episodes for an interval" in (report / "report.html").read_text("utf-8")
-
-
-def test_a_met_report_shows_no_actions(tmp_path: Path) -> None:
-    good = {"success": 2.0, "acceptance": 1.0, "tasks": tuple(range(10)), "trials": 10}
-    report = make(tmp_path, run("baseline", **good), run("rsd", **good))  # type: ignore[arg-type]
-    shown = check((report / "report.html").read_text("utf-8")).text
-    assert "Every run that has a success target meets it." in shown
-    assert "not met" not in shown and "not proved" not in shown
-    assert "No episode failed." in shown
+def test_a_hidden_draft_is_told_first(tmp_path: Path) -> None:
+    report = make(tmp_path, run("baseline", draft="hidden"), run("rsd", draft="hidden"))
+    told = "The draft of made-up reads the backbone's hidden state"
+    assert (report / "report.md").read_text("utf-8").splitlines()[2].startswith(f"**{told}")
+    assert told.replace("'", "&#39;") in (report / "report.html").read_text("utf-8").split("</header>")[0]
+    result = rsd_trt("report", *(tmp_path / f"{i}.json" for i in range(2)), "-o", tmp_path / "again")
+    assert result.stdout.startswith(f"note: {told}")
 
 
 def test_an_untrained_bundle_is_told_first(tmp_path: Path) -> None:
     page = (make(tmp_path, run("baseline", trained=False), run("rsd")) / "report.md").read_text("utf-8")
-    assert "The bundle of baseline is untrained (random weights)" in page.split("| run |")[0]
+    assert "The bundle of open loop, n = 4 is untrained (random weights)" in page.replace("\n", " ").split("| run |")[0]
 
 
 def test_a_report_is_replaced_and_other_files_stay(tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_a_report_is_replaced_and_other_files_stay(tmp_path: Path) -> None:
     make(tmp_path, run("baseline", success=0.2))
     assert (report / "report.html").read_bytes() != before
     assert sorted(path.name for path in report.iterdir()) == [
-        *("notes.txt", "performance_comparison.json", "report.html", "report.md")
+        *("frontier.png", "notes.txt", "performance_comparison.json", "report.html", "report.md")
     ]
 
 
@@ -308,22 +310,21 @@ def test_report_command(tmp_path: Path) -> None:
     assert result.stderr == ""
     for name in ("performance_comparison.json", "report.md", "report.html"):
         assert str(tmp_path / "out" / name) in result.stdout.replace("\n", "")
-    assert "speed-up > 1.2x" in result.stdout
+    assert "full queries per action" in " ".join(result.stdout.split())
     as_json = rsd_trt("report", *paths, "-o", tmp_path / "out", "--json")
     assert json.loads(as_json.stdout) == json.loads((tmp_path / "out" / "performance_comparison.json").read_text())
 
 
 def test_compare_command(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{mode}.json", run(mode, trained=False)) for mode in ("baseline", "rsd")]  # type: ignore[arg-type]
-    result = rsd_trt("compare", *paths)
+    result = rsd_trt("compare", *paths, "--profile", profile(tmp_path / "profile.json", 0.2, 2.0), "--within", 150)
     assert result.exit_code == 0, result.output
-    for text in ("Against the baseline", "McNemar", "not shown", "accepted"):
+    for text in ("McNemar", "by task", "not shown", "within 150 steps", "ms per action"):
         assert text in " ".join(result.stdout.split())
     assert re.search(r"\d\.\d\dx \(\d\.\d\d to \d\.\d\d\)", result.stdout)
     assert "UNTRAINED" in result.stdout
     data = json.loads(rsd_trt("compare", *paths, "--json").stdout)
-    assert set(data["figures"]) == {"baseline", "rsd"}
-    assert data["settings"]["policy_sha256"] == settings().policy_sha256
+    assert (data["names"], data["within"]) == (["open loop, n = 4", "rsd, n = 4"], 100)
 
 
 @pytest.mark.parametrize("command", ["compare", "report"])
@@ -346,7 +347,7 @@ def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:
     """What matplotlib would read as mathematics is shown as it is."""
-    names = [run("baseline", suite=suite) for suite in (r"$\frac{$", "$x$")]
+    names = [run("rsd", suite=suite) for suite in (r"$\frac{$", "$x$")]
     found = check((make(tmp_path, *names) / "report.html").read_text("utf-8"))
     assert r"$\frac{$" in found.text
     assert any(r"$\frac{$" in svg for svg in found.charts)

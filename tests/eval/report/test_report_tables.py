@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from msgspec import structs
-from synthetic import run
+from synthetic import outcome, run
 
+from rsd_trt.eval.report.cost import Price
 from rsd_trt.eval.report.runs import pair_up
-from rsd_trt.eval.report.tables import comparison_table, runs_table, targets_table, tasks_table
-from rsd_trt.eval.table import Measured
+from rsd_trt.eval.report.tables import counts_table, matrix, rivals_table, tasks_table
+from rsd_trt.eval.results import Results
+from rsd_trt.eval.table import Measured, Table
+
+PRICE = Price(0.2, 2.0, "ms", "made up")
 
 
 def test_tasks_and_all_of_them() -> None:
@@ -22,21 +26,55 @@ def test_tasks_and_all_of_them() -> None:
     assert table.rows[-1][1] == Measured(results.final_success_rate, results.final_success_interval, 11)
 
 
-def test_figures_that_no_run_has_are_no_columns() -> None:
-    def heads(*modes: str) -> list[str]:
-        return [column.name for column in runs_table({mode: run(mode) for mode in modes}).columns]  # type: ignore[arg-type]
-
-    assert "accepted" not in heads("baseline")
-    assert {"accepted", "full queries", "query p50"} <= set(heads("baseline", "rsd"))
-    assert "target moved in" not in heads("rsd")
+def named(table: Table, row: int = 0) -> dict[str, object]:
+    return {column.name: value for column, value in zip(table.columns, table.rows[row], strict=True)}
 
 
-def test_a_verdict_comes_with_its_reason() -> None:
-    runs = pair_up([(Path("a"), run("baseline", timing="batched")), (Path("b"), run("rsd", timing="batched"))])
-    rows = [row for row in targets_table(runs).rows if row[1] == "speed-up > 1.2x"]
-    assert rows == [("rsd", "speed-up > 1.2x", Measured(None, unit="x"), "not measured: batched timing")]
+def matrix_of(*runs: Results, price: Price = PRICE) -> Table:
+    return matrix(pair_up([(Path(str(i)), results) for i, results in enumerate(runs)], price, 220), price)
+
+
+def test_counts_are_per_action() -> None:
+    results = run("rsd")
+    found = named(counts_table(results))
+    assert found["checks per action"] == results.checks / results.steps
+    assert "accepted" not in named(counts_table(run("baseline")))
+    assert not counts_table(run("rsd", change=lambda e: structs.replace(e, steps=0, queries=()))).rows[0][0]
+
+
+def test_a_row_of_the_matrix() -> None:
+    rsd = run("rsd", change=outcome((0, 0)))
+    table = matrix_of(run("baseline", n_action_steps=1), run("baseline", n_action_steps=8, success=-1), rsd)
+    found = named(table, 2)
+    assert found["run"] == "rsd, n = 4"
+    assert found["full queries per action"] == rsd.full_queries / rsd.steps
+    assert found["cost per action"] == (rsd.checks * 0.2 + rsd.full_queries * 2.0) / rsd.steps
+    assert str(found["verdict"]).startswith("no open loop costs as little")
+    assert named(table)["verdict"] is None
+    assert "condition" not in found and "clipped steps" not in found
+
+
+def test_verdicts() -> None:
+    def verdict(*others: Results, **price: float) -> object:
+        made = Price(price.get("check", 0.2), 2.0, "ms", "made up")
+        table = matrix_of(*others, run("rsd"), price=made)
+        return named(table, len(others))["verdict"]
+
+    assert verdict() == "not compared"
+    assert verdict(run("baseline", n_action_steps=1)) == "no open loop costs as little"
+    assert verdict(run("baseline"), check=20.0) == "not shown (p = 1)"
+    assert str(verdict(run("baseline", success=-1), check=20.0)).startswith("above (p = ")
+
+
+def test_conditions_are_a_column_where_there_are_several() -> None:
+    table = matrix_of(run("baseline"), run("baseline", perturb="late:7"))
+    assert [row[:2] for row in table.rows] == [("unperturbed", "open loop, n = 4"), ("late:7", "open loop, n = 4")]
+    assert table.grouped
+    assert "cost per action" not in [
+        c.name for c in matrix_of(run("baseline"), price=Price(0, 1, "full queries", "")).columns
+    ]
 
 
 def test_why_there_is_no_comparison() -> None:
-    table = comparison_table([("rsd", None, None, "no baseline run is among the results")])
-    assert table.rows == (("rsd", "not compared: no baseline run is among the results"),)
+    table = rivals_table(pair_up([(Path("a"), run("rsd"))]))
+    assert table.rows == (("rsd, n = 4", "not compared: no run of open loop is among the results"),)

@@ -15,7 +15,7 @@ from rsd_trt.config import PROPRIO_DIM, BackboneConfig
 from rsd_trt.errors import Unavailable
 from rsd_trt.eval.verify import oracle
 from rsd_trt.eval.verify.oracle import Oracle
-from rsd_trt.models.backbone import Backbone, BackboneInputs
+from rsd_trt.models.backbone import Backbone, BackboneInputs, rope_tables
 from rsd_trt.presets import preset
 
 TINY = preset("tiny", "tiny").backbone
@@ -54,18 +54,19 @@ def test_it_computes_what_the_backbone_computes(
     randomise(backbone)
     backbone.requires_grad_(False).eval()
     found, inputs = Oracle(backbone), make_inputs(config, lengths, images)
-    embedded, blocks = backbone.embed(inputs), config.language.blocks
+    stream, last = backbone.embed(inputs)
     patches = images * (config.image_size // config.towers[0].patch) ** 2
     vision = found.vision(inputs.pixels)
     assert vision.shape == (len(lengths), patches, sum(tower.width for tower in config.towers))
-    torch.testing.assert_close(found.embed(inputs), embedded.stream, rtol=1e-5, atol=5e-4)  # of numbers up to 300
-    states = found.states(embedded.stream)
-    for k in range(blocks):
-        torch.testing.assert_close(states[k], backbone.resume(embedded, k).stream, rtol=1e-5, atol=1e-4)
-    expected = backbone.hidden(backbone.resume(embedded, blocks))
+    torch.testing.assert_close(found.embed(inputs), stream, rtol=1e-5, atol=5e-4)  # of numbers up to 300
+    torch.testing.assert_close(oracle.last_positions(inputs, stream), last)
+    states, rope = found.states(stream), rope_tables(config.language, stream)
+    expected, ours = backbone(inputs), stream
+    for block, state in zip(backbone.llama.layers, states, strict=False):
+        torch.testing.assert_close(state, ours, rtol=1e-5, atol=1e-4)
+        ours = block(ours, rope)
     torch.testing.assert_close(found.hidden(inputs), expected, rtol=1e-5, atol=1e-4)
-    last = oracle.last_positions(inputs, embedded.stream)
-    torch.testing.assert_close(states[blocks][torch.arange(len(last)), last], expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(states[-1][torch.arange(len(last)), last], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_it_shares_the_weights() -> None:
