@@ -17,8 +17,7 @@ setup: .venv/installed ## Make .venv with everything that demo and test need
 
 demo: setup ## The reference policy in LIBERO, baseline and RSD, with a report
 	$(RSD_TRT) export --target onnx
-	$(RSD_TRT) eval --mode baseline $(DEMO)
-	$(RSD_TRT) eval --mode rsd $(DEMO)
+	$(RSD_TRT) eval --mode baseline,rsd $(DEMO)
 	$(RSD_TRT) report results/demo/*_results.json -o results/demo/report
 
 export: setup ## Export the reference policy to ONNX and engines

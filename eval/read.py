@@ -19,7 +19,13 @@ from rsd_trt.records import from_text, parse, to_json
 MAX_BYTES = 1 << 29  # of a results file
 MAX_RATIO = 100  # by which it may have been compressed (ours are by 10 to 40): a small file may not fill the memory
 ALWAYS = 1 << 22  # bytes that a compressed file may have, however small it is
-RECORDED = ("episodes", "settings", "throughput", "command")  # not figures: they do not follow from the episodes
+RECORDED = (
+    "episodes",
+    "settings",
+    "throughput",
+    "command",
+    "clock",
+)  # no figures of the episodes alone
 RELATIVE = 1e-6  # difference of two figures that are still the same: sums depend on the order
 
 

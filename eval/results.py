@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import ACTION_DIMS, ARM_DIMS, MAX_COUNT, ControlConfig, Mode, Quantiles, RsdConfig
 from rsd_trt.errors import UserError, shown
+from rsd_trt.load import Steadiness
 from rsd_trt.records import Natural, Positive, Record, json_schema, told
 from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.speculate import Route
@@ -150,6 +151,9 @@ class Episode(Record, frozen=True):
     perturbed_at: Annotated[Natural | None, told("the step before which the scene was perturbed")] = None
     displacement: Annotated[
         tuple[float, float] | None, told("of the object that was moved, along x and y of the world, in m")
+    ] = None
+    others: Annotated[
+        float | None, told("mean number of cores that other processes kept busy meanwhile; null: not measured")
     ] = None
     perturbed_by: Annotated[
         str | None,
@@ -318,7 +322,7 @@ class Results(Record, frozen=True):
     clipped_steps: Annotated[Natural, told("committed actions that were clipped to the controller's limits")]
     actions_per_query: float | None
     steps_per_second: Annotated[float | None, told("simulation and policy included; null unless timing is single")]
-    throughput: Annotated[Throughput | None, told("null when the run was interrupted")]
+    throughput: Annotated[Throughput | None, told("null when the run was interrupted, or took turns with another")]
     codec_round_trip_mse: Annotated[
         Annotated[float, Meta(ge=0)] | None,
         told("decode(tokens(x)) against its own reconstruction; null without a codec"),
@@ -328,6 +332,7 @@ class Results(Record, frozen=True):
     episodes: tuple[Episode, ...]
     command: str
     schema_version: Literal[3]
+    clock: Annotated[Steadiness | None, told("how far the times can be trusted; null: not recorded")] = None
 
     def __post_init__(self) -> None:
         """Raises UserError: queries of other numbers of coarse layers."""

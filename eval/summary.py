@@ -16,6 +16,7 @@ from rsd_trt.eval.results import (
     Throughput,
 )
 from rsd_trt.eval.statistics import percentiles, wilson
+from rsd_trt.load import Steadiness, steadiness
 from rsd_trt.runtime.speculate import Checks
 
 
@@ -62,7 +63,21 @@ def summarise(
         episodes=tuple(sorted(episodes, key=lambda e: e.key)),
         command=command,
         schema_version=SCHEMA_VERSION,
+        clock=_clock(settings, done),
     )
+
+
+def _clock(settings: Settings, episodes: Sequence[Episode]) -> Steadiness:
+    """Of the machine during the episodes. Queries that share a forward have no times of their own."""
+    measured = [(e.others, e.seconds) for e in episodes if e.others is not None]
+    seconds = sum(weight for _, weight in measured)
+    others = sum(others * weight for others, weight in measured) / seconds if seconds else None
+    times: dict[str, list[float]] = {}
+    single = settings.timing == "single"
+    for query in (query for episode in episodes for query in episode.queries if single):
+        times.setdefault(query.route, []).append(query.ms)
+    cores = int(settings.hardware.get("cores", 1))
+    return steadiness(times, others, cores, int(settings.hardware.get("threads", 1)) if single else cores)
 
 
 def _task(task_id: int, description: str, episodes: Sequence[Episode]) -> TaskResult:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from rsd_trt.errors import UserError, shown
 from rsd_trt.records import Natural, Record
+from rsd_trt.suites import SUITES
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,6 @@ DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "reference"  # the policy t
 DEFAULT_ENGINES = Path("engines")
 OWN_FOLDER = "."  # of weights that were copied into their bundle
 
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 Backend = Literal["torch", "graph", "ort", "trt"]
 Mode = Literal["baseline", "rsd", "shadow", "random"]
 PolicyKind = Literal["bundle", "expert"]

@@ -61,10 +61,12 @@ def gpu(device: str = "cuda") -> Gpu | None:
 
 
 def hardware(device: str) -> dict[str, str | int]:
-    """The processor and, for a CUDA device, the GPU."""
+    """The processor and, for a CUDA device, the GPU; on the CPU, how many threads compute."""
     import torch
 
     found: dict[str, str | int] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    if device.startswith("cpu"):
+        found["threads"] = torch.get_num_threads()
     if device.startswith("cuda") and (card := gpu(device)) is not None:
         found |= {"gpu": card.name, "compute_capability": card.compute_capability, "driver": card.driver}
         found["cuda"] = str(torch.version.cuda)

@@ -62,6 +62,7 @@ class OrtSession(BufferedSession):
             }
         session_options = onnxruntime.SessionOptions()
         session_options.log_severity_level = LOG_ERRORS
+        session_options.intra_op_num_threads = torch.get_num_threads()
         # Spinning threads would take the cores from the backbone, which runs next.
         session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:

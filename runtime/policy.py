@@ -138,6 +138,12 @@ class Policy:
         policy.warm_up()
         return policy
 
+    def beside(self, config: BundleConfig, mode: Mode, rule: Rule | None = None) -> Policy:
+        """A policy of another mode, or of other settings of the loop, on the same loaded parts; the two take turns."""
+        other = Policy(config, self._forward, mode, None, len(self._chunks), rule, self._batch)
+        other._turn = self._turn
+        return other
+
     def warm_up(self, instruction: str = "") -> None:
         """Queries on a black image, so that those that follow with this instruction make no buffers, choose no kernels
         and capture no graphs."""

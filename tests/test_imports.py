@@ -16,7 +16,7 @@ import rsd_trt
 PACKAGE = Path(rsd_trt.__file__).parent
 # A module imports from its own line and the lines above it. Stages of one line do not import each other.
 LAYERS = (
-    {"__init__", "errors", "config", "files", "isolated", "records", "host"},
+    {"__init__", "errors", "config", "files", "isolated", "records", "host", "load", "suites"},
     {"models"},
     {"prompts", "weights"},
     {"bundle", "trt", "manifest"},
@@ -31,7 +31,7 @@ EVAL_LAYERS = ("eval", "libero", "verify", "profile", "report")
 EVAL_APART = {"libero", "profile"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "trt", "host"}
-WITHOUT_TORCH |= {"isolated", "records", "manifest", "presets", "prompts", "weights"}
+WITHOUT_TORCH |= {"isolated", "load", "records", "manifest", "presets", "prompts", "suites", "weights"}
 
 
 def python_files() -> Iterator[Path]:

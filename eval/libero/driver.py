@@ -16,9 +16,11 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions, Script
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.results import BundleSettings, Settings
+from rsd_trt.load import fit_threads
 from rsd_trt.runtime.backends import check_device, default_backbone
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.speculate import Checks, RandomAcceptance
+from rsd_trt.suites import base_of
 
 
 @dataclass(frozen=True)
@@ -32,34 +34,40 @@ class Driver:
     codec_round_trip_mse: float | None = None
 
 
-def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) -> Driver:
-    """The bundle's policy, loaded.
+def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...], loaded: Policy | None = None) -> Driver:
+    """The bundle's policy, on the parts of one that is `loaded`, if it is given.
 
     Raises:
         UserError: it cannot be loaded, or cannot act in that way or on that device.
     """
     config = bundle.config
     control = config.control if request.protocol is None else with_protocol(config.control, request.protocol)
-    max_steps = _max_steps(request, control)
+    steps = max_steps(request, control)
     device = check_device(request.device)
     accept_rate = _accept_rate(request, bundle)
     rsd = with_options(config.rsd, request)
     bundle = dataclasses.replace(bundle, config=replace(config, control=control, rsd=rsd))
     batch = request.workers if device.type == "cuda" else 1  # the CPU gains nothing: see `rsd_trt.eval.libero.pool`
     backbone = request.backbone or default_backbone(request.backend, device)
-    policy = Policy.load(
-        bundle,
-        request.mode,
-        request.backend,
-        str(device),
-        environments=request.workers,
-        batch=batch,
-        precision=request.precision,
-        engines=request.engines,
-        backbone=backbone,
-        backbone_precision=request.backbone_precision,
-        rule=None if accept_rate is None else RandomAcceptance(accept_rate, request.seed),
-    )
+    rule = None if accept_rate is None else RandomAcceptance(accept_rate, request.seed)
+    if device.type == "cpu":
+        fit_threads(request.workers)
+    if loaded is not None:
+        policy = loaded.beside(bundle.config, request.mode, rule)
+    else:
+        policy = Policy.load(
+            bundle,
+            request.mode,
+            request.backend,
+            str(device),
+            environments=request.workers,
+            batch=batch,
+            precision=request.precision,
+            engines=request.engines,
+            backbone=backbone,
+            backbone_precision=request.backbone_precision,
+            rule=rule,
+        )
     of_bundle = BundleSettings(
         mode=request.mode,
         backend=request.backend,
@@ -78,7 +86,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...]) 
         request,
         tasks,
         control,
-        max_steps,
+        steps,
         config.name,
         bundle.fingerprint,
         of_bundle,
@@ -100,7 +108,7 @@ def script_driver(request: EvalRequest, script: Script, tasks: tuple[int, ...]) 
             f"Use: --suite {script.suites[0]}",
         )
     control = with_protocol(ControlConfig(), request.protocol or "oft")
-    settings = _settings(request, tasks, control, _max_steps(request, control), script.name, script.sha256)
+    settings = _settings(request, tasks, control, max_steps(request, control), script.name, script.sha256)
     return Driver(settings, script=script)
 
 
@@ -161,20 +169,19 @@ def _accept_rate(request: EvalRequest, bundle: Bundle) -> float | None:
 
 
 def with_options(rsd: RsdConfig, request: PolicyOptions) -> RsdConfig:
-    """`rsd` with what the request says otherwise; `rsd_trt.cli.evaluate` refuses options without effect."""
-    given = {
-        "rule": request.rule,
-        "tolerance": None if request.tolerance is None else (request.tolerance,) * ARM_DIMS,
-        "threshold": request.threshold,
-        "n_action_steps": request.n_action_steps,
-        "check_steps": request.check_steps,
-        "refresh": request.refresh,
-    }
+    """`rsd` with what the request says otherwise and its mode has an effect of."""
+    given: dict[str, object] = {"n_action_steps": request.n_action_steps}
+    if request.mode != "baseline":
+        given |= {"check_steps": request.check_steps, "refresh": request.refresh}
+    if request.mode in ("rsd", "shadow"):
+        given |= {"rule": request.rule, "threshold": request.threshold}
+        given["tolerance"] = None if request.tolerance is None else (request.tolerance,) * ARM_DIMS
     return replace(rsd, **{name: value for name, value in given.items() if value is not None})
 
 
-def _max_steps(request: EvalRequest, control: ControlConfig) -> int:
-    max_steps = request.max_steps or control.max_steps.get(request.suite)
-    if max_steps is None:
-        raise UserError(f"the bundle's control.max_steps has no {request.suite}", "Give --max-steps")
-    return max_steps
+def max_steps(request: EvalRequest, control: ControlConfig) -> int:
+    base = base_of(request.suite) or request.suite
+    steps = request.max_steps or control.max_steps.get(request.suite) or control.max_steps.get(base)
+    if steps is None:
+        raise UserError(f"the bundle's control.max_steps has no {base}", "Give --max-steps")
+    return steps

@@ -52,6 +52,7 @@ class Assignment:
     failures: Path | None = None  # folder for film strips of failed episodes
     videos: Path | None = None  # folder for a video of the episode
     perturbation: Perturbation | None = None
+    run: str = ""  # which of the runs that go on together it is of
 
 
 @dataclass(frozen=True)

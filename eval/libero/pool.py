@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Protocol
@@ -42,6 +42,9 @@ class Answering(Protocol):
 
     def act_batch(self, observations: Sequence[Observation], environments: Sequence[int], /) -> list[Query]: ...
     def reset(self, environment: int | None = None, episode: tuple[int, ...] | None = None, /) -> None: ...
+
+
+Policies = Mapping[str, Answering | None]  # by the run of an assignment
 
 
 @dataclass
@@ -90,30 +93,32 @@ def run_episodes(
     timeout: float,
     meter: Meter,
     lag: float = math.inf,
+    beside: Mapping[str, Answering] | None = None,
 ) -> Generator[Episode, None, None]:
     """Runs the episodes and gives each as it finishes.
 
     policy: None if the processes never ask. serve(connection): what a simulator's process runs, picklable: see
     `rsd_trt.eval.libero.episode.serve`. batch: queries that share a forward at the most. timeout: seconds of silence
     after which a process is taken for hung. lag: of `Schedule`, so that tasks are about even where the run is cut
-    short.
+    short. beside: the policies of other runs, by the `run` of their assignments.
 
     Raises:
         UserError: the simulator cannot work on this machine, or broke in `HOPELESS` episodes in a row.
     """
     schedule = Schedule.of(assignments, lag)
+    policies: defaultdict[str, Answering | None] = defaultdict(lambda: policy, beside or {})
     pool: list[Worker] = []
     broken = 0  # episodes in a row
     try:
         for index in range(min(workers, len(assignments))):
             pool.append(Worker(index, serve, timeout))
-            _next_episode(pool[-1], pool, schedule, policy)
+            _next_episode(pool[-1], pool, schedule, policies)
         while busy := [worker for worker in pool if worker.assignment is not None]:
             asking: list[tuple[Worker, Asking]] = []
             for worker, message in _messages(busy):
                 if isinstance(message, Asking):
                     asking.append((worker, message))
-                elif (episode := _ended(worker, message, policy)) is not None:
+                elif (episode := _ended(worker, message, policies)) is not None:
                     yield episode
                     broken = 0 if episode.error is None else broken + 1
                     if broken == HOPELESS:
@@ -121,10 +126,10 @@ def run_episodes(
                             f"the simulator broke in {HOPELESS} episodes in a row, last with: {episode.error}. "
                             "See why with rsd-trt -v; a slow machine needs fewer --workers or a longer --timeout"
                         )
-                    _next_episode(worker, pool, schedule, policy)
-            for worker, episode in _answer(policy, asking, batch, meter):
+                    _next_episode(worker, pool, schedule, policies)
+            for worker, episode in _answer(policies, asking, batch, meter):
                 yield episode
-                _next_episode(worker, pool, schedule, policy)
+                _next_episode(worker, pool, schedule, policies)
         for worker in pool:
             worker.connection.close()
         for worker in pool:
@@ -147,22 +152,22 @@ def _messages(busy: Sequence[Worker]) -> Iterator[tuple[Worker, Asking | Finishe
             yield worker, Broken(f"the simulator's process said nothing for {worker.timeout:g} s")
 
 
-def _next_episode(worker: Worker, pool: Sequence[Worker], schedule: Schedule, policy: Answering | None) -> None:
+def _next_episode(worker: Worker, pool: Sequence[Worker], schedule: Schedule, policies: Policies) -> None:
     at_work = [w.assignment.task for w in pool if w is not worker and w.assignment is not None]
     assignment = schedule.take(worker.task, at_work)
     if assignment is None:
         worker.assignment = None
         return
-    _begin(worker, policy, assignment)
+    _begin(worker, policies, assignment)
 
 
-def _begin(worker: Worker, policy: Answering | None, assignment: Assignment, attempt: int = 1) -> None:
-    if policy is not None:
+def _begin(worker: Worker, policies: Policies, assignment: Assignment, attempt: int = 1) -> None:
+    if (policy := policies[assignment.run]) is not None:
         policy.reset(worker.index, (assignment.task, assignment.trial))
     worker.begin(assignment, attempt)
 
 
-def _ended(worker: Worker, message: Finished | Broken, policy: Answering | None) -> Episode | None:
+def _ended(worker: Worker, message: Finished | Broken, policies: Policies) -> Episode | None:
     """The worker's episode, or None if it is tried again."""
     assignment = worker.assignment
     assert assignment is not None
@@ -183,22 +188,26 @@ def _ended(worker: Worker, message: Finished | Broken, policy: Answering | None)
     worker.restart()
     if not again:
         return failed
-    _begin(worker, policy, assignment, worker.attempt + 1)
+    _begin(worker, policies, assignment, worker.attempt + 1)
     return None
 
 
 def _answer(
-    policy: Answering | None, asking: Sequence[tuple[Worker, Asking]], batch: int, meter: Meter
+    policies: Policies, asking: Sequence[tuple[Worker, Asking]], batch: int, meter: Meter
 ) -> Iterator[tuple[Worker, Episode]]:
     """Sends each process its actions; gives the episodes that end because the policy has none.
 
     What breaks a query is the fault of that query alone: a batch that breaks is answered one by one. That is warned of
     once a run, and a query that breaks each time; -v shows the traceback of either.
     """
-    groups = deque(asking[i : i + batch] for i in range(0, len(asking), batch))
+    by_run: defaultdict[str, list[tuple[Worker, Asking]]] = defaultdict(list)
+    for one in asking:
+        by_run[_run(one[0])].append(one)
+    groups = deque(mine[i : i + batch] for mine in by_run.values() for i in range(0, len(mine), batch))
     while groups:
-        assert policy is not None, "a process asks, and nobody answers"
         group = groups.popleft()
+        policy = policies[_run(group[0][0])]
+        assert policy is not None, "a process asks, and nobody answers"
         environments = [worker.index for worker, _ in group]
         fault, full = None, None
         started = time.perf_counter()
@@ -233,6 +242,12 @@ def _answer(
             else:
                 worker.send(None)
                 yield worker, worker.episode(False, None, message.step, query.fault)
+
+
+def _run(worker: Worker) -> str:
+    """Which run the worker's episode is of."""
+    assert worker.assignment is not None
+    return worker.assignment.run
 
 
 def _checked(query: Query) -> Query:

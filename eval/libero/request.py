@@ -14,7 +14,6 @@ from rsd_trt.config import (
     ACTION_DIMS,
     DEFAULT_BUNDLE,
     DEFAULT_ENGINES,
-    SUITES,
     BackboneKind,
     BackbonePrecision,
     Backend,
@@ -23,6 +22,7 @@ from rsd_trt.config import (
     RuleName,
 )
 from rsd_trt.errors import UserError, did_you_mean, reason
+from rsd_trt.suites import SUITES
 
 if TYPE_CHECKING:
     import numpy as np

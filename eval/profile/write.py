@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from rsd_trt import __version__
 from rsd_trt.bundle import Bundle
@@ -22,6 +25,8 @@ from rsd_trt.eval.profile.tables import cost_table, latency_table, machine_table
 from rsd_trt.eval.table import Column, Table
 from rsd_trt.eval.verify.result import record
 from rsd_trt.files import write_atomically
+from rsd_trt.load import LoadMeter, Steadiness, fit_threads, steadiness
+from rsd_trt.records import from_json, to_json
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
@@ -48,6 +53,7 @@ def write_components(
         UserError: nothing can be timed here, `out` cannot be written, or matplotlib is not installed.
     """
     check_plots()
+    load = _begin(request.device)
     priced = list(costs(bundle, request))
     timings = list(components.profile(bundle, request))
     if not any(timing.ms for timing in timings):
@@ -63,6 +69,7 @@ def write_components(
         cost_samples=[_rounded(cost.ms) for cost in priced],
         rows=[{**timing.summary(), "speedup": faster.get(timing.key)} for timing in timings],
         samples=[_rounded(timing.ms) for timing in timings],
+        clock=_clock(load, {f"{x.backend} {x.what} query": x.ms for x in priced}),
     )
     tables = [cost_table(priced), latency_table(timings, f"{components.BOUNDARY}; n = {request.samples}")]
     missing = [(f"{x.backend} {x.what} query", x.reason) for x in priced if x.reason is not None]
@@ -82,6 +89,7 @@ def write_query(
         UserError: nothing can be timed here, `out` cannot be written, or matplotlib is not installed.
     """
     check_plots()
+    load = _begin(request.device)
     profile = stages.profile_query(bundle, request)
     if not any(row.ms for row in profile.rows):
         raise UserError(f"nothing could be measured: {profile.rows[0].reason}")
@@ -94,6 +102,7 @@ def write_query(
         startups=[{**asdict(x.configuration), "load_s": x.load_s, "first_s": x.first_s} for x in profile.startups],
         rows=[{**row.summary(), "speedup": x} for row, x in zip(profile.rows, profile.speedups(), strict=True)],
         samples=[_rounded(row.ms) for row in profile.rows],
+        clock=_clock(load, {f"{x.configuration.name} {x.what}, {x.configuration.size}": x.ms for x in profile.rows}),
     )
     tables = [*stage_tables(profile), machine_table(profile.machine), startup_table(profile.startups)]
     missing = [
@@ -101,6 +110,19 @@ def write_query(
     ]
     _write(out, "profile_query", found, tables, missing, lambda title, path: stage_chart(profile.rows, title, path))
     return found, profile, tables
+
+
+def _begin(device: torch.device) -> LoadMeter:
+    """Measures what else runs here from now on, beside the threads that a run with one worker has."""
+    if device.type == "cpu":
+        fit_threads(workers=1)
+    return LoadMeter()
+
+
+def _clock(load: LoadMeter, times: Mapping[str, Sequence[float]]) -> Record:
+    """How steady the machine was while the times were taken."""
+    cores = len(os.sched_getaffinity(0))
+    return to_json(steadiness(times, load.lap(), cores, min(torch.get_num_threads(), cores)))
 
 
 def _write(
@@ -127,6 +149,8 @@ def _write(
         pairs = tuple((str(key), str(value)) for key, value in (hardware | versions).items())
         settings = Table("hardware and versions", (Column(""), Column("")), pairs, headless=True)
         parts = [f'<p><img alt="The chart of the tables below" src="data:image/png;base64,{chart}"></p>']
+        clock = from_json(Steadiness, found["clock"], "clock")
+        parts += [f"<p><strong>Disturbed: {html.escape(sentence)}.</strong></p>" for sentence in clock.disturbed]
         parts += [table.__html__() for table in tables if table]
         if missing:
             parts.append(

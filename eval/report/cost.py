@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Literal
 
 import msgspec
@@ -18,6 +19,7 @@ from msgspec import Meta
 
 from rsd_trt.errors import UserError
 from rsd_trt.eval.results import Episode, Results
+from rsd_trt.load import Steadiness
 from rsd_trt.records import from_json, parse
 
 HIDDEN = "reads the backbone's hidden state: a check costs a whole backbone pass, so rsd cannot save time with it"
@@ -45,6 +47,7 @@ class _Profile(msgspec.Struct, frozen=True):
     bundle_sha256: str
     hardware: dict[str, str | int]
     costs: tuple[_Row, ...]
+    clock: Steadiness | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Price:
     full: float  # ms; without a profile 1
     unit: Literal["ms", "full queries"]
     told: Annotated[str, "whose costs these are"]
+    disturbed: Annotated[tuple[str, ...], "what disturbed the machine while they were measured"] = ()
 
     def of(self, episodes: Iterable[Episode]) -> list[float]:
         """The cost of each episode."""
@@ -105,7 +109,26 @@ def read_price(path: Path | None, runs: Sequence[Results]) -> Price:
     told = f"{profile.bundle} on {device}, {backend}, {backbone}{'' if precision == 'bundle' else f' {precision}'}"
     if any(run.settings.policy_sha256 != profile.bundle_sha256 for run in runs):
         told = f"an estimate for {told}, by the counts of these runs"
-    return Price(whole[kind]["check"], whole[kind]["full"], "ms", told)
+    disturbed = profile.clock.disturbed if profile.clock is not None else ()
+    return Price(whole[kind]["check"], whole[kind]["full"], "ms", told, disturbed)
+
+
+def measured(run: Results) -> float | None:
+    """ms per action by the run's own clock: the median of each route times its queries, so that what disturbed a few of
+    them does not count. None unless queries were answered alone."""
+    if run.settings.timing != "single" or not run.steps:
+        return None
+    times: dict[str, list[float]] = {}
+    for query in (query for e in run.episodes if e.error is None for query in e.queries):
+        times.setdefault(query.route, []).append(query.ms)
+    return sum(median(ms) * len(ms) for ms in times.values()) / run.steps if times else None
+
+
+def disturbances(runs: Sequence[tuple[str, Results]], price: Price) -> list[str]:
+    """What disturbed the clocks that a report shows; runs: with their names."""
+    found = [(name, run.clock.disturbed) for name, run in runs if run.clock is not None]
+    found.append(("the profile", price.disturbed))
+    return [f"Disturbed while {name} was timed: {'; '.join(said)}." for name, said in found if said]
 
 
 def cannot_save_time(runs: Sequence[Results]) -> str | None:

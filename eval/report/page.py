@@ -10,7 +10,7 @@ from rsd_trt import __version__
 from rsd_trt.errors import missing_extra
 from rsd_trt.eval.report import tables
 from rsd_trt.eval.report.charts import frontier_chart, phase_chart
-from rsd_trt.eval.report.cost import Price, cannot_save_time
+from rsd_trt.eval.report.cost import Price, cannot_save_time, disturbances
 from rsd_trt.eval.report.gallery import Gallery, gallery
 from rsd_trt.eval.report.runs import Run
 from rsd_trt.eval.report.svg import Chart
@@ -55,7 +55,11 @@ def make_page(runs: Sequence[Run], price: Price, command: str) -> Page:
     untrained = [run.name for run in runs if not run.results.settings.of_bundle.trained]
     said = "is untrained (random weights): these figures show that the tools work, and say nothing about a policy."
     frontier = frontier_chart(runs, price)
-    notices = [cannot_save_time(results), f"The bundle of {', '.join(untrained)} {said}" if untrained else None]
+    notices = [
+        cannot_save_time(results),
+        f"The bundle of {', '.join(untrained)} {said}" if untrained else None,
+        *disturbances([(run.name, run.results) for run in runs], price),
+    ]
     timed = [run for run in runs if _untimed(run) is None]
     why = tuple(f"{run.name}: {reason}." for run in runs if (reason := _untimed(run)) is not None)
     odd = "No executed action is odd beside the training data."

@@ -10,7 +10,7 @@ from rsd_trt.config import ACTION_NAMES
 from rsd_trt.eval.report.breakdown import PHASES, Agreement
 from rsd_trt.eval.report.calibrate import Calibration
 from rsd_trt.eval.report.compare import Comparison, SpeedUp
-from rsd_trt.eval.report.cost import COUNTED, Price
+from rsd_trt.eval.report.cost import COUNTED, Price, measured
 from rsd_trt.eval.report.runs import RULE, Run, condition
 from rsd_trt.eval.results import Results, TaskResult
 from rsd_trt.eval.table import Column, Measured, Table, Value
@@ -85,7 +85,7 @@ def matrix(runs: Sequence[Run], price: Price = COUNTED) -> Table:
                 Measured(found.final_success_rate, found.final_success_interval),
                 *(Measured(run.reached, run.reached_interval), run.mean_steps),
                 *(found.full_queries / steps if steps else None, found.checks / steps if steps else None),
-                *(run.cost if price.unit == "ms" else None, found.avg_inference_time_ms),
+                *(run.cost if price.unit == "ms" else None, measured(found)),
                 *(_times(single.versus.speedup) if single else None, _times(best.versus.speedup) if best else None),
                 *(stats.draft_acceptance_rate, stats.partial_acceptance_rate, stats.full_rejection_rate),
                 *(found.unusable_drafts or None, found.clipped_steps or None, _verdict(run)),
@@ -93,8 +93,8 @@ def matrix(runs: Sequence[Run], price: Price = COUNTED) -> Table:
         )
     note = (
         f"Cost: {price.told}. Mean steps: to success, a failure or a later success counting as all of them. Measured: "
-        "policy time of a run with one worker. Accepted, partial, rejected: of the checks. Verdict: success within the "
-        "steps beside the best run of open loop of no higher cost, as declared below."
+        "medians by route of a run with one worker. Accepted, partial, rejected: of the checks. Verdict: success "
+        "within the steps beside the best run of open loop of no higher cost, as declared below."
     )
     return _without_empty(Table("", columns, tuple(rows), note, grouped=several))
 

@@ -19,12 +19,13 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.plots import check_plots
 from rsd_trt.eval.report.breakdown import Breakdown
 from rsd_trt.eval.report.charts import frontier_png
-from rsd_trt.eval.report.cost import Price, cannot_save_time
+from rsd_trt.eval.report.cost import Price, cannot_save_time, measured
 from rsd_trt.eval.report.page import check_templates, make_page, render
 from rsd_trt.eval.report.runs import Against, Run, read_runs
 from rsd_trt.eval.results import RsdStats, Settings, TaskResult, Throughput
 from rsd_trt.eval.statistics import Interval
 from rsd_trt.files import replacing
+from rsd_trt.load import Steadiness
 from rsd_trt.records import to_json
 
 COMPARISON_VERSION = 3
@@ -51,7 +52,8 @@ class RunSummary:
     unusable_drafts: int
     clipped_steps: int
     cost_per_action: Annotated[float | None, "in the price's unit"]
-    measured_ms_per_action: Annotated[float | None, "policy time of a run with one worker"]
+    measured_ms_per_action: Annotated[float | None, "by the medians of the routes of a run with one worker"]
+    clock: Annotated[Steadiness | None, "how far its times can be trusted; null: not recorded"]
     rsd_stats: RsdStats
     against: tuple[Against, ...]
     alone: Annotated[str | None, "why it is set against no run of open loop"]
@@ -139,7 +141,8 @@ def _summary(run: Run) -> RunSummary:
         unusable_drafts=found.unusable_drafts,
         clipped_steps=found.clipped_steps,
         cost_per_action=run.cost,
-        measured_ms_per_action=found.avg_inference_time_ms,
+        measured_ms_per_action=measured(found),
+        clock=found.clock,
         rsd_stats=found.rsd_stats,
         against=run.against,
         alone=run.alone,

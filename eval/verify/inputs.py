@@ -136,7 +136,7 @@ def libero_observations(suite: str, control: ControlConfig) -> Iterator[Observat
 
     for task in range(open_suite(suite).n_tasks):
         simulator = Simulator(suite, task, control)
-        for trial in range(TRIALS):
+        for trial in range(min(TRIALS, simulator.trials)):
             simulator.reset(trial)
             yield simulator.observation()
         simulator.close()

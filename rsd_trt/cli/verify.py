@@ -11,6 +11,7 @@ import click
 
 from rsd_trt.cli.console import (
     Several,
+    Suite,
     bundle_argument,
     command_line,
     device_option,
@@ -21,7 +22,7 @@ from rsd_trt.cli.console import (
     precision_option,
     show,
 )
-from rsd_trt.config import BACKBONE_PRECISIONS, BACKBONES, BACKENDS, SUITES, BackboneKind
+from rsd_trt.config import BACKBONE_PRECISIONS, BACKBONES, BACKENDS, BackboneKind
 from rsd_trt.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,9 +97,7 @@ def verify(bundle: Path, device: str, as_json: bool, **options: object) -> None:
     help=f"Precisions of each: {', '.join(BACKBONE_PRECISIONS)}.",
 )
 @click.option("-n", "--inputs", type=click.IntRange(1), help=f"Images of noise to show it. [default: {LEAST_INPUTS}]")
-@click.option(
-    "--libero", type=click.Choice(SUITES), help="Show it the first images of every task of a suite, not noise."
-)
+@click.option("--libero", type=Suite(), help="Show it the first images of every task of a suite, not noise.")
 @device_option
 @json_option
 def verify_backbone(

@@ -122,6 +122,9 @@ def test_another_run_has_no_rate_for_it(
         (("--rule", "frist"), "'frist' is unknown; did you mean 'first'?"),
         (("--tolerance", "-1"), "-1.0 is not in the range 0<=x<=2"),
         (("--record-hidden", "h"), "--record-hidden needs --mode shadow"),
+        (("--mode", "baseline,rds"), "'rds' is unknown; did you mean 'rsd'?"),
+        (("--mode", "baseline,random"), "--mode random needs --accept-rate"),
+        (("--mode", "baseline,rsd", "--accept-rate", "0.5"), "--mode random needs --accept-rate"),
         (("--engines", "x"), "--engines is of the backends ort and trt: torch runs no export"),
         (("--policy", "expert"), "--policy expert is not MODULE:FUNCTION"),
         (("--policy", "a:b", "--mode", "rsd"), "--policy a:b runs no bundle: leave out '--mode'"),
@@ -138,6 +141,7 @@ def test_usage(arguments: tuple[str, ...], message: str) -> None:
 def test_the_options_are_the_fields_of_the_request() -> None:
     options = main.commands["eval"].make_context("eval", []).params
     del options["as_json"]
+    (options["mode"],) = options["mode"]
     assert options == {field.name: field.default for field in dataclasses.fields(EvalRequest)}
 
 

@@ -64,7 +64,7 @@ def test_two_simulators_give_what_one_gives(tiny_bundle: Path, tmp_path: Path) -
         results = json.loads(result.stdout)
         assert (results["settings"]["timing"] == "single") == (results["query_ms"] is not None) == (workers == 1)
         for episode in results["episodes"]:
-            del episode["seconds"], episode["run"]
+            del episode["seconds"], episode["run"], episode["others"]
             for query in episode["queries"]:
                 del query["ms"]
         found.append(results["episodes"])

@@ -72,7 +72,7 @@ def outcomes(out: Path) -> list[object]:
     results = json.loads((out / f"{NAME}_results.json").read_text())
     assert results["errors"] == 0
     for episode in results["episodes"]:
-        del episode["seconds"]
+        del episode["seconds"], episode["others"]
         for query in episode["queries"]:
             del query["ms"]
     return list(results["episodes"])
