@@ -294,6 +294,8 @@ class Throughput(Record, frozen=True):
     rows_per_forward: Annotated[float, told("mean number of queries that shared a forward")]
     bound: Annotated[Literal["policy", "simulator"], told("policy: it computed for more than half of the time")]
     gpu_utilisation: Annotated[float | None, told("mean share of time with a kernel on the GPU")] = None
+    cores: Annotated[float | None, told("mean number of CPU cores that the run had")] = None
+    gpus: Annotated[float | None, told("mean number of GPUs that the run had")] = None
 
 
 class Results(Record, frozen=True):

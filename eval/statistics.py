@@ -111,6 +111,53 @@ def smallest_provable_loss(episodes: int, alpha: float = 1 - CONFIDENCE) -> int 
     return next((lost for lost in range(1, episodes + 1) if mcnemar_exact(0, lost).p < alpha), None)
 
 
+def power_of_mcnemar(pairs: int, gained: float, lost: float, alpha: float) -> float:
+    """How likely McNemar's exact test of so many pairs shows a difference at level `alpha` if a pair is gained or lost
+    with these probabilities."""
+    counts = np.arange(pairs + 1)
+    factorials = np.array([math.lgamma(n + 1.0) for n in counts])
+    share = gained / (gained + lost)
+
+    def binomial(n: int, p: float) -> NDArray[np.float64]:
+        """Probabilities of 0..n."""
+        if p in (0.0, 1.0):
+            return np.eye(n + 1)[round(p) * n]
+        k = counts[: n + 1]
+        logs = factorials[n] - factorials[k] - factorials[n - k] + k * math.log(p) + (n - k) * math.log1p(-p)
+        return np.exp(logs)
+
+    power = 0.0
+    for discordant, probability in enumerate(binomial(pairs, gained + lost)):
+        if probability > 1e-9:
+            tails = np.cumsum(binomial(discordant, 0.5))
+            beyond = int(np.searchsorted(tails, alpha / 2))  # counts of the rarer outcome that are rare enough
+            likely = binomial(discordant, share)
+            power += probability * (likely[:beyond].sum() + likely[discordant + 1 - beyond :].sum())
+    return power
+
+
+def smallest_difference(
+    pairs: int, tests: int = 1, discordant: float = 0.1, power: float = 0.8, alpha: float = 1 - CONFIDENCE
+) -> float | None:
+    """The smallest true difference of two success rates that McNemar's exact test of so many pairs shows with this
+    power, to a tenth of a point. Holm's adjustment for `tests` is counted as `alpha` / `tests`, its strictest step.
+    discordant: share of pairs whose two outcomes differ, or the difference, where that is more. None: not even a
+    difference of 1."""
+
+    def shown(points: int) -> bool:
+        difference = points / 1000
+        share = max(discordant, difference)
+        return power_of_mcnemar(pairs, (share + difference) / 2, (share - difference) / 2, alpha / tests) >= power
+
+    if not shown(1000):
+        return None
+    low, high = 0, 1000  # tenths of a point: one that is not shown, and one that is
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if shown(middle) else (middle, high)
+    return high / 1000
+
+
 def what_can_be_shown(episodes: int, near: float = 0.9) -> str:
     """One line for before a run: how well it will know a success rate near `near`, and what loss it can show."""
     interval = wilson(round(near * episodes), episodes)

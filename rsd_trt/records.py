@@ -187,7 +187,7 @@ def _options(cls: type, keys: Sequence[str | int]) -> list[str]:
     """The fields of the record, or the values of the literal, that `cls` has at `keys`."""
     kind: object = inspect.type_info(cls)
     for key in keys:
-        kind = _plain(kind)
+        kind = _plain(kind, array=isinstance(key, int))
         if isinstance(kind, inspect.StructType):
             kind = next((field.type for field in kind.fields if field.name == key), None)
         elif isinstance(kind, inspect.DictType):
@@ -202,10 +202,11 @@ def _options(cls: type, keys: Sequence[str | int]) -> list[str]:
     return list(map(str, kind.values)) if isinstance(kind, inspect.LiteralType) else []
 
 
-def _plain(kind: object) -> object:
-    """A type without its description, and without its None."""
+def _plain(kind: object, array: bool = False) -> object:
+    """A type without its description, and without its None; of a union the first one, or the first `array`."""
     if isinstance(kind, inspect.Metadata):
-        return _plain(kind.type)
+        return _plain(kind.type, array)
     if isinstance(kind, inspect.UnionType):
-        return _plain(next(one for one in kind.types if not isinstance(one, inspect.NoneType)))
+        found = [one for one in kind.types if not isinstance(one, inspect.NoneType)]
+        return _plain(next((one for one in found if array and hasattr(one, "item_type")), found[0]))
     return kind

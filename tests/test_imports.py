@@ -27,9 +27,9 @@ LAYERS = (
 )
 APART = {"export", "runtime"}
 # The same within eval: the modules that its folders share come first. A report is made of everything.
-EVAL_LAYERS = ("eval", "libero", "verify", "profile", "report")
+EVAL_LAYERS = ("eval", "libero", "verify", "profile", "report", "sweep")
 EVAL_APART = {"libero", "profile"}
-NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers"}
+NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "libero", "timm", "transformers", "ray"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "trt", "host"}
 WITHOUT_TORCH |= {"isolated", "load", "records", "manifest", "presets", "prompts", "suites", "weights"}
 

@@ -15,7 +15,7 @@ from rsd_trt.config import ARM_DIMS, ControlConfig, RsdConfig, VisionDraftConfig
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions, Script
 from rsd_trt.eval.read import read_run
-from rsd_trt.eval.results import BundleSettings, Settings
+from rsd_trt.eval.results import BundleSettings, Results, Settings
 from rsd_trt.load import fit_threads
 from rsd_trt.runtime.backends import check_device, default_backbone
 from rsd_trt.runtime.policy import Policy
@@ -96,6 +96,14 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...], 
     return Driver(settings, policy, batch, codec_round_trip_mse=bundle.codec().round_trip_error())
 
 
+def model_key(request: EvalRequest) -> tuple[object, ...]:
+    """What the loaded model of a request's bundle depends on."""
+    return (
+        *(request.bundle, request.backend, request.device, request.precision, request.engines),
+        *(request.backbone, request.backbone_precision, request.protocol, request.workers),
+    )
+
+
 def script_driver(request: EvalRequest, script: Script, tasks: tuple[int, ...]) -> Driver:
     """The script, under protocol `oft` if none is asked for.
 
@@ -162,6 +170,15 @@ def _accept_rate(request: EvalRequest, bundle: Bundle) -> float | None:
         theirs, ours = getattr(found.of_bundle.rsd, name), getattr(wanted, name)
         if theirs != ours:
             raise UserError(f"{path} has {name} {theirs}, this run {ours}: --{name.replace('_', '-')}")
+    return acceptance_rate(path, results)
+
+
+def acceptance_rate(path: Path, results: Results) -> float:
+    """How often the rule of a run accepted.
+
+    Raises:
+        UserError: it checked nothing.
+    """
     counts = [results.routes.get(route, 0) for route in ("accepted", "partial", "rejected")]
     if (rate := Checks(*counts).acceptance_rate) is None:
         raise UserError(f"{path} has no check, and so no rate")

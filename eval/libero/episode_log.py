@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from rsd_trt.errors import UserError, shown
-from rsd_trt.eval.results import Episode, Settings
+from rsd_trt.eval.results import Episode, EpisodeKey, Settings
 from rsd_trt.files import write_atomically
 from rsd_trt.records import differing, from_text, parse, to_json, to_text, write_record
 
@@ -23,7 +23,7 @@ class EpisodeLog:
     def __init__(self, folder: Path, name: str, settings: Settings, fresh: bool) -> None:
         self.path = folder / f"{name}_episodes.jsonl"
         self.settings = settings
-        self.episodes: dict[tuple[int, int], Episode] = {}
+        self.episodes: dict[EpisodeKey, Episode] = {}
         settings_file = folder / f"{name}_settings.json"
         if fresh or not (self.path.exists() or settings_file.exists()):
             self.path.unlink(missing_ok=True)
@@ -37,6 +37,11 @@ class EpisodeLog:
         """Whether a trial has still to be run: it is absent, or ended in an error."""
         episode = self.episodes.get((task, trial))
         return episode is None or episode.error is not None
+
+    def missing(self) -> list[EpisodeKey]:
+        """The episodes that the run still lacks; those that ended in an error come last."""
+        keys = [(task, trial) for task in self.settings.tasks for trial in range(self.settings.trials)]
+        return sorted((key for key in keys if self.lacks(*key)), key=lambda key: key in self.episodes)
 
     def append(self, episode: Episode) -> None:
         """Stores an episode for good: it is on the disk when this returns. If that fails, the file is as before."""
@@ -69,7 +74,7 @@ class EpisodeLog:
     def _resume(self) -> None:
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave half a line
-        lines: dict[tuple[int, int], int] = {}
+        lines: dict[EpisodeKey, int] = {}
         for number, line in enumerate(whole.splitlines(), start=1):
             where = f"{self.path}, line {number}"
             try:

@@ -16,6 +16,7 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Protocol
@@ -55,6 +56,10 @@ class Meter:
     forwards: int = 0
     queries: int = 0  # that were answered
     split: int = 0  # forwards that broke and whose queries were answered one by one
+    wall: float = 0.0  # s from the first episode's start to the last one's end
+    utilisation: float | None = None  # mean share of time with a kernel on the GPU, if somebody looked
+    cores: float = 0.0  # that the run had, and GPUs
+    gpus: float = 0.0
 
 
 @dataclass
@@ -84,6 +89,75 @@ class Schedule:
         return self.left[task].popleft()
 
 
+class Pool:
+    """Simulators' processes that outlive a run: the environments that they have built serve the next one.
+
+    serve(connection): what a process runs, picklable: see `rsd_trt.eval.libero.episode.serve`. timeout: seconds of
+    silence after which a process is taken for hung.
+    """
+
+    def __init__(self, serve: Callable[[Connection], None], workers: int, timeout: float) -> None:
+        self._serve, self._count, self._timeout = serve, workers, timeout
+        self._workers: list[Worker] = []
+
+    def run(
+        self,
+        policy: Answering | None,
+        assignments: Sequence[Assignment],
+        batch: int,
+        meter: Meter,
+        lag: float = math.inf,
+        beside: Mapping[str, Answering] | None = None,
+    ) -> Generator[Episode, None, None]:
+        """Runs the episodes and gives each as it finishes. A run that is given up takes the processes with it.
+
+        policy: None if the processes never ask. batch: queries that share a forward at the most. lag: of `Schedule`,
+        so that tasks are about even where the run is cut short. beside: the policies of other runs, by the `run` of
+        their assignments.
+
+        Raises:
+            UserError: the simulator cannot work on this machine, or broke in `HOPELESS` episodes in a row.
+        """
+        schedule, started = Schedule.of(assignments, lag), time.perf_counter()
+        policies: defaultdict[str, Answering | None] = defaultdict(lambda: policy, beside or {})
+        pool = self._workers
+        broken = 0  # episodes in a row
+        try:
+            for index in range(min(self._count, len(assignments))):
+                if index == len(pool):
+                    pool.append(Worker(index, self._serve, self._timeout))
+                _next_episode(pool[index], pool, schedule, policies)
+            while busy := [worker for worker in pool if worker.assignment is not None]:
+                asking: list[tuple[Worker, Asking]] = []
+                for worker, message in _messages(busy):
+                    if isinstance(message, Asking):
+                        asking.append((worker, message))
+                    elif (episode := _ended(worker, message, policies)) is not None:
+                        yield episode
+                        broken = 0 if episode.error is None else broken + 1
+                        if broken == HOPELESS:
+                            raise UserError(
+                                f"the simulator broke in {HOPELESS} episodes in a row, last with: {episode.error}. "
+                                "See why with rsd-trt -v; a slow machine needs fewer --workers or a longer --timeout"
+                            )
+                        _next_episode(worker, pool, schedule, policies)
+                for worker, episode in _answer(policies, asking, batch, meter):
+                    yield episode
+                    _next_episode(worker, pool, schedule, policies)
+            meter.wall += time.perf_counter() - started
+        except BaseException:
+            self.close(patience=0)
+            raise
+
+    def close(self, patience: float = CLOSING_SECONDS) -> None:
+        """Ends the processes: by hanging up, and after so many seconds by force."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.connection.close()
+        for worker in workers:
+            worker.close(patience)
+
+
 def run_episodes(
     policy: Answering | None,
     serve: Callable[[Connection], None],
@@ -93,51 +167,10 @@ def run_episodes(
     timeout: float,
     meter: Meter,
     lag: float = math.inf,
-    beside: Mapping[str, Answering] | None = None,
 ) -> Generator[Episode, None, None]:
-    """Runs the episodes and gives each as it finishes.
-
-    policy: None if the processes never ask. serve(connection): what a simulator's process runs, picklable: see
-    `rsd_trt.eval.libero.episode.serve`. batch: queries that share a forward at the most. timeout: seconds of silence
-    after which a process is taken for hung. lag: of `Schedule`, so that tasks are about even where the run is cut
-    short. beside: the policies of other runs, by the `run` of their assignments.
-
-    Raises:
-        UserError: the simulator cannot work on this machine, or broke in `HOPELESS` episodes in a row.
-    """
-    schedule = Schedule.of(assignments, lag)
-    policies: defaultdict[str, Answering | None] = defaultdict(lambda: policy, beside or {})
-    pool: list[Worker] = []
-    broken = 0  # episodes in a row
-    try:
-        for index in range(min(workers, len(assignments))):
-            pool.append(Worker(index, serve, timeout))
-            _next_episode(pool[-1], pool, schedule, policies)
-        while busy := [worker for worker in pool if worker.assignment is not None]:
-            asking: list[tuple[Worker, Asking]] = []
-            for worker, message in _messages(busy):
-                if isinstance(message, Asking):
-                    asking.append((worker, message))
-                elif (episode := _ended(worker, message, policies)) is not None:
-                    yield episode
-                    broken = 0 if episode.error is None else broken + 1
-                    if broken == HOPELESS:
-                        raise UserError(
-                            f"the simulator broke in {HOPELESS} episodes in a row, last with: {episode.error}. "
-                            "See why with rsd-trt -v; a slow machine needs fewer --workers or a longer --timeout"
-                        )
-                    _next_episode(worker, pool, schedule, policies)
-            for worker, episode in _answer(policies, asking, batch, meter):
-                yield episode
-                _next_episode(worker, pool, schedule, policies)
-        for worker in pool:
-            worker.connection.close()
-        for worker in pool:
-            worker.close(CLOSING_SECONDS)
-    except BaseException:
-        for worker in pool:
-            worker.close(patience=0)
-        raise
+    """The episodes of one run, by a `Pool` of its own."""
+    with closing(Pool(serve, workers, timeout)) as pool:
+        yield from pool.run(policy, assignments, batch, meter, lag)
 
 
 def _messages(busy: Sequence[Worker]) -> Iterator[tuple[Worker, Asking | Finished | Broken]]:

@@ -1,12 +1,12 @@
-"""An evaluation from request to results file."""
+"""An evaluation from request to results file: episodes of a request, executed here and streamed to a log."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import shutil
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,19 +18,110 @@ from msgspec import structs
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.driver import Driver, bundle_driver, script_driver
+from rsd_trt.eval.libero.driver import Driver, bundle_driver, model_key, script_driver
 from rsd_trt.eval.libero.episode import Assignment, check_video_writer, serve
 from rsd_trt.eval.libero.episode_log import EpisodeLog
-from rsd_trt.eval.libero.pool import Meter, run_episodes
+from rsd_trt.eval.libero.pool import Meter, Pool
 from rsd_trt.eval.libero.request import EvalRequest, Script
 from rsd_trt.eval.libero.simulator import Simulator, check_task, initial_states, instruction, open_suite, task_file
-from rsd_trt.eval.results import Episode, Results, Throughput
+from rsd_trt.eval.results import Episode, EpisodeKey, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
 from rsd_trt.files import locked, write_atomically
 from rsd_trt.host import GpuMeter
 from rsd_trt.load import LoadMeter
-from rsd_trt.records import write_record
+from rsd_trt.records import to_text, write_record
 from rsd_trt.runtime.policy import Policy
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that can be executed, and what its results will say of it."""
+
+    settings: Settings
+    instructions: dict[int, str]  # by task
+    codec_round_trip_mse: float | None = None
+
+
+class Executor:
+    """Executes episodes of requests on this machine. What those share that come after one another is kept: the model
+    that is loaded, and the simulators' processes with the environments that they have built."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[EvalRequest, Driver]] = []
+        self._loaded: Policy | None = None
+        self._model: tuple[object, ...] = ()  # the key of what is loaded
+        self._warm: set[str] = set()  # instructions that it was prepared for
+        self._pool: Pool | None = None
+        self._processes: tuple[object, ...] = ()  # the key of the pool
+
+    def open(self, requests: Sequence[EvalRequest]) -> list[Job]:
+        """Makes what acts in each request ready to do so. They differ in mode alone.
+
+        Raises:
+            UserError: anything in a request that cannot be done here.
+        """
+        request = requests[0]
+        acting = Bundle.open(request.bundle) if request.policy is None else Script.find(request.policy)
+        instructions, suite_sha256 = _tasks(request)
+        if request.perturb is not None:
+            request.perturb.check(request.suite, list(instructions))
+        if request.video:
+            check_video_writer()
+        _seed_everything(request.seed)
+        key = () if isinstance(acting, Script) else (acting.fingerprint, *model_key(request))
+        self._open = []
+        if key != self._model:  # the memory of the old one is wanted for the new one
+            self._loaded, self._model, self._warm = None, key, set()
+        for one in requests:
+            if isinstance(acting, Script):
+                driver = script_driver(one, acting, tuple(instructions))
+            else:
+                driver = bundle_driver(one, acting, tuple(instructions), self._loaded)
+                self._loaded = self._loaded or driver.policy
+            settings = structs.replace(driver.settings, suite_sha256=suite_sha256)
+            self._open.append((one, replace(driver, settings=settings)))
+        return [Job(driver.settings, instructions, driver.codec_round_trip_mse) for _, driver in self._open]
+
+    def policies(self) -> list[Policy | None]:
+        """What acts in each of the requests that are open; None: a script."""
+        return [driver.policy for _, driver in self._open]
+
+    def run(
+        self, job: Job, keys: Sequence[Sequence[EpisodeKey]], meter: Meter, pictures: bool = True
+    ) -> Generator[Episode, None, None]:
+        """Executes episodes of the requests that were opened last, of which `job` is one: gives each as it finishes.
+
+        keys: the episodes of each request. pictures: whether those that the requests ask for, and those of failures,
+        are kept.
+
+        Raises:
+            UserError: as `rsd_trt.eval.libero.pool.Pool.run`.
+        """
+        request, first = self._open[0]
+        for told in dict.fromkeys(job.instructions[task] for mine in keys for task, _ in mine):
+            if first.policy is not None and told not in self._warm:
+                first.policy.warm_up(told)  # so that no query of an episode has to
+                self._warm.add(told)
+        opened = zip(self._open, keys, strict=True)
+        assignments = _in_turn([_assignments(*pair, mine, pictures) for pair, mine in opened])
+        beside = {driver.settings.run: driver.policy for _, driver in self._open[1:] if driver.policy is not None}
+        return self._pool_of(request, first).run(first.policy, assignments, first.batch, meter, beside=beside)
+
+    def close(self) -> None:
+        """Ends the simulators' processes and lets go of the model."""
+        if self._pool is not None:
+            self._pool.close()
+        self.__init__()  # type: ignore[misc]
+
+    def _pool_of(self, request: EvalRequest, driver: Driver) -> Pool:
+        control, script = driver.settings.control, driver.script
+        key = (request.suite, to_text(control), script, request.workers, request.timeout)
+        if self._pool is None or key != self._processes:
+            if self._pool is not None:
+                self._pool.close()
+            process = partial(serve, build=partial(Simulator, request.suite, control=control), script=script)
+            self._pool, self._processes = Pool(process, request.workers, request.timeout), key
+        return self._pool
 
 
 @dataclass(frozen=True)
@@ -38,10 +129,33 @@ class Run:
     """A request under way."""
 
     request: EvalRequest
-    driver: Driver
+    job: Job
     log: EpisodeLog
-    assignments: tuple[Assignment, ...]  # that its log lacks
+    missing: tuple[EpisodeKey, ...]  # that its log lacks
     earlier: tuple[Episode, ...]  # that its log has
+
+    @classmethod
+    def begin(cls, request: EvalRequest, job: Job, policy: Policy | None = None) -> Run:
+        """A run with its log; a fresh one leaves nothing of an earlier one. policy: that records hidden states, where
+        they are asked for."""
+        log = EpisodeLog(request.out, request.name, job.settings, request.fresh)
+        if policy is not None and request.record_hidden is not None:
+            if log.episodes:
+                raise UserError(f"{log.path} has episodes whose hidden states are gone", "To record them all: --fresh")
+            policy.hidden_states = []
+        if request.fresh:
+            request.results_file.unlink(missing_ok=True)
+            for kind in ("failures", "videos"):
+                shutil.rmtree(request.pictures(kind), ignore_errors=True)
+        earlier = tuple(episode for episode in log.episodes.values() if episode.error is None)
+        return cls(request, job, log, tuple(log.missing()), earlier)
+
+    def finish(self, command: str, throughput: Throughput | None) -> Results:
+        """The results of what the log has, written."""
+        episodes, job = list(self.log.episodes.values()), self.job
+        results = summarise(job.settings, episodes, job.instructions, job.codec_round_trip_mse, command, throughput)
+        write_record(self.request.results_file, results)
+        return results
 
 
 def evaluate(
@@ -49,9 +163,10 @@ def evaluate(
     on_start: Callable[[int, list[Episode]], None],
     on_episode: Callable[[Episode], None],
     command: str,
+    executor: Executor | None = None,
 ) -> Results:
     """`evaluate_together` of one request."""
-    return evaluate_together([request], on_start, on_episode, command)[0]
+    return evaluate_together([request], on_start, on_episode, command, executor)[0]
 
 
 def evaluate_together(
@@ -59,70 +174,56 @@ def evaluate_together(
     on_start: Callable[[int, list[Episode]], None],
     on_episode: Callable[[Episode], None],
     command: str,
+    executor: Executor | None = None,
 ) -> list[Results]:
     """Runs the episodes that the requests' runs still lack, and writes a results file for each.
 
     The requests differ in mode alone. Their runs share the loaded model and take turns, episode by episode, so that a
     machine that drifts drifts for all. `on_start` is told the number of episodes in all and those that are there.
+    executor: one that other calls share; by default one of its own.
 
     Raises:
         UserError: anything in a request that cannot be done here, a folder that cannot be written, or the user
             stopped the run: what had finished is kept, and the same requests go on from there.
     """
     with ExitStack() as stack:
-        stack.enter_context(_explaining_files(requests[0]))
-        drivers, instructions = _prepare(requests)
+        stack.enter_context(explaining_files(requests[0]))
+        executor = executor or stack.enter_context(closing(Executor()))
+        jobs = executor.open(requests)
         for request in requests:
-            stack.enter_context(_own_folder(request))
-        begun = [_begun(*pair) for pair in zip(requests, drivers, strict=True)]
-        runs = {run.driver.settings.run: run for run in begun}
-        total = len(instructions) * sum(request.trials for request in requests)
-        assignments = _in_turn(list(runs.values()))
-        _warm_up(drivers[0], instructions, assignments)
-        on_start(total, [episode for run in runs.values() for episode in run.earlier])
-        meter, gpu = Meter(), GpuMeter(torch.device(drivers[0].settings.device))
-        started = time.perf_counter()
+            stack.enter_context(own_folder(request))
+        begun = [Run.begin(*one) for one in zip(requests, jobs, executor.policies(), strict=True)]
+        runs = {run.job.settings.run: run for run in begun}
+        total = len(jobs[0].instructions) * sum(request.trials for request in requests)
+        device = jobs[0].settings.device
+        meter = Meter(cores=len(os.sched_getaffinity(0)), gpus=int(device.startswith("cuda")))
+        on_start(total, [episode for run in begun for episode in run.earlier])
+        running = executor.run(jobs[0], [run.missing for run in begun], meter)
         try:
-            with gpu, closing(_running(requests[0], drivers, assignments, meter)) as episodes:
+            with GpuMeter(torch.device(device)) as gpu, closing(running) as episodes:
                 load = LoadMeter()
                 for episode in episodes:
                     episode = structs.replace(episode, others=load.lap())
                     runs[episode.run].log.append(episode)
                     on_episode(episode)
         except KeyboardInterrupt:
-            whole = sum(episode.error is None for run in runs.values() for episode in run.log.episodes.values())
+            whole = sum(episode.error is None for run in begun for episode in run.log.episodes.values())
             raise UserError(
-                f"stopped with {whole} of {total} episodes in {' and '.join(str(r.log.path) for r in runs.values())}",
+                f"stopped with {whole} of {total} episodes in {' and '.join(str(run.log.path) for run in begun)}",
                 "The same command goes on from there",
             ) from None
-        seconds, count = time.perf_counter() - started, len(assignments)
-        whole_run = count and len(runs) == 1 and not any(run.earlier for run in runs.values())
-        throughput = _throughput(requests[0].workers, count, seconds, meter, gpu) if whole_run else None
-        return [_finished(run, instructions, command, throughput) for run in runs.values()]
-
-
-def _prepare(requests: Sequence[EvalRequest]) -> tuple[list[Driver], dict[int, str]]:
-    """What acts in each run, ready to do so, and the instruction of every task."""
-    request = requests[0]
-    acting = Bundle.open(request.bundle) if request.policy is None else Script.find(request.policy)
-    instructions, suite_sha256 = _tasks(request)
-    if request.perturb is not None:
-        request.perturb.check(request.suite, list(instructions))
-    if request.video:
-        check_video_writer()
-    _seed_everything(request.seed)
-    drivers: list[Driver] = []
-    for one in requests:
-        if isinstance(acting, Script):
-            driver = script_driver(one, acting, tuple(instructions))
-        else:
-            driver = bundle_driver(one, acting, tuple(instructions), drivers[0].policy if drivers else None)
-        drivers.append(replace(driver, settings=structs.replace(driver.settings, suite_sha256=suite_sha256)))
-    return drivers, instructions
+        meter.utilisation, count = gpu.mean, len(begun[0].missing)
+        whole_run = count and len(begun) == 1 and not begun[0].earlier
+        throughput = throughput_of(count, meter.wall, [(requests[0].workers, meter)]) if whole_run else None
+        results = [run.finish(command, throughput) for run in begun]
+        for request, policy in zip(requests, executor.policies(), strict=True):
+            if policy is not None and request.record_hidden is not None:
+                _write_hidden(request.record_hidden, policy)
+        return results
 
 
 @contextmanager
-def _explaining_files(request: EvalRequest) -> Iterator[None]:
+def explaining_files(request: EvalRequest) -> Iterator[None]:
     """Raises UserError where a file or folder cannot be read or written."""
     try:
         yield
@@ -131,7 +232,7 @@ def _explaining_files(request: EvalRequest) -> Iterator[None]:
 
 
 @contextmanager
-def _own_folder(request: EvalRequest) -> Iterator[None]:
+def own_folder(request: EvalRequest) -> Iterator[None]:
     """The folder for results, which no other run of that name writes meanwhile.
 
     Raises:
@@ -150,88 +251,46 @@ def _own_folder(request: EvalRequest) -> Iterator[None]:
         yield
 
 
-def _begun(request: EvalRequest, driver: Driver) -> Run:
-    """A run with its log, and what that lacks."""
-    log = _open_log(request, driver)
-    earlier = tuple(episode for episode in log.episodes.values() if episode.error is None)
-    return Run(request, driver, log, tuple(_assignments(request, driver, log)), earlier)
-
-
-def _open_log(request: EvalRequest, driver: Driver) -> EpisodeLog:
-    """The run's episodes so far; a fresh run leaves nothing of an earlier one."""
-    log = EpisodeLog(request.out, request.name, driver.settings, request.fresh)
-    if driver.policy is not None and request.record_hidden is not None:
-        if log.episodes:
-            raise UserError(f"{log.path} has episodes whose hidden states are gone", "To record them all: --fresh")
-        driver.policy.hidden_states = []
-    if request.fresh:
-        request.results_file.unlink(missing_ok=True)
-        for kind in ("failures", "videos"):
-            shutil.rmtree(request.pictures(kind), ignore_errors=True)
-    return log
-
-
-def _assignments(request: EvalRequest, driver: Driver, log: EpisodeLog) -> list[Assignment]:
-    """The episodes that the log lacks; those that ended in an error come last."""
-    settings = driver.settings
-    keys = [(task, trial) for task in settings.tasks for trial in range(settings.trials)]
-    missing = sorted((key for key in keys if log.lacks(*key)), key=lambda key: key in log.episodes)
-    videos = request.pictures("videos") if request.video else None
-    failures = request.pictures("failures") if driver.script is None else None  # a script sees no images to keep
+def _assignments(request: EvalRequest, driver: Driver, keys: Sequence[EpisodeKey], pictures: bool) -> list[Assignment]:
+    videos = request.pictures("videos") if request.video and pictures else None
+    seen = driver.script is None  # a script sees no images to keep
+    failures = request.pictures("failures") if seen and pictures else None
     drawn = {key: request.perturb.draw(*key) for key in keys} if request.perturb is not None else {}
-    steps, run = settings.max_steps, settings.run
-    return [Assignment(*key, steps, failures, videos, drawn.get(key), run) for key in missing]
+    steps, run = driver.settings.max_steps, driver.settings.run
+    return [Assignment(*key, steps, failures, videos, drawn.get(key), run) for key in keys]
 
 
-def _in_turn(runs: Sequence[Run]) -> list[Assignment]:
+def _in_turn(runs: Sequence[Sequence[Assignment]]) -> list[Assignment]:
     """The assignments of all runs: each trial in one run after the other, and the next trial the other way round."""
     if len(runs) == 1:
-        return list(runs[0].assignments)
-    places = [(a.task, a.trial, -i if a.trial % 2 else i, a) for i, run in enumerate(runs) for a in run.assignments]
+        return list(runs[0])
+    places = [(a.task, a.trial, -i if a.trial % 2 else i, a) for i, run in enumerate(runs) for a in run]
     return [place[-1] for place in sorted(places, key=lambda place: place[:3])]
 
 
-def _running(
-    request: EvalRequest, drivers: Sequence[Driver], assignments: Sequence[Assignment], meter: Meter
-) -> Generator[Episode, None, None]:
-    first = drivers[0]
-    process = partial(
-        serve, build=partial(Simulator, request.suite, control=first.settings.control), script=first.script
-    )
-    beside = {driver.settings.run: driver.policy for driver in drivers[1:] if driver.policy is not None}
-    workers, batch, timeout = request.workers, first.batch, request.timeout
-    return run_episodes(first.policy, process, assignments, workers, batch, timeout, meter, beside=beside)
+def throughput_of(episodes: int, seconds: float, parts: Sequence[tuple[int, Meter]]) -> Throughput:
+    """How fast a run was that took so many seconds. parts: the simulator processes and the meter of each part of it
+    that was executed in one go."""
+    wall = sum(meter.wall for _, meter in parts)
 
+    def mean(values: Iterable[float]) -> float:
+        """By the parts' wall time."""
+        return sum(value * meter.wall for value, (_, meter) in zip(values, parts, strict=True)) / wall
 
-def _finished(run: Run, instructions: dict[int, str], command: str, throughput: Throughput | None) -> Results:
-    """The run's results, written."""
-    request, driver = run.request, run.driver
-    episodes = list(run.log.episodes.values())
-    results = summarise(driver.settings, episodes, instructions, driver.codec_round_trip_mse, command, throughput)
-    write_record(request.results_file, results)
-    if driver.policy is not None and request.record_hidden is not None:
-        _write_hidden(request.record_hidden, driver.policy)
-    return results
-
-
-def _warm_up(driver: Driver, instructions: dict[int, str], assignments: Sequence[Assignment]) -> None:
-    """Prepares the policy for what it will be asked, so that no query of an episode has to."""
-    tasks = dict.fromkeys(assignment.task for assignment in assignments)
-    for told in dict.fromkeys(instructions[task] for task in tasks):
-        if driver.policy is not None:
-            driver.policy.warm_up(told)
-
-
-def _throughput(workers: int, episodes: int, seconds: float, meter: Meter, gpu: GpuMeter) -> Throughput:
-    share = meter.seconds / seconds
+    share = sum(meter.seconds for _, meter in parts) / wall
+    forwards = sum(meter.forwards for _, meter in parts)
+    used = [meter.utilisation for _, meter in parts if meter.utilisation is not None]
+    together = wall / seconds  # parts at a time
     return Throughput(
-        workers=workers,
+        workers=max(1, round(mean(workers for workers, _ in parts) * together)),
         wall_seconds=round(seconds, 3),
         episodes_per_second=episodes / seconds,
         policy_share=share,
-        rows_per_forward=meter.queries / meter.forwards if meter.forwards else 0.0,
+        rows_per_forward=sum(meter.queries for _, meter in parts) / forwards if forwards else 0.0,
         bound="policy" if share > 0.5 else "simulator",
-        gpu_utilisation=gpu.mean,
+        gpu_utilisation=sum(used) / len(used) if used else None,
+        cores=mean(meter.cores for _, meter in parts) * together,
+        gpus=mean(meter.gpus for _, meter in parts) * together,
     )
 
 

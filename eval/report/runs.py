@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -69,7 +69,12 @@ class Run:
         return self.results.settings.mode == "baseline"
 
 
-def read_runs(paths: Sequence[Path], profile: Path | None = None, within: int | None = None) -> tuple[Price, list[Run]]:
+def read_runs(
+    paths: Sequence[Path],
+    profile: Path | None = None,
+    within: int | None = None,
+    declared: Mapping[Path, Collection[str]] | None = None,
+) -> tuple[Price, list[Run]]:
     """Every file, and every results file of a folder, as a run, open loop first, and what their counts are priced at.
 
     Raises:
@@ -85,17 +90,27 @@ def read_runs(paths: Sequence[Path], profile: Path | None = None, within: int | 
         if results.settings.bundle is None:
             raise UserError(f"{path} is a run of {results.settings.policy}, a script; a report is on runs of bundles")
     price = read_price(profile, [results for _, results in found])
-    return price, pair_up(found, price, within)
+    return price, pair_up(found, price, within, declared)
 
 
-def pair_up(found: Sequence[tuple[Path, Results]], price: Price = COUNTED, within: int | None = None) -> list[Run]:
-    """Names the runs, open loop first, and sets those that check against their rivals. within: as `Endpoint.of`."""
+def pair_up(
+    found: Sequence[tuple[Path, Results]],
+    price: Price = COUNTED,
+    within: int | None = None,
+    declared: Mapping[Path, Collection[str]] | None = None,
+) -> list[Run]:
+    """Names the runs, open loop first, and sets those that check against their rivals.
+
+    within: as `Endpoint.of`. declared: the rivals that a file's run is tested against, if not all runs against both.
+    """
     ordered = sorted(
         found, key=lambda one: (MODES.index(one[1].settings.of_bundle.mode), one[1].settings.n_action_steps)
     )
     names = run_names([results for _, results in ordered])
     named = [_run(name, *one, price, within) for name, one in zip(names, ordered, strict=True)]
-    return _judged([_set_against(run, named, price) for run in named])
+    return _judged(
+        [_set_against(run, named, price, None if declared is None else declared.get(run.path, ())) for run in named]
+    )
 
 
 def _of_folder(folder: Path) -> list[Path]:
@@ -126,8 +141,8 @@ def _run(name: str, path: Path, results: Results, price: Price, within: int | No
     )
 
 
-def _set_against(run: Run, runs: Sequence[Run], price: Price) -> Run:
-    """A run that checks beside its rivals; p not adjusted yet."""
+def _set_against(run: Run, runs: Sequence[Run], price: Price, declared: Collection[str] | None) -> Run:
+    """A run that checks beside its rivals, those of them that are declared; p not adjusted yet."""
     settings = run.results.settings
     if run.open_loop or settings.mode == "shadow":
         return run
@@ -142,6 +157,8 @@ def _set_against(run: Run, runs: Sequence[Run], price: Price) -> Run:
     if cheap:
         best = max(cheap, key=lambda loop: (loop.reached or 0.0, -(loop.cost or 0.0)))
         rivals.append(("open loop of no higher cost", best))
+    if declared is not None:
+        rivals = [(kind, other) for kind, other in rivals if kind in declared]
     if control := _control(run, runs):
         rivals.append(("random acceptance", control))
     found = []

@@ -314,15 +314,24 @@ def throughput_table(runs: Sequence[Run]) -> Table:
     """How fast each run was as a whole."""
     columns = (
         *(Column("run"), Column("workers"), Column("wall time", "s"), Column("episodes per second")),
-        *(Column("queries per forward"), Column("policy computes", "%"), Column("bound by"), Column("GPU busy", "%")),
+        *(
+            Column("a core"),
+            Column("a GPU"),
+            Column("queries per forward"),
+            Column("policy computes", "%"),
+            Column("bound by"),
+            Column("GPU busy", "%"),
+        ),
     )
     rows: list[Row] = []
     for run in runs:
         if (found := run.results.throughput) is None:
-            rows.append((run.name, *[None] * 5, "not measured: interrupted", None))
+            rows.append((run.name, *[None] * 7, "not measured: interrupted", None))
         else:
-            speed = (found.workers, found.wall_seconds, found.episodes_per_second, found.rows_per_forward)
-            rows.append((run.name, *speed, found.policy_share, found.bound, found.gpu_utilisation))
+            speed = found.episodes_per_second
+            each = (speed / found.cores if found.cores else None, speed / found.gpus if found.gpus else None)
+            counts = (found.workers, found.wall_seconds, speed, *each, found.rows_per_forward)
+            rows.append((run.name, *counts, found.policy_share, found.bound, found.gpu_utilisation))
     return Table("", columns, tuple(rows))
 
 

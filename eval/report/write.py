@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -85,12 +85,18 @@ class Written:
 
 
 def write_report(
-    paths: Sequence[Path], out: Path, command: str, profile: Path | None = None, within: int | None = None
+    paths: Sequence[Path],
+    out: Path,
+    command: str,
+    profile: Path | None = None,
+    within: int | None = None,
+    declared: Mapping[Path, Collection[str]] | None = None,
 ) -> Written:
     """Reads results files and writes the report into `out`. Its files are replaced together once all of them are on the
     disk; other files in `out` stay.
 
     profile: `profile.json`, whose costs price the runs' counts. within: steps of the endpoint, if not the suite's.
+    declared: as `rsd_trt.eval.report.runs.pair_up`.
 
     Raises:
         UserError: a results file or the profile cannot be used, `out` cannot be written, or jinja2 or matplotlib is
@@ -98,7 +104,7 @@ def write_report(
     """
     check_plots()
     check_templates()
-    price, runs = read_runs(paths, profile, within)
+    price, runs = read_runs(paths, profile, within, declared)
     notice = cannot_save_time([run.results for run in runs])
     comparison = PerformanceComparison(notice, price, tuple(map(_summary, runs)), command)
     page = make_page(runs, price, command)

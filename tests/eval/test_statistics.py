@@ -21,7 +21,9 @@ from rsd_trt.eval.statistics import (
     holm,
     mcnemar_exact,
     percentiles,
+    power_of_mcnemar,
     sign_flip,
+    smallest_difference,
     smallest_provable_loss,
     what_can_be_shown,
     wilson,
@@ -241,3 +243,26 @@ def test_the_sign_flip_test_against_all_signs(differences: list[float]) -> None:
     sums = [abs(sum(sign * value for sign, value in zip(row, differences, strict=True))) for row in signs]
     exact = sum(value >= abs(sum(differences)) for value in sums) / len(sums)
     assert sign_flip(differences) == pytest.approx(exact, abs=0.015)  # three standard errors
+
+
+@pytest.mark.parametrize(
+    ("pairs", "gained", "lost", "alpha"), [(60, 0.3, 0.1, 0.05), (40, 0.2, 0.0, 0.05), (25, 0.3, 0.3, 0.2)]
+)
+def test_the_power_of_mcnemars_test_is_that_of_all_outcomes(
+    pairs: int, gained: float, lost: float, alpha: float
+) -> None:
+    outcomes = itertools.product(range(pairs + 1), repeat=2)
+    counts = np.array([(a, b, pairs - a - b) for a, b in outcomes if a + b <= pairs])
+    likely = stats.multinomial(pairs, (gained, lost, 1 - gained - lost)).pmf(counts)
+    shown = np.array([mcnemar_exact(int(a), int(b)).p < alpha for a, b, _ in counts])
+    assert power_of_mcnemar(pairs, gained, lost, alpha) == pytest.approx(likely[shown].sum(), abs=1e-6)
+
+
+def test_the_smallest_difference_has_the_power_and_a_smaller_one_has_not() -> None:
+    found = smallest_difference(450, tests=4, discordant=0.1)
+    assert found == pytest.approx(0.051)
+    for difference, enough in ((found, True), (found - 0.001, False)):
+        power = power_of_mcnemar(450, (0.1 + difference) / 2, (0.1 - difference) / 2, 0.05 / 4)
+        assert (power >= 0.8) == enough
+    assert smallest_difference(5) is None
+    assert (smallest_difference(6) or 0) > 0.9

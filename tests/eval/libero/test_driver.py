@@ -219,7 +219,7 @@ def test_a_query_reaches_its_kernels_in_nine_calls(
 
     def measured(session: TorchSession, inputs: Tensors) -> dict[str, Tensor]:
         calls = [call for call in traceback.extract_stack() if call.filename.startswith(package)]
-        if "run_episodes" in (names := [call.name for call in calls]):
+        if "act_batch" in (names := [call.name for call in calls]):
             depths.add(len(names) - names.index("evaluate"))
         return answer(session, inputs)
 

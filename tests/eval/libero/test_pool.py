@@ -75,7 +75,7 @@ def test_a_real_policy_on_the_cpu_gives_the_same_episodes_for_any_number_of_proc
     build = partial(World, side=control.camera_size, cameras=len(control.cameras))
     found = [
         run(
-            Policy.load(bundle, mode, environments=workers, n_action_steps=3, rule=rule),
+            Policy.load(bundle, mode, environments=workers, n_action_steps=4, rule=rule),
             build,
             workers=workers,
             trials=2,
@@ -83,7 +83,8 @@ def test_a_real_policy_on_the_cpu_gives_the_same_episodes_for_any_number_of_proc
         for workers in (1, 3)
     ]
     assert found[0] == found[1]
-    assert len({episode.queries for episode in found[0].values()}) == len(found[0])
+    assert len({episode.actions for episode in found[0].values()}) == len(found[0])
+    assert all(any(query.checked for query in episode.queries) for episode in found[0].values())
 
 
 @pytest.mark.parametrize(

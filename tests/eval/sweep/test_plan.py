@@ -1,0 +1,121 @@
+"""What a sweep declares: which runs a file and options stand for, what is tested, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rsd_trt.config import DEFAULT_BUNDLE
+from rsd_trt.errors import UserError
+from rsd_trt.eval.sweep.plan import Declared, read_sweep
+
+FRONTIER = Path(__file__).parents[3] / "examples" / "reference_policy" / "frontier.toml"
+BOTH = ("open loop, n = 1", "open loop of no higher cost")
+
+
+def names(*options: tuple[str, object], file: str = "", folder: Path = Path()) -> list[str]:
+    path = None
+    if file:
+        path = folder / "sweep.toml"
+        path.write_text(file)
+    return [run.name for run in read_sweep(path, dict(options), Path("out"), 4).runs]
+
+
+def test_lists_stand_for_their_combinations_where_they_make_a_difference() -> None:
+    options = (("mode", ("baseline", "rsd")), ("n_action_steps", (1, 4)), ("rule", "first"), ("tolerance", (0.1, 0.2)))
+    assert names(*options, ("perturb", ("none", 7))) == [
+        *("baseline_n1", "baseline_n1_displace-7", "baseline_n4", "baseline_n4_displace-7"),
+        *("rsd_first_n1_tolerance0.1", "rsd_first_n1_tolerance0.1_displace-7"),
+        *("rsd_first_n1_tolerance0.2", "rsd_first_n1_tolerance0.2_displace-7"),
+        *("rsd_first_n4_tolerance0.1", "rsd_first_n4_tolerance0.1_displace-7"),
+        *("rsd_first_n4_tolerance0.2", "rsd_first_n4_tolerance0.2_displace-7"),
+    ]
+
+
+def test_a_threshold_tells_runs_of_its_rule_apart() -> None:
+    options = (("mode", "rsd"), ("rule", ("first", "likelihood")), ("tolerance", (0.1, 0.2)), ("threshold", (-1, -2)))
+    assert names(*options) == [
+        *("rsd_first_tolerance0.1", "rsd_first_tolerance0.2"),
+        *("rsd_likelihood_threshold-1", "rsd_likelihood_threshold-2"),
+    ]
+
+
+def test_options_take_the_place_of_the_files_and_tables_add_to_what_stands_above_them(tmp_path: Path) -> None:
+    text = 'trials = 50\ntasks = "0-2"\n[[run]]\nmode = "baseline"\nn_action_steps = [1, 2]\n[[run]]\ntrials = 9\n'
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    baseline, _, rsd = (run.request for run in read_sweep(path, {"seed": 3}, tmp_path, 4).runs)
+    assert (baseline.mode, baseline.n_action_steps, baseline.trials, baseline.tasks) == ("baseline", 1, 50, (0, 1, 2))
+    assert (rsd.mode, rsd.trials, rsd.workers, rsd.seed) == ("rsd", 9, 4, 3)
+    assert rsd.out == tmp_path / "rsd"
+    assert {run.request.trials for run in read_sweep(path, {"trials": 2}, tmp_path, 4).runs} == {2}
+
+
+def test_the_frontier_of_the_reference_policy() -> None:
+    sweep = read_sweep(FRONTIER, {}, Path("out"), 16)
+    late = "_late-7-0.02-0.05"
+    horizons = [f"baseline_n{n}" for n in (1, 2, 3, 4, 6, 8, 12, 16)]
+    calm = [*horizons, "rsd", "random"]
+    assert sorted(run.name for run in sweep.runs) == sorted([*calm, *(name + late for name in calm)])
+    assert {run.name: run.matched for run in sweep.runs if run.matched} == {
+        "random": "rsd",
+        f"random{late}": f"rsd{late}",
+    }
+    assert all(run.request.bundle == DEFAULT_BUNDLE for run in sweep.runs)
+    assert set(sweep.comparisons) == {Declared(f"rsd{end}", rival) for end in ("", late) for rival in BOTH}
+
+
+def test_comparisons_are_those_of_every_rsd_run_unless_they_are_named(tmp_path: Path) -> None:
+    runs = "[[run]]\nmode = 'rsd'\nrule = 'first'\ntolerance = [0.1, 0.2]\n[[run]]\nmode = 'baseline'\n"
+    path = tmp_path / "sweep.toml"
+    path.write_text(runs)
+    assert len(read_sweep(path, {}, tmp_path, 1).comparisons) == 4
+    path.write_text(f"{runs}[[compare]]\nrun = '*0.1'\nagainst = ['open loop, n = 1']\n")
+    declared = read_sweep(path, {}, tmp_path, 1)
+    assert declared.comparisons == (Declared("rsd_first_tolerance0.1", "open loop, n = 1"),)
+    path.write_text(
+        f"{runs}compare = []\n".replace("[[run]]", "compare = []\n[[run]]", 1).removesuffix("compare = []\n")
+    )
+    assert read_sweep(path, {}, tmp_path, 1).comparisons == ()
+
+
+def test_what_is_tested_cannot_be_chosen_once_the_sweep_has_begun(tmp_path: Path) -> None:
+    first = read_sweep(None, {"mode": ("baseline", "rsd"), "rule": "first", "tolerance": (0.1, 0.2)}, tmp_path, 1)
+    first.declare()
+    first.declare()
+    more_loops = {"mode": ("baseline", "rsd"), "rule": "first", "tolerance": (0.1, 0.2), "n_action_steps": (1, 2)}
+    for other in (more_loops, {"mode": ("baseline", "rsd"), "rule": "first", "tolerance": 0.1}):
+        with pytest.raises(UserError, match=r"(was|was not) declared when the sweep began"):
+            read_sweep(None, other, tmp_path, 1).declare()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mode = 'basline'", "mode is 'basline'; did you mean 'baseline'"),
+        ("mode = ['rsd', 'basline']", r"mode\[1\] is 'basline'; did you mean 'baseline'"),
+        ("n_action_step = 1", "unknown key n_action_step; did you mean 'n_action_steps'"),
+        ("[[run]]\nmode = 'baseline'\ntolerance = 0.1", "run 1: tolerance has no effect in mode baseline"),
+        ("[[run]]\n[[run]]", "run 2 declares rsd again"),
+        ("mode = 'random'", "random takes over the rate of the rsd run with the same options, which are none"),
+        (
+            "mode = ['rsd', 'random']\nrule = 'first'\ntolerance = [0.1, 0.2]",
+            "which are rsd_first_tolerance0.1, rsd_first_tolerance0.2",
+        ),
+        ("tolerance = 0.1", "tolerance is of the rules first, actions, path, and none of them is asked for"),
+        ("rule = 'likelihood'\nthreshold = 1", "threshold is 1, which must be <= 0"),
+        ("policy = 'a:b'\ntolerance = 0.1", "policy a:b runs no bundle, and tolerance is of bundles"),
+        ("policy = 'ab'", "policy ab is not MODULE:FUNCTION"),
+        ("tasks = 'x'", "tasks x is not a list such as 0,3 or 0-4 or all"),
+        ("perturb = 'lat:7'", "perturbation 'lat' is unknown; did you mean 'late'"),
+        ("[[compare]]\nrun = 'x'", "compare names 'x', which no rsd run is"),
+        ("[[compare]]\nrun = 'rsd'\nagainst = ['x']", r"compare\[0\].against\[0\] is 'x'"),
+        ("mode", "is no TOML"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        names(file=text, folder=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith((str(tmp_path), "perturbation"))
