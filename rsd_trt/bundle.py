@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsd_trt.config import BundleConfig, Component, HiddenDraftConfig, Precision, VisionDraftConfig, torch_dtype
+from rsd_trt.config import (
+    COMPONENTS,
+    BundleConfig,
+    Component,
+    HiddenDraftConfig,
+    Precision,
+    VisionDraftConfig,
+    torch_dtype,
+)
 from rsd_trt.errors import UserError
 from rsd_trt.files import new_folder, own
 from rsd_trt.prompts import TOKENIZER, read_tokenizer
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
     from rsd_trt.models.codec import Codec
     from rsd_trt.models.components import ActionTransform
     from rsd_trt.models.draft import DraftModel
-    from rsd_trt.models.head import Head
+    from rsd_trt.models.head import ActionHead, Head
     from rsd_trt.models.signature import Exportable
     from rsd_trt.models.vision_draft import VisionDraft
 
@@ -134,13 +142,14 @@ class Bundle:
             kind = VisionDraft
         return self._load("draft", kind, torch.float32, device).to(device)  # with its constants, which no file holds
 
-    def head(self, device: torch.device | str = "cpu") -> Head:
+    def head(self, device: torch.device | str = "cpu") -> Head | ActionHead:
         """The main head, in float32."""
         import torch
 
-        from rsd_trt.models.head import Head
+        from rsd_trt.models.head import ActionHead, Head
 
-        return self._load("head", Head, torch.float32, device)
+        kind = Head if self.config.head.gives_tokens else ActionHead
+        return self._load("head", kind, torch.float32, device)
 
     def codec(self, device: torch.device | str = "cpu") -> Codec:
         """The codec, in float32. A layernorm codec is lossy, and says so in the log."""
@@ -172,28 +181,41 @@ class Bundle:
         precision resolves.
         """
         from rsd_trt.models.codec import Decoder
-        from rsd_trt.models.components import Predict, Propose
+        from rsd_trt.models.components import Predict, PredictActions, Propose
+        from rsd_trt.models.head import ActionHead
 
         dtype = torch_dtype(precision)
         if name == "draft":
             return self.draft(device).to(dtype)
         if name == "head":
             return self.head(device).to(dtype)
+        if name == "predict" and isinstance(head := self.head(device), ActionHead):
+            return PredictActions(head.to(dtype), self.transform(device))
         decoder = Decoder(self.codec(device), self.config.dims)
         if name == "decoder":
             return decoder
         transform = self.transform(device)
         if name == "propose":
             return Propose(self.draft(device).to(dtype), decoder, transform)
-        return Predict(self.head(device).to(dtype), decoder, transform)
+        assert not isinstance(head, ActionHead)
+        return Predict(head.to(dtype), decoder, transform)
+
+    def parts_of(self, name: Component) -> tuple[str, ...]:
+        """Those of `PARTS` that a component is made from."""
+        predict = ("head", "codec") if self.config.head.gives_tokens else ("head",)
+        parts: dict[Component, tuple[str, ...]] = {"draft": ("draft",), "head": ("head",), "decoder": ("codec",)}
+        return {**parts, "propose": ("draft", "codec"), "predict": predict}[name]
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """Those that the bundle has all parts for."""
+        return tuple(name for name in COMPONENTS if all(map(self.has, self.parts_of(name))))
 
     def component_fingerprint(self, name: Component) -> str:
         """sha256 of all that a component is made from: its parts' weights and the configuration that they read."""
-        parts = {"draft": ["draft"], "head": ["head"], "decoder": ["codec"]}
-        parts |= {"propose": ["draft", "codec"], "predict": ["head", "codec"]}
         config = to_json(self.config)
         facts: dict[str, object] = {"maths": COMPONENT_VERSION}
-        for part in parts[name]:
+        for part in self.parts_of(name):
             file = self.file(part)
             if (weights := self.digest(file.name)) is None:
                 raise UserError(f"{file} is missing: the bundle has no {part}")

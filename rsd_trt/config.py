@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION: Literal[1] = 1
 PROPRIO_DIM = 8  # end-effector position 3, axis-angle 3, gripper joints 2
+STOP_TOKEN = 2  # Llama's </s>
 FEATURIZERS = ("featurizer", "fused_featurizer")  # the vision towers, side by side, as OpenVLA names them
 TOWERS = len(FEATURIZERS)
 MAX_SIZE = 1 << 18  # of any width, vocabulary or picture: a hostile configuration may not fill the memory,
@@ -50,7 +51,11 @@ BackboneKind = Literal["eager", "graph", "compiled"]  # PyTorch; CUDA graphs; CU
 BackbonePrecision = Literal["bundle"] | Precision  # bundle: what its weights are stored in
 Preset = Literal["openvla", "openvla-oft", "rvq"]
 Resize = Literal["resize-naive", "letterbox"]  # the names are OpenVLA's
+Resampling = Literal["bicubic", "lanczos3"]
+Attention = Literal["causal", "bidirectional"]
+Gripper = Literal["env", "openvla"]
 Rotation = Literal["shortest", "robosuite"]  # of q and -q, the one with w >= 0; q as it is (OpenVLA-OFT)
+HeadKind = Literal["rfsq", "classification", "conditioned", "oft-l1"]
 BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
 PERTURBATIONS: tuple[PerturbKind, ...] = typing.get_args(PerturbKind)
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
@@ -62,6 +67,8 @@ TOLERANT_RULES: tuple[RuleName, ...] = ("first", "actions", "path")  # that comp
 BACKBONES: tuple[BackboneKind, ...] = typing.get_args(BackboneKind)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # that draft and head are run in
 BACKBONE_PRECISIONS: tuple[BackbonePrecision, ...] = ("bundle", "bf16", "fp8")  # that the backbone is run in
+ROTATIONS: tuple[Rotation, ...] = typing.get_args(Rotation)
+GRIPPERS: tuple[Gripper, ...] = typing.get_args(Gripper)
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
 
 Width = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
@@ -127,12 +134,22 @@ class BackboneConfig(Record, frozen=True):
     language: LanguageConfig
     image_size: Pixels  # pixels a side, of every tower's input
     proprio: bool = False  # one more embedding, made from the robot's own state
+    attention: Attention = "causal"  # of the Llama blocks; bidirectional: every position looks at all that are real
+    # Placeholders behind the prompt, one for each number of an action chunk, and a stop token behind them: the hidden
+    # states that are read are theirs, shifted by one as in next-token prediction. 0: the prompt's last position is read
+    action_tokens: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def precision(self) -> Precision:
         """What its weights are stored in."""
         return "fp32" if self.dtype == "float32" else "bf16"
+
+    @property
+    def hidden_shape(self) -> tuple[int, ...]:
+        """Of what the main head reads of a query: [H], with n action tokens [n, H]."""
+        tokens = (self.action_tokens,) if self.action_tokens else ()
+        return (*tokens, self.language.hidden)
 
 
 class HiddenDraftConfig(Record, frozen=True, tag_field="kind", tag="hidden"):
@@ -175,12 +192,19 @@ DraftConfig = VisionDraftConfig | HiddenDraftConfig
 
 
 class HeadConfig(Record, frozen=True):
-    """The main head. `rfsq` and `conditioned` share the feature layer; `classification` has none."""
+    """The main head. `rfsq` and `conditioned` share the feature layer; `classification` has none. `oft-l1` is
+    OpenVLA-OFT's: it reads the action tokens' hidden states, and gives actions and no tokens."""
 
-    kind: Literal["rfsq", "classification", "conditioned"] = "rfsq"
+    kind: HeadKind = "rfsq"
     feature: Width = 1024
-    width: Width = 512  # hidden width of a layer's classifier (`classification`: of its first stage)
+    width: Width = 512  # hidden width of a layer's classifier (`classification`: of its first stage; `oft-l1`: of all)
     embedding: Width = 64  # of a condition token (`conditioned` only)
+    blocks: Count = 2  # residual ones (`oft-l1` only)
+
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether it gives RFSQ tokens, which the codec decodes, and not actions."""
+        return self.kind != "oft-l1"
 
 
 class CodecConfig(Record, frozen=True):
@@ -230,15 +254,19 @@ class ControlConfig(Record, frozen=True):
     cameras: Annotated[tuple[str, ...], Meta(min_length=1)] = ("agentview_image", "robot0_eye_in_hand_image")
     camera_size: Pixels = 256  # pixels a side, as rendered
     rotate_images: bool = True  # by 180 degrees, as OpenVLA's LIBERO data is
+    jpeg_quality: Annotated[int, Meta(ge=1, le=100)] | None = None  # of a JPEG that rotated images go through
     center_crop: Share = 1.0  # share of the image's area that is kept
     resize: Resize = "resize-naive"  # the same for square cameras, and no others exist
+    # bicubic: the crop is of whole pixels, then PIL's bicubic; lanczos3: antialiased to size, then the crop, bilinearly
+    # (OpenVLA and OpenVLA-OFT on LIBERO)
+    resampling: Resampling = "bicubic"
     prompt: str = "In: What action should the robot take to {instruction}?\nOut:"
     lowercase: bool = True  # the instruction, before it goes into the prompt
     suffix_token: Annotated[int, Meta(ge=0, le=MAX_SIZE)] | None = (
         None  # appended when the prompt's last token is another
     )
     rotation: Rotation = "shortest"  # of the hand, in the state: which axis-angle of a quaternion
-    gripper: Literal["env", "openvla"] = "env"  # env: -1 open, +1 close; openvla: 1 open, 0 close
+    gripper: Gripper = "env"  # env: -1 open, +1 close; openvla: 1 open, 0 close
     statistics: str | None = None  # the data set that the quantiles are of
     action_quantiles: Quantiles | None = None
     limits: Limits = Limits()  # the actions that leave the policy are clipped to them
@@ -315,6 +343,10 @@ class BundleConfig(Record, frozen=True):
             language.hidden % (2 * language.heads) == 0,
             f"language.hidden {language.hidden} must be an even multiple of language.heads {language.heads}",
         )
+        _require(
+            not self.backbone.action_tokens or (language.vocab > STOP_TOKEN),
+            f"language.vocab {language.vocab} has no stop token {STOP_TOKEN}, which stands behind action tokens",
+        )
         for name in ("n_action_steps", "check_steps"):
             steps = getattr(rsd, name)
             _require(
@@ -326,6 +358,11 @@ class BundleConfig(Record, frozen=True):
         )
         _require(dims.A == ACTION_DIMS, f"dims.A {dims.A} must be {ACTION_DIMS}: six of the arm, one gripper")
         _require(dims.C <= dims.L, f"dims.C {dims.C} is more than dims.L {dims.L}")
+        if self.head.gives_tokens:
+            tokens = self.backbone.action_tokens
+            _require(tokens == 0, f"backbone.action_tokens {tokens}: head.kind {self.head.kind} reads one hidden state")
+        else:
+            self._check_without_tokens()
         control = self.control
         _require(
             self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() and self.name[0] not in ".-",
@@ -343,6 +380,25 @@ class BundleConfig(Record, frozen=True):
         ):
             lengths = {len(quantiles.q01), len(quantiles.q99), len(quantiles.mask)} if quantiles else {size}
             _require(lengths == {size}, f"{name} has lists of {sorted(lengths)} numbers, not {size}")
+
+    def _check_without_tokens(self) -> None:
+        """Raises UserError: what a main head without tokens does not go with."""
+        count, kind = self.dims.T * self.dims.A, self.head.kind
+        _require(
+            self.backbone.action_tokens == count,
+            f"backbone.action_tokens {self.backbone.action_tokens} must be {count}, one for each number of a chunk: "
+            f"head.kind {kind} reads their hidden states",
+        )
+        _require(
+            self.rsd.rule != "tokens",
+            f"rsd.rule tokens compares the draft's tokens with the main head's, and head.kind {kind} gives actions "
+            "without tokens: take the rule first, actions, path or likelihood",
+        )
+        _require(
+            isinstance(self.draft, VisionDraftConfig),
+            f"draft.kind hidden reads one hidden state of a query, head.kind {kind} makes {count}: take a draft with "
+            "eyes of its own (draft.kind vision)",
+        )
 
     @property
     def late_draft(self) -> str | None:

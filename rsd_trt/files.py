@@ -26,6 +26,16 @@ def own(path: Path) -> Path:
     return path
 
 
+LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def check_whole(path: Path) -> None:
+    """Raises UserError if git-lfs's pointer stands in the place of a file, as it does in a clone without git-lfs."""
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        if stream.read(len(LFS)) == LFS:
+            raise UserError(f"{path} is git-lfs's pointer to the file, and not the file", "Fetch it: git lfs pull")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to. It becomes `path` when the block ends well, and is removed when it does not."""

@@ -11,11 +11,13 @@ from msgspec.structs import replace
 
 from rsd_trt.bundle import Bundle, build_draft, bundle_name, save
 from rsd_trt.config import (
+    Attention,
     BackboneConfig,
     BundleConfig,
     ControlConfig,
     Dims,
     HeadConfig,
+    HeadKind,
     LanguageConfig,
     Preset,
     RsdConfig,
@@ -57,8 +59,20 @@ def conventions(name: Preset) -> ControlConfig:
     if name == "rvq":
         control = ControlConfig(cameras=("agentview_image",), prompt="{instruction}", lowercase=False)
         return with_protocol(control, "original")
-    control = ControlConfig(center_crop=0.9, suffix_token=LLAMA_SPACE, rotation="robosuite", gripper="openvla")
+    control = ControlConfig(
+        jpeg_quality=95,
+        center_crop=0.9,
+        resampling="lanczos3",
+        suffix_token=LLAMA_SPACE,
+        rotation="robosuite",
+        gripper="openvla",
+    )
     return control if name == "openvla-oft" else replace(control, cameras=control.cameras[:1])
+
+
+def attention(name: Preset) -> Attention:
+    """How the Llama blocks of a packed policy attend: OpenVLA-OFT's fork of transformers has no causal mask."""
+    return "bidirectional" if name == "openvla-oft" else "causal"
 
 
 def preset(size: Size, name: str) -> BundleConfig:
@@ -115,8 +129,25 @@ def preset(size: Size, name: str) -> BundleConfig:
     )
 
 
-def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True, device: str = "cpu") -> Bundle:
+def with_action_head(config: BundleConfig) -> BundleConfig:
+    """An untrained bundle's configuration with OpenVLA-OFT's head, and all that this head is driven by."""
+    numbers, control = config.dims.T * config.dims.A, conventions("openvla-oft")
+    if config.backbone.language.vocab <= LLAMA_SPACE:
+        control = replace(control, suffix_token=None)
+    return replace(
+        config,
+        backbone=replace(config.backbone, proprio=True, attention=attention("openvla-oft"), action_tokens=numbers),
+        head=HeadConfig(kind="oft-l1", width=config.hidden),
+        rsd=replace(config.rsd, n_action_steps=config.dims.T),
+        control=control,
+    )
+
+
+def initialise(
+    path: Path, size: Size, seed: int, with_backbone: bool = True, device: str = "cpu", head: HeadKind = "rfsq"
+) -> Bundle:
     """Writes an untrained bundle with seeded random weights. device: that draws them; each draws numbers of its own.
+    head: rfsq or oft-l1.
 
     Raises:
         UserError: `path` exists, the disk is too small, or there is no such device.
@@ -131,6 +162,8 @@ def initialise(path: Path, size: Size, seed: int, with_backbone: bool = True, de
     from rsd_trt.models.head import build_head
 
     config = preset(size, name=bundle_name(path) or size)
+    if head == "oft-l1":
+        config = with_action_head(config)
     builders: dict[str, Callable[[], nn.Module]] = {
         "draft": lambda: build_draft(config),
         "head": lambda: build_head(config.head, config.dims, config.hidden),

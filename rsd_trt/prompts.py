@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsd_trt.errors import UserError, reason, shown
+from rsd_trt.files import check_whole
 from rsd_trt.records import parse
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     file = folder / TOKENIZER
     if not file.is_file():
         raise UserError(f"{file} is missing: {folder} is incomplete")
+    check_whole(file)
     try:
         data = parse(file.read_bytes(), str(file))
     except OSError as error:

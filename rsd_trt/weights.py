@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rsd_trt.config import FEATURIZERS, OWN_FOLDER, BackboneConfig, WeightFile, WeightsFolder
 from rsd_trt.errors import UserError, reason
 from rsd_trt.errors import named as printable
-from rsd_trt.files import own
+from rsd_trt.files import check_whole, own
 
 if TYPE_CHECKING:
     from typing import TypeVar
@@ -78,6 +78,7 @@ def open_tensors(file: Path, device: torch.device | str = "cpu") -> Iterator[saf
     """A safetensors file, mapped into memory; its tensors are made on `device`."""
     from safetensors import SafetensorError, safe_open
 
+    check_whole(file)
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             yield tensors

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rsd_trt import host
-from rsd_trt.bundle import PARTS, Bundle
+from rsd_trt.bundle import Bundle
 from rsd_trt.config import (
     BACKBONE_PRECISIONS,
     BACKBONES,
@@ -34,6 +34,7 @@ from rsd_trt.models.backbone import Backbone
 from rsd_trt.runtime.forward import EagerBackbone, Forward
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.session import GraphSession, Session, TorchSession
+from rsd_trt.runtime.speculate import Actions, Tokens
 from rsd_trt.trt import runnable_distribution
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NO_HEAD = (
+    "Pack it with one: --head, or OpenVLA-OFT's folder with its action_head--*_checkpoint.pt. OpenVLA's own action "
+    "tokens (greedy decoding) are not read"
+)
 DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 FP8_CAPABILITY = (8, 9)  # of the first GPUs with E4M3 matrix products
 
@@ -115,9 +120,11 @@ def open_forward(
     """
     bundle, device = launcher.bundle, launcher.device
     kind = backbone or default_backbone(launcher.backend, device)
-    for part in PARTS:
-        if part != "draft" and not bundle.has(part):
-            raise UserError(f"{bundle.path} has no {part}: nothing can act by it")
+    needed: list[str] = ["backbone", *bundle.parts_of("predict"), *(["codec"] if bundle.has("draft") else [])]
+    if missing := [part for part in needed if not bundle.has(part)]:
+        raise UserError(
+            f"{bundle.path} has no {missing[0]}: nothing can act by it", NO_HEAD if "head" in missing else None
+        )
     started = time.perf_counter()
     forward = assemble(launcher, batch, open_backbone(bundle, device, kind, precision), checks)
     log.info("backbone %s, %s, on %s: loaded in %.1f s", kind, precision, device, time.perf_counter() - started)
@@ -172,15 +179,29 @@ def assemble(launcher: Launcher, batch: Batch, backbone: Backbone | FusedBackbon
     dtype: torch.dtype = backbone.projector.fc1.weight.dtype
     state = propose is not None and isinstance(config.draft, VisionDraftConfig) and config.draft.state
     preprocess = Preprocessor(config.control, config.backbone, bundle.tokenizer(), device, dtype, state)
+    encode = Encoder(bundle) if config.rsd.rule == "likelihood" and not config.head.gives_tokens and propose else None
     if isinstance(backbone, Backbone):
         embed_tokens = backbone.llama.embed_tokens
-        return Forward(config, EagerBackbone(backbone, preprocess), embed_tokens, propose, predict, preprocess)
+        return Forward(config, EagerBackbone(backbone, preprocess), embed_tokens, propose, predict, preprocess, encode)
     from rsd_trt.runtime.graph_backbone import GraphBackbone
 
     if backbone.compiled:
         preprocess.compile()
     graphs = GraphBackbone(backbone, preprocess)
-    return Forward(config, graphs, backbone.embed_tokens, propose, predict, preprocess)
+    return Forward(config, graphs, backbone.embed_tokens, propose, predict, preprocess, encode)
+
+
+class Encoder:
+    """The environment's actions [B, T, A] -> the codec's tokens [B, T, D, L], for a main head that gives none. A chunk
+    is encoded quicker on the host than by a launch."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._codec, self._transform = bundle.codec(), bundle.transform()
+
+    @torch.inference_mode()
+    def __call__(self, actions: Actions) -> Tokens:
+        tokens: Tokens = self._codec.encode(self._transform.inverse(torch.from_numpy(actions))).numpy()
+        return tokens
 
 
 def check_fp8(bundle: Bundle, device: torch.device) -> None:

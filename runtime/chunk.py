@@ -47,7 +47,7 @@ class Chunk:
     """The main head's last chunk for an environment, and how far its episode is. Without actions there is none yet."""
 
     actions: Actions | None = None  # [T, A]
-    tokens: Tokens | None = None  # [T, D, L]
+    tokens: Tokens | None = None  # [T, D, L]; a main head may give none
     instruction: str = ""  # that it was made for
     cursor: int = 0  # steps of it that were committed: its age
     episode: tuple[int, ...] = ()  # which one the environment is at: (task, trial)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -37,9 +37,10 @@ class Guess:
 
 @dataclass(frozen=True)
 class Main:
-    """The main head's chunk for a batch, on the host."""
+    """The main head's chunk for a batch, on the host. tokens: None of a head that gives none, where the rule of the
+    bundle does not read them."""
 
-    tokens: Tokens  # [B, T, D, L]
+    tokens: Tokens | None  # [B, T, D, L]
     actions: Actions  # [B, T, A]
     finite: Flags  # [B]: logits and actions
 
@@ -48,8 +49,9 @@ class BackboneRun(Protocol):
     """How the backbone runs."""
 
     def __call__(self, observations: Sequence[Observation]) -> Tensor:
-        """Observations -> float32 hidden states on the device, which the next call may overwrite: [B, H], or more rows
-        with padding behind those of the batch, so that what follows is launched for few sizes."""
+        """Observations -> float32 hidden states on the device, which the next call may overwrite: [B, H], with n action
+        tokens [B, n, H], or more rows with padding behind those of the batch, so that what follows is launched for few
+        sizes."""
         ...
 
 
@@ -66,8 +68,8 @@ class EagerBackbone:
 class Forward:
     """Computes queries. What it gives belongs to it: the next query may overwrite it.
 
-    sessions: what runs `predict` and, where there is a draft, `propose`. hidden: the states [B, H] of the last full
-    query, on the device.
+    sessions: what runs `predict` and, where there is a draft, `propose`. hidden: the states [B, H] or [B, n, H] of
+    the last full query, on the device.
     """
 
     def __init__(
@@ -78,14 +80,16 @@ class Forward:
         propose: Session | None,
         predict: Session,
         preprocess: Preprocessor,
+        encode: Callable[[Actions], Tokens] | None = None,
     ) -> None:
+        """encode: actions [B, T, A] of the environment -> tokens [B, T, D, L], for a main head that gives none."""
         self.device = preprocess.device
         self.sessions: Mapping[Component, Session] = {"predict": predict}
         if propose is not None:
             self.sessions = {"predict": predict, "propose": propose}
         self.hidden: Tensor
         self._config, self._backbone, self._preprocess = config, backbone, preprocess
-        self._embed_tokens = embed_tokens
+        self._embed_tokens, self._encode = embed_tokens, encode
         self._kept: tuple[Sequence[Observation], Tensor] | None = None  # of the last check with a hidden draft
         self._rows = lru_cache(INSTRUCTIONS)(self._instruction_rows)
         eyes = propose is not None and isinstance(config.draft, VisionDraftConfig)
@@ -129,7 +133,11 @@ class Forward:
             if condition is not None:
                 padded[:batch] = condition
             inputs["condition"] = torch.from_numpy(padded).to(self.device)
-        return Main(**on_host(self.sessions["predict"].run(inputs), batch))
+        out = on_host(self.sessions["predict"].run(inputs), batch)
+        tokens = out.get("tokens")
+        if tokens is None and self._encode is not None:
+            tokens = self._encode(out["actions"])
+        return Main(tokens, out["actions"], out["finite"])
 
     def warm_up(self, observation: Observation, batch: int = 1, queries: int = 3) -> None:
         """Makes buffers, chooses kernels and captures graphs for queries like this one, up to so many at a time."""

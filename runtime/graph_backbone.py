@@ -45,7 +45,9 @@ class Inputs:
         self.images = Uploaded((batch, len(control.cameras), side, side, 3), torch.uint8, device)
         self.tokens = Uploaded((batch, length), torch.int64, device)
         self.lengths = Uploaded((batch,), torch.int64, device)
-        self.lengths.host.fill_(1)
+        self.lengths.host.fill_(
+            preprocess.backbone.action_tokens + 2
+        )  # the least that rows without an observation need
         self.proprio = Uploaded((batch, PROPRIO_DIM), torch.float32, device) if preprocess.backbone.proprio else None
         self._all = [x for x in (self.images, self.tokens, self.lengths, self.proprio) if x is not None]
 
@@ -53,8 +55,8 @@ class Inputs:
         """Fills the host's side: the device must not be reading it."""
         for i, observation in enumerate(observations):
             self._preprocess.check(observation)
-            prompt = self._preprocess.prompt_tokens(observation.instruction)
-            self.images.written[i] = observation.images
+            prompt = self._preprocess.tokens(observation.instruction)
+            self.images.written[i] = self._preprocess.frames(observation.images)
             self.tokens.written[i, : len(prompt)] = prompt
             self.lengths.written[i] = len(prompt)
         if self.proprio is not None:
@@ -79,7 +81,7 @@ class GraphBackbone:
 
     def __call__(self, observations: Sequence[Observation]) -> Tensor:
         batch = len(observations)
-        length = max(len(self._preprocess.prompt_tokens(observation.instruction)) for observation in observations)
+        length = max(len(self._preprocess.tokens(observation.instruction)) for observation in observations)
         size = (1, length) if batch == 1 else (power_of_two(batch), -(-length // PROMPT_STEP) * PROMPT_STEP)
         if size not in self._captured:
             self._captured[size] = self._capture(*size)
@@ -91,13 +93,14 @@ class GraphBackbone:
     def _capture(self, batch: int, length: int) -> tuple[Inputs, torch.cuda.CUDAGraph, Tensor]:
         device = self._preprocess.device
         inputs = Inputs(self._preprocess, batch, length)
-        hidden = torch.zeros(batch, self._backbone.config.language.hidden, device=device)
+        hidden = torch.zeros(batch, *self._backbone.config.hidden_shape, device=device)
 
         def launch() -> None:
             inputs.upload()
-            pixels = self._preprocess.pixels(inputs.images.device)
+            pixels = self._preprocess.seen(inputs.images.device)
             proprio = None if inputs.proprio is None else inputs.proprio.device
-            hidden.copy_(self._backbone(pixels, inputs.tokens.device, inputs.lengths.device, proprio))
+            tokens, lengths = inputs.tokens.device, inputs.lengths.device
+            hidden.copy_(self._backbone(pixels, tokens, lengths, proprio, padded=batch > 1))
 
         with torch.inference_mode():
             return inputs, capture(launch, device, pool=self._pool), hidden

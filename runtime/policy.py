@@ -241,13 +241,12 @@ class Policy:
         """A check, decided and not yet answered. A draft that is not finite rejects."""
         if not guess.finite[place]:
             return Query(NOTHING, "rejected", checked=True, prefix=0, draft_finite=False)
-        assert chunk.tokens is not None
         left = chunk.left
         ahead = min(self.check_steps, len(left))
         verdict: Verdict = self._rule(
             Check(
                 left=left,
-                left_tokens=chunk.tokens[chunk.cursor :],
+                left_tokens=None if chunk.tokens is None else chunk.tokens[chunk.cursor :],
                 guess=guess.actions[place],
                 guess_tokens=guess.tokens[place],
                 logits=guess.logits[place],
@@ -284,10 +283,11 @@ class Policy:
             if not main.finite[i]:
                 answers.append(replace(query, fault=self._fault(i)))
                 continue
-            chunk.actions, chunk.tokens = main.actions[i].copy(), main.tokens[i].copy()
+            chunk.actions = main.actions[i].copy()
+            chunk.tokens = None if main.tokens is None else main.tokens[i].copy()
             chunk.instruction, chunk.cursor = observations[i].instruction, self.n_action_steps
             actions, clipped = self._within_limits(chunk.actions[: self.n_action_steps])
-            share = None if guess is None else equal_share(guess, chunk.tokens[..., : dims.C])
+            share = equal_share(guess, chunk.tokens)
             answers.append(replace(query, actions=actions, clipped=clipped, token_agreement=share))
         return answers
 
@@ -312,9 +312,9 @@ class Policy:
         """A query of mode shadow with what draft and main head say beside each other, and beside the old chunk."""
         if query.fault is not None or not guess.finite[place]:
             return query
-        assert new.tokens is not None and new.actions is not None
+        assert new.actions is not None
         tokens, actions = guess.tokens[place], guess.actions[place]
-        query = replace(query, token_agreement=equal_share(tokens, new.tokens[..., : tokens.shape[-1]]))
+        query = replace(query, token_agreement=equal_share(tokens, new.tokens))
         return query if old is None else replace(query, draft_gap=old.gap(actions), main_gap=old.gap(new.actions))
 
     def _within_limits(self, actions: Actions) -> tuple[Actions, int]:
@@ -333,6 +333,9 @@ class Policy:
         return time.perf_counter()
 
 
-def equal_share(draft: Tokens, main: Tokens) -> tuple[float, ...]:
-    """The share of equal tokens [T, D, C] for each coarse layer -> C numbers."""
-    return tuple((draft == main).mean((0, 1)).tolist())
+def equal_share(draft: Tokens | None, main: Tokens | None) -> tuple[float, ...] | None:
+    """The share of equal tokens of draft [T, D, C] and main head [T, D, L] for each coarse layer -> C numbers; None
+    where one of them gave no tokens."""
+    if draft is None or main is None:
+        return None
+    return tuple((draft == main[..., : draft.shape[-1]]).mean((0, 1)).tolist())

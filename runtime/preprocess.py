@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig, torch_dtype
+from rsd_trt.config import PROPRIO_DIM, STOP_TOKEN, BackboneConfig, ControlConfig, torch_dtype
 from rsd_trt.errors import UserError
-from rsd_trt.models.backbone import BackboneInputs
+from rsd_trt.models.backbone import PLACEHOLDER, BackboneInputs
 from rsd_trt.prompts import encode
 from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.pixels import LEVELS, resampling, through_jpeg
 
 
 class Preprocessor:
@@ -40,6 +39,7 @@ class Preprocessor:
         self.dtype = dtype or torch_dtype(backbone.precision)
         self._mean = self._channels([tower.mean for tower in backbone.towers])
         self._std = self._channels([tower.std for tower in backbone.towers])
+        self._resample = resampling(control, backbone.image_size).to(device)
         self._prompts: dict[str, list[int]] = {}
 
     def __call__(self, observations: Sequence[Observation]) -> BackboneInputs:
@@ -50,13 +50,13 @@ class Preprocessor:
         """
         for observation in observations:
             self.check(observation)
-        images = np.stack([observation.images for observation in observations])  # [B, cameras, S, S, 3]
-        prompts = [self.prompt_tokens(observation.instruction) for observation in observations]
+        images = np.stack([self.frames(observation.images) for observation in observations])  # [B, cameras, S, S, 3]
+        prompts = [self.tokens(observation.instruction) for observation in observations]
         tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
         for i, prompt in enumerate(prompts):
             tokens[i, : len(prompt)] = torch.tensor(prompt)
         return BackboneInputs(
-            pixels=self.pixels(torch.from_numpy(images).to(self.device)),
+            pixels=self.seen(torch.from_numpy(images).to(self.device)),
             tokens=tokens.to(self.device),
             lengths=torch.tensor([len(prompt) for prompt in prompts], device=self.device),
             proprio=torch.from_numpy(self.proprio(np.stack([x.proprio for x in observations]))).to(self.device)
@@ -64,27 +64,47 @@ class Preprocessor:
             else None,
         )
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """uint8 [B, cameras, S, S, 3] -> normalised [B, cameras, towers, 3, size, size].
+    def frames(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """What is done to images [..., S, S, 3] in the host's memory, before they go to the device: with
+        `jpeg_quality`, rotation and the way through a JPEG, which no library decodes on every device.
 
-        Rotation by 180 degrees, centre crop, bicubic resize as PIL's, and each tower's mean and standard deviation.
+        Raises:
+            Unavailable: a JPEG library is not installed.
         """
-        if self.control.rotate_images:
-            images = images.flip(2, 3)
-        side = images.shape[2]
-        keep = round(side * math.sqrt(self.control.center_crop))
-        start = (side - keep) // 2
-        images = images[:, :, start : start + keep, start : start + keep]
-        x = images.flatten(0, 1).permute(0, 3, 1, 2).float()  # [B * cameras, 3, keep, keep]
+        quality = self.control.jpeg_quality
+        if quality is None:
+            return images
+        rotated = np.ascontiguousarray(images[..., ::-1, ::-1, :] if self.control.rotate_images else images)
+        flat = rotated.reshape(-1, *rotated.shape[-3:])
+        return np.stack([through_jpeg(image, quality) for image in flat]).reshape(rotated.shape)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 images [B, cameras, S, S, 3] -> normalised [B, cameras, towers, 3, size, size] on the device."""
+        frames = self.frames(images.cpu().numpy()) if self.control.jpeg_quality is not None else None
+        return self.seen(images if frames is None else torch.from_numpy(frames).to(self.device))
+
+    def seen(self, frames: Tensor) -> Tensor:
+        """What `frames` gives, on the device -> pixels: rotation by 180 degrees where it is still to be done, crop and
+        resize, and each tower's mean and standard deviation."""
+        if self.control.rotate_images and self.control.jpeg_quality is None:
+            frames = frames.flip(2, 3)
         size = self.backbone.image_size
-        if keep != size:
-            x = resize(x, size)
-        x = x.view(*images.shape[:2], 1, 3, size, size) / 255
+        x = self._resample(frames.flatten(0, 1).permute(0, 3, 1, 2))  # [B * cameras, 3, size, size]
+        x = x.view(*frames.shape[:2], 1, 3, size, size) / LEVELS
         return ((x - self._mean) / self._std).to(self.dtype)
 
     def compile(self) -> None:
         """Has torch.compile fuse what lies around the resize."""
-        self.pixels = torch.compile(self.pixels, dynamic=False)  # type: ignore[method-assign]
+        self.seen = torch.compile(self.seen, dynamic=False)  # type: ignore[method-assign]
+
+    def tokens(self, instruction: str) -> list[int]:
+        """What the backbone reads: the prompt, and with action tokens their placeholders and the stop token.
+
+        Raises:
+            UserError: as `prompt_tokens`.
+        """
+        prompt, count = self.prompt_tokens(instruction), self.backbone.action_tokens
+        return [*prompt, *[PLACEHOLDER] * count, STOP_TOKEN] if count else prompt
 
     def prompt_tokens(self, instruction: str) -> list[int]:
         """The prompt's token ids, BOS first.
@@ -106,15 +126,15 @@ class Preprocessor:
             self._prompts[instruction] = ids
         return self._prompts[instruction]
 
-    def proprio(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[B, 8] -> [B, 8]; with quantiles, 2 (x - q01) / (q99 - q01) - 1 where the mask is true, and all of it clipped
-        to [-1, 1], as OpenVLA-OFT does."""
-        x = values.astype(np.float32)
+    def proprio(self, values: NDArray[np.floating]) -> NDArray[np.float32]:
+        """[B, 8] -> [B, 8]; with quantiles, 2 (x - q01) / (q99 - q01 + 1e-8) - 1 where the mask is true, and all of it
+        clipped to [-1, 1], as OpenVLA-OFT does: in float64."""
+        x = values.astype(np.float64)
         if (quantiles := self.control.proprio_quantiles) is not None:
-            q01, q99 = np.array(quantiles.q01, np.float32), np.array(quantiles.q99, np.float32)
+            q01, q99 = np.array(quantiles.q01), np.array(quantiles.q99)
             normalised = 2 * (x - q01) / (q99 - q01 + 1e-8) - 1
-            x = np.clip(np.where(quantiles.mask, normalised, x), -1, 1).astype(np.float32)
-        return x
+            x = np.clip(np.where(quantiles.mask, normalised, x), -1, 1)
+        return x.astype(np.float32)
 
     def check(self, observation: Observation) -> None:
         """Raises UserError unless images, proprio (where backbone or draft read it) and instruction are what the
@@ -142,11 +162,3 @@ class Preprocessor:
 def _described(value: object) -> str:
     """`uint8 [2, 256, 256, 3]`; what is no array, by its type."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
-
-
-def resize(x: Tensor, size: int) -> Tensor:
-    """Antialiased bicubic resize of x [n, 3, S, S] in 0..255, as PIL does it: first across, then down, each time
-    rounded and clipped to 8 bits. Without that the overshoot beside sharp edges comes out differently."""
-    for shape in ((x.shape[-2], size), (size, size)):
-        x = (F.interpolate(x, shape, mode="bicubic", antialias=True) + 0.5).floor().clamp(0, 255)
-    return x

@@ -51,7 +51,7 @@ class Check:
     """The draft's guess beside what is left of a chunk."""
 
     left: Actions  # [t, A], t >= 1
-    left_tokens: Tokens  # [t, D, L]
+    left_tokens: Tokens | None  # [t, D, L]; None of a main head without tokens, where the rule does not read them
     guess: Actions  # [T, A], from now on
     guess_tokens: Tokens  # [T, D, C]
     logits: Logits  # [T, D, K], of L0
@@ -131,6 +131,7 @@ class TokensAgree:
     share: float  # of a step's coarse tokens that must be equal, 0..1
 
     def __call__(self, check: Check) -> Verdict:
+        assert check.left_tokens is not None  # the configuration was checked
         steps, _, layers = check.guess_tokens[: len(check.left)].shape
         agreeing = agreeing_token_steps(check.guess_tokens[:steps], check.left_tokens[..., :layers], self.share)
         return Verdict(agreeing_prefix(agreeing))
@@ -144,6 +145,7 @@ class Likelihood:
     by_age: tuple[float, ...] = ()
 
     def __call__(self, check: Check) -> Verdict:
+        assert check.left_tokens is not None
         score = log_likelihood(check.logits[: check.ahead], check.left_tokens[: check.ahead, :, 0])
         return Verdict(len(check.left) * (score >= self.threshold * factor(self.by_age, check.age)), score)
 

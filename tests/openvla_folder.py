@@ -142,6 +142,49 @@ class ProprioProjector(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class ResidualBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = nn.ModuleList([nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn[1](self.ffn[0](x)).clamp_min(0)
+
+
+class ActionHead(nn.Module):
+    """OpenVLA-OFT's L1RegressionActionHead: the states of a step's seven action tokens side by side -> its action."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict(
+            {
+                "layer_norm1": nn.LayerNorm(7 * HIDDEN),
+                "fc1": nn.Linear(7 * HIDDEN, HIDDEN),
+                "mlp_resnet_blocks": nn.ModuleList([ResidualBlock(), ResidualBlock()]),
+                "layer_norm2": nn.LayerNorm(HIDDEN),
+                "fc2": nn.Linear(HIDDEN, 7),
+            }
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[1, 56, H] -> normalised actions [8, 7]."""
+        part = self.model
+        x = part["fc1"](part["layer_norm1"](hidden.view(8, 7 * HIDDEN))).clamp_min(0)
+        for block in part["mlp_resnet_blocks"]:  # type: ignore[union-attr]
+            x = block(x)
+        return part["fc2"](part["layer_norm2"](x))
+
+
+def seeded(module: nn.Module, seed: int) -> nn.Module:
+    """The module with random weights, in the order of their names; norms are around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            around = float(name.endswith("weight") and parameter.ndim == 1)
+            parameter.copy_(around + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return module.requires_grad_(False).eval()
+
+
 class OpenVLA(nn.Module):
     """OpenVLAForActionPrediction's parameters under their names."""
 
@@ -172,8 +215,14 @@ class OpenVLA(nn.Module):
                 parameter.copy_(around + 0.2 * torch.randn(parameter.shape, generator=generator))
         self.requires_grad_(False).eval()
 
-    def hidden(self, pixels: list[Tensor], tokens: Tensor, proprio: Tensor | None = None) -> Tensor:
-        """pixels: 6 channels an image, as the processor makes them -> hidden_states[-1][:, -1]."""
+    def hidden(
+        self, pixels: list[Tensor], tokens: Tensor, proprio: Tensor | None = None, action_tokens: int = 0
+    ) -> Tensor:
+        """pixels: 6 channels an image, as the processor makes them -> hidden_states[-1][:, -1].
+
+        action_tokens: of OpenVLA-OFT. Zeros in the place of their embeddings and a stop token follow the prompt,
+        nothing is masked, and what is read begins with the prompt's last token.
+        """
         towers = list(self.vision_backbone.values())
         seen = []
         for image in pixels:
@@ -182,8 +231,15 @@ class OpenVLA(nn.Module):
         seen += [] if proprio is None else [proprio]
         text = self.language_model.get_input_embeddings()(tokens)
         stream = torch.cat([text[:, :1], *seen, text[:, 1:]], dim=1)
-        out = self.language_model.model(inputs_embeds=stream, output_hidden_states=True)
-        return out.hidden_states[-1][:, -1]
+        if not action_tokens:
+            out = self.language_model.model(inputs_embeds=stream, output_hidden_states=True)
+            return out.hidden_states[-1][:, -1]
+        batch, prompt, width = stream.shape
+        stop = self.language_model.get_input_embeddings()(torch.full((batch, 1), 2))
+        stream = torch.cat([stream, torch.zeros(batch, action_tokens, width), stop], dim=1)
+        nothing = torch.zeros(batch, 1, stream.shape[1], stream.shape[1])  # is added to the scores
+        out = self.language_model.model(inputs_embeds=stream, attention_mask=nothing, output_hidden_states=True)
+        return out.hidden_states[-1][:, prompt - 1 : prompt - 1 + action_tokens]
 
 
 CONFIG = {
@@ -245,3 +301,9 @@ def write_folder(path: Path, model: OpenVLA, shards: int = 2) -> Path:
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path
+
+
+def write_beside(path: Path, name: str, module: nn.Module) -> None:
+    """A module beside the shards, as OpenVLA-OFT's training on several GPUs leaves it."""
+    state = {f"module.{key}": value for key, value in module.state_dict().items()}
+    torch.save(state, path / f"{name}--150000_checkpoint.pt")

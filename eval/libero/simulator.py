@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -197,9 +198,9 @@ def axis_angle(quaternion: NDArray[np.float64], rotation: Rotation = "shortest")
     changes its sign.
     """
     if rotation == "robosuite":
-        w = float(np.clip(quaternion[3], -1.0, 1.0))
-        root = np.sqrt(1.0 - w * w)
-        return np.zeros(3) if root < 1e-9 else quaternion[:3] * 2 * np.arccos(w) / root
+        w = min(1.0, max(-1.0, float(quaternion[3])))
+        root = math.sqrt(1.0 - w * w)
+        return np.zeros(3) if root == 0 else quaternion[:3] * 2.0 * math.acos(w) / root
     q = quaternion if quaternion[3] >= 0 else -quaternion
     sine = float(np.linalg.norm(q[:3]))
     if sine < 1e-12:

@@ -8,7 +8,7 @@ what is computed element by element are below 1% of a 7B query.
 
 for width w over all heads. Weights and activations are read and written once: what is kept on the chip between two
 products would be less, what is read twice more. Causal attention is counted in full, as FLOP counters do: half of it is
-1% of a 7B block. The last block is counted for the one position that is read, but for its keys and values.
+1% of a 7B block. The last block is counted for the positions that are read, but for its keys and values.
 
     bound = max(bytes / bandwidth, FLOPs / rate)
 
@@ -90,14 +90,16 @@ def stage_work(
     """
     language = config.backbone.language
     plain: Precision = "bf16" if backbone == "fp8" else backbone
+    tokens = config.backbone.action_tokens
+    prompt += tokens + 1 if tokens else 0  # placeholders and a stop token
     positions = prompt + images * patches(config) + config.backbone.proprio
     block = _block(language, positions, backbone, plain)
-    last = _last_block(language, positions, plain)
+    last = _last_block(language, positions, max(1, tokens), plain)
     return {
         "preprocess": _preprocess(config, images, plain),
         "vision": _vision(config, images, prompt, plain),
         "blocks": block * (language.blocks - 1) + last,
-        "predict": _head(config, parts) + _decode(config, config.dims.L),
+        "predict": _head(config, parts) + (_decode(config, config.dims.L) if config.head.gives_tokens else Work()),
     }
 
 
@@ -107,7 +109,7 @@ def patches(config: BundleConfig) -> int:
 
 
 def _preprocess(config: BundleConfig, images: int, dtype: Precision) -> Work:
-    """The camera's bytes are read and each tower's pixels written; the resize is no matrix product."""
+    """The camera's bytes are read and each tower's pixels written; the resize is not counted."""
     seen = images * RGB * config.control.camera_size**2
     given = images * RGB * config.backbone.image_size**2 * len(config.backbone.towers)
     return Work(seen + given * BYTES[dtype])
@@ -142,16 +144,19 @@ def _block(language: LanguageConfig, positions: int, dtype: Precision, plain: Pr
     return work + product(positions, inner, hidden, of["w2"])
 
 
-def _last_block(language: LanguageConfig, positions: int, dtype: Precision) -> Work:
-    """Keys and values of all positions; the rest of the one that is read."""
+def _last_block(language: LanguageConfig, positions: int, read: int, dtype: Precision) -> Work:
+    """Keys and values of all positions; the rest of those that are read."""
     hidden, inner = language.hidden, language.intermediate
-    work = product(positions, hidden, 2 * hidden, dtype) + product(1, hidden, hidden, dtype)
-    work += attention(1, positions, hidden, dtype) + product(1, hidden, hidden, dtype)
-    return work + product(1, hidden, 2 * inner, dtype) + product(1, inner, hidden, dtype)
+    work = product(positions, hidden, 2 * hidden, dtype) + product(read, hidden, hidden, dtype)
+    work += attention(read, positions, hidden, dtype) + product(read, hidden, hidden, dtype)
+    return work + product(read, hidden, 2 * inner, dtype) + product(read, inner, hidden, dtype)
 
 
 def _head(config: BundleConfig, dtype: Precision) -> Work:
     head, dims, hidden = config.head, config.dims, config.hidden
+    if head.kind == "oft-l1":
+        work = product(dims.T, dims.A * hidden, head.width, dtype) + product(dims.T, head.width, dims.A, dtype)
+        return work + product(dims.T, head.width, head.width, dtype) * head.blocks
     logits = dims.T * dims.D * dims.K
     if head.kind == "classification":
         half = head.width // 2

@@ -7,7 +7,7 @@ import torch
 from rsd_trt.eval.profile.clock import Call
 from rsd_trt.eval.profile.inputs import QueryInputs
 from rsd_trt.eval.profile.roofline import Stage
-from rsd_trt.models.backbone import Backbone, BackboneInputs
+from rsd_trt.models.backbone import Backbone, BackboneInputs, positions_read
 from rsd_trt.models.fast.backbone import FusedBackbone
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.graph_backbone import Inputs
@@ -34,7 +34,7 @@ def stage_calls(backbone: Backbone | FusedBackbone, launcher: Launcher, given: Q
     else:
         calls = _captured(backbone, preprocess, inputs, observation)
     dims, predict = config.dims, launcher.open("predict", "1")
-    head_inputs = {"hidden": torch.randn(1, config.hidden, device=device)}
+    head_inputs = {"hidden": torch.randn(1, *config.backbone.hidden_shape, device=device)}
     if config.head.kind == "conditioned":
         head_inputs["condition"] = torch.zeros(1, dims.T, dims.D, dims.C, dtype=torch.int64, device=device)
     return calls | {"predict": lambda: predict.run(head_inputs)}
@@ -57,16 +57,16 @@ def _captured(
     written = Inputs(preprocess, 1, inputs.tokens.shape[1])
     written.write([observation])
     embedded = backbone.embed(inputs.pixels, inputs.tokens, inputs.proprio).clone()
-    last = inputs.lengths + (embedded.shape[1] - inputs.tokens.shape[1] - 1)
+    read = positions_read(backbone.config, inputs.lengths + (embedded.shape[1] - inputs.tokens.shape[1]))
 
     def preprocessed() -> object:
         written.upload()
-        return preprocess.pixels(written.images.device)
+        return preprocess.seen(written.images.device)
 
     calls: dict[Stage, Call] = {
         "preprocess": preprocessed,
         "vision": lambda: backbone.embed(inputs.pixels, inputs.tokens, inputs.proprio),
-        "blocks": lambda: backbone.language(embedded, last),
+        "blocks": lambda: backbone.language(embedded, read),
     }
     return {stage: _replayed(call, preprocess.device) for stage, call in calls.items()}
 

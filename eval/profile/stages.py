@@ -37,6 +37,7 @@ from rsd_trt.runtime.forward import Forward
 from rsd_trt.runtime.observation import Observation
 
 FULL = "full query"
+JPEG = "jpeg"  # on the host, before the device begins
 BOUNDARY = (
     "batch 1; stages: on the device; queries: host's clock, synchronised, from uint8 images in the host's memory to "
     "actions there"
@@ -245,6 +246,14 @@ class _Timer:
             self._row(stage, configuration, [stage], self._stage(call, captured))
             for stage, call in stage_calls(backbone, launcher, self.given).items()
         ]
+        control = self.given.bundle.config.control
+        if captured and control.jpeg_quality is not None:  # eager preprocessing has it among the rest
+            frames, images = (
+                preprocessor(self.given, backbone, request.device).frames,
+                self.given.observations[0].images,
+            )
+            ms = tuple(self.clock.wall(lambda: frames(images)) for _ in range(request.warm_up + request.samples))
+            rows.insert(0, self._row(JPEG, configuration, [], ms[request.warm_up :]))
         query = self._row(FULL, configuration, STAGES, whole)
         if captured:
             query = replace(query, host_overhead_ms=_p50(whole) - sum(_p50(row.ms) for row in rows))

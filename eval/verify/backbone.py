@@ -62,8 +62,8 @@ class BackboneRequest:
 class Answers:
     """What a backbone and the bundle's heads give for every input, on the host, in float32."""
 
-    final: Tensor  # [n, H] after block N and the final norm
-    tokens: Tensor  # [n, T, D, L]
+    final: Tensor  # [n, H], or [n, action tokens, H], after block N and the final norm
+    tokens: Tensor  # [n, T, D, L]; of a head that gives none [n, 0]
     actions: Tensor  # [n, T, A]
 
 
@@ -183,7 +183,7 @@ def open_reference(
 
 
 def eager_state(backbone: Backbone, inputs: BackboneInputs) -> Tensor:
-    """The hidden state [B, H] after block N and the final norm."""
+    """The hidden states after block N and the final norm."""
     return backbone(inputs)
 
 
@@ -210,7 +210,7 @@ def reference_answers(
 
 
 def open_head(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Answers]:
-    """What gives the answers of the bundle's head, in eager float32, to hidden states [B, H]."""
+    """What gives the answers of the bundle's head, in eager float32, to what `Backbone` gives."""
     config, dims = bundle.config, bundle.config.dims
     predict = Launcher(bundle, "torch", device).open("predict", "dynamic")
 
@@ -220,7 +220,7 @@ def open_head(bundle: Bundle, device: torch.device) -> Callable[[Tensor], Answer
         if config.head.kind == "conditioned":  # as in a query that is due
             given["condition"] = torch.zeros(count, dims.T, dims.D, dims.C, dtype=torch.int64, device=device)
         chunk = predict.run(given)
-        return Answers(final, chunk["tokens"], chunk["actions"])
+        return Answers(final, chunk.get("tokens", torch.zeros(count, 0)), chunk["actions"])
 
     return read
 
@@ -232,7 +232,8 @@ def fast_answers(forward: Forward, observations: Sequence[Observation], batch: i
         for start in range(0, len(observations), batch):
             seen = observations[start : start + batch]
             main = forward.full(seen)
-            parts.append(Answers(forward.hidden.clone(), torch.tensor(main.tokens), torch.tensor(main.actions)))
+            tokens = torch.zeros(len(seen), 0) if main.tokens is None else torch.tensor(main.tokens)
+            parts.append(Answers(forward.hidden.clone(), tokens, torch.tensor(main.actions)))
     return joined(parts)
 
 
@@ -252,7 +253,7 @@ def whole_parity(
     limit: Limit,
 ) -> BackboneParity:
     """A way of running the whole backbone beside a reference."""
-    max_abs, cosine = worst([(found.final, expected.final)])
+    max_abs, cosine = worst([(found.final.flatten(1), expected.final.flatten(1))])
     error = (found.actions - expected.actions).abs()
     return BackboneParity(
         component="backbone",
@@ -277,6 +278,8 @@ def steps_beyond_tolerance(found: Answers, expected: Answers, config: BundleConf
     return float((~agree).double().mean())
 
 
-def token_mismatch(found: Tensor, expected: Tensor) -> tuple[float, ...]:
-    """Share of different tokens [n, T, D, layers] in each layer."""
+def token_mismatch(found: Tensor, expected: Tensor) -> tuple[float, ...] | None:
+    """Share of different tokens [n, T, D, layers] in each layer; None of a head that gives none."""
+    if found.numel() == 0 or expected.numel() == 0:
+        return None
     return tuple((found != expected).float().mean((0, 1, 2)).tolist())

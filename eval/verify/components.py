@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import COMPONENTS, DEFAULT_ENGINES, Backend, Component, Precision, RsdConfig
+from rsd_trt.config import ARM_DIMS, COMPONENTS, DEFAULT_ENGINES, Backend, Component, Precision, RsdConfig
 from rsd_trt.errors import Unavailable, UserError
 from rsd_trt.eval.verify.inputs import Case, clone, hidden_states, make_case
 from rsd_trt.eval.verify.result import NotMeasured, Parity
@@ -25,6 +25,7 @@ from rsd_trt.runtime.forward import on_host
 from rsd_trt.runtime.session import Session, Tensors
 from rsd_trt.runtime.speculate import Check, rule_of
 
+GRIPPER_MIDDLE = 0.5  # of OpenVLA's gripper, 0 to 1; the environment's has its signs to either side, too
 LEAST_INPUTS = 64  # fewer prove little
 BATCHES: dict[Batch, int] = {"1": 1, "dynamic": 16}  # how many inputs each variant is given at a time
 
@@ -46,8 +47,9 @@ class VerifyRequest:
 class Tolerance:
     """The largest difference from the reference that passes.
 
-    logits: maximum absolute error over the reference's standard deviation. actions: maximum absolute error in
-    environment units, of steps whose tokens are equal. tokens: share of different tokens in any layer. decisions:
+    logits: maximum absolute error over the reference's standard deviation, of logits, and of the arm's actions that a
+    head gives without tokens. actions: maximum absolute error in environment units, of steps whose tokens are equal.
+    tokens: share of different tokens in any layer. decisions:
     share of inputs whose accepted prefix differs.
     """
 
@@ -143,6 +145,12 @@ def parity(
         checks["logits"] = (float(error.max() / expected["logits"].std()), tolerance.logits)
     if "actions" in expected:
         by_step = (found["actions"] - expected["actions"]).abs().amax(-1)  # [B, T]
+    if by_step is not None and component in ("head", "predict") and "tokens" not in expected:
+        theirs, ours = (x["actions"].split(ARM_DIMS, dim=-1) for x in (expected, found))
+        checks["arm's actions"] = (float((ours[0] - theirs[0]).abs().max() / theirs[0].std()), tolerance.logits)
+        switched = (ours[1] > GRIPPER_MIDDLE) != (theirs[1] > GRIPPER_MIDDLE)
+        checks["gripper mismatch"] = (float(switched.float().mean()), tolerance.tokens)
+    elif by_step is not None:
         alike = by_step
         if "tokens" in expected:
             alike = by_step[(expected["tokens"] == found["tokens"]).all(3).all(2)]
@@ -186,6 +194,7 @@ def _decision_mismatch(
     if component != "propose":
         return None
     rule = rule_of(rsd)
+    assert case.tokens is not None  # there is a codec, which `propose` decodes by
     actions, tokens = on_host({"actions": case.actions, "tokens": case.tokens}, len(case.actions)).values()
 
     def accepted(outputs: Tensors, i: int) -> int:

@@ -14,7 +14,7 @@ from rsd_trt.bundle import HIDDEN_STATES, Bundle
 from rsd_trt.config import ARM_DIMS, COMPONENTS, PROPRIO_DIM, Component, ControlConfig
 from rsd_trt.errors import UserError
 from rsd_trt.models.signature import Signature
-from rsd_trt.runtime.backends import Launcher
+from rsd_trt.runtime.backends import Encoder, Launcher
 from rsd_trt.runtime.observation import Observation
 
 EDGE = 1.2  # a chunk differs from the guess by up to this many tolerances, so that agreement is a close call
@@ -26,14 +26,15 @@ INSTRUCTIONS = (  # two, as every length of prompt is captured and compiled for 
 
 
 def hidden_states(bundle: Bundle, count: int, file: Path | None, device: torch.device) -> Tensor:
-    """The backbone's hidden states [count, H]: recorded ones if there are any, else seeded.
+    """The backbone's hidden states [count, H], with n action tokens [count, n, H]: recorded ones if there are any, else
+    seeded.
 
     Raises:
         UserError: the file lacks them, or holds too few or of another width.
     """
-    recorded = file or bundle.path / HIDDEN_STATES
+    recorded, shape = file or bundle.path / HIDDEN_STATES, bundle.config.backbone.hidden_shape
     if file is None and not recorded.is_file():
-        return torch.randn(count, bundle.config.hidden, generator=torch.Generator().manual_seed(0)).to(device)
+        return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -41,9 +42,9 @@ def hidden_states(bundle: Bundle, count: int, file: Path | None, device: torch.d
         state = load_file(recorded).get("hidden")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{recorded} cannot be read as safetensors: {error}") from None
-    if state is None or state.dim() != 2 or state.shape[1] != bundle.config.hidden or len(state) < count:
+    if state is None or tuple(state.shape[1:]) != shape or len(state) < count:
         size = "nothing" if state is None else list(state.shape)
-        raise UserError(f"{recorded} has {size} as 'hidden', not [>= {count}, {bundle.config.hidden}]")
+        raise UserError(f"{recorded} has {size} as 'hidden', not [>= {count}, {', '.join(map(str, shape))}]")
     spread = torch.linspace(0, len(state) - 1, count).long()  # neighbouring queries are nearly alike
     return state[spread].float().to(device)
 
@@ -54,12 +55,12 @@ class Case:
 
     inputs: dict[Component, dict[str, Tensor]]
     actions: Tensor  # [n, T, A]
-    tokens: Tensor  # [n, T, D, L]
+    tokens: Tensor | None  # [n, T, D, L]; None without a codec
 
 
 def make_case(launcher: Launcher, hidden: Tensor) -> Case:
-    """Inputs for every component, from hidden states [n, H]. The chunks lie around the draft's own guesses by up to
-    EDGE tolerances, in actions and in coarse tokens, so that some are accepted and some are not."""
+    """Inputs for every component, from what `hidden_states` gives. The chunks lie around the draft's own guesses by up
+    to EDGE tolerances, in actions and in coarse tokens, so that some are accepted and some are not."""
     config, device, count = launcher.bundle.config, hidden.device, len(hidden)
     dims, rsd = config.dims, config.rsd
     head: dict[str, Tensor] = {"hidden": hidden}
@@ -73,10 +74,16 @@ def make_case(launcher: Launcher, hidden: Tensor) -> Case:
         zeros = torch.zeros(count, dims.T, dims.D, dims.C, dtype=torch.int64, device=device)
         head["condition"] = zeros if guess is None else guess["tokens"]
     chunk = clone(launcher.open("predict", "dynamic").run(head))
-    inputs |= {"head": head, "decoder": {"tokens": chunk["tokens"]}, "predict": head}
+    chunk_tokens = chunk.get("tokens")
+    if chunk_tokens is None and launcher.bundle.has("codec"):
+        chunk_tokens = torch.from_numpy(Encoder(launcher.bundle)(chunk["actions"].cpu().numpy())).to(device)
+    inputs |= {"head": head, "predict": head}
+    if chunk_tokens is not None:
+        inputs["decoder"] = {"tokens": chunk_tokens}
     inputs = {component: inputs[component] for component in COMPONENTS if component in inputs}
     if guess is None:
-        return Case(inputs, chunk["actions"], chunk["tokens"])
+        return Case(inputs, chunk["actions"], chunk_tokens)
+    assert chunk_tokens is not None  # there is a codec, which `propose` decodes by
     generator = torch.Generator().manual_seed(1)
     scale = torch.linspace(0, EDGE, count)[:, None, None]  # from none to EDGE tolerances
     noise = (torch.rand(guess["actions"].shape, generator=generator) * 2 - 1) * scale
@@ -85,7 +92,7 @@ def make_case(launcher: Launcher, hidden: Tensor) -> Case:
     coarse = guess["tokens"]
     other = torch.rand(coarse.shape, generator=generator) < scale[..., None] * (1 - rsd.token_share)
     coarse = torch.where(other.to(device), (coarse + 1) % dims.K, coarse)
-    tokens = torch.cat([coarse, chunk["tokens"][..., dims.C :]], -1)
+    tokens = torch.cat([coarse, chunk_tokens[..., dims.C :]], -1)
     return Case(inputs, guess["actions"] + noise.to(device), tokens)
 
 

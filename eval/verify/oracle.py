@@ -18,6 +18,7 @@ from rsd_trt.config import BackboneConfig, ControlConfig, LanguageConfig, TowerC
 from rsd_trt.errors import Unavailable
 from rsd_trt.models.backbone import Backbone, BackboneInputs
 from rsd_trt.models.vision import NORM_EPS
+from rsd_trt.runtime.pixels import through_jpeg
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +39,7 @@ class Oracle:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        config = backbone.config
+        config = self.config = backbone.config
         self.towers = [
             build_tower(tower, config.image_size, module.state_dict())
             for tower, module in zip(config.towers, backbone.vision_backbone.values(), strict=True)
@@ -57,7 +58,8 @@ class Oracle:
 
     def embed(self, inputs: BackboneInputs) -> Tensor:
         """The embedded sequence [B, S, H]: BOS, patches, proprioception, the rest of the prompt."""
-        words = self.llama.get_input_embeddings()(inputs.tokens)  # [B, P, H]
+        words = self.llama.get_input_embeddings()(inputs.tokens.clamp_min(0))  # [B, P, H]
+        words = words * (inputs.tokens >= 0)[..., None]  # placeholders of action tokens have no embedding
         parts = [words[:, :1], mlp(self._projector, self.vision(inputs.pixels)), words[:, 1:]]
         if self._proprio is not None:
             assert inputs.proprio is not None
@@ -66,16 +68,35 @@ class Oracle:
 
     def states(self, stream: Tensor) -> tuple[Tensor, ...]:
         """The embedded sequence [B, S, H] -> the stream before block 1 and after every block, the last one normed."""
-        found = self.llama(inputs_embeds=stream, use_cache=False, output_hidden_states=True).hidden_states
+        mask = self._mask(stream, None)
+        found = self.llama(
+            inputs_embeds=stream, attention_mask=mask, use_cache=False, output_hidden_states=True
+        ).hidden_states
         assert found is not None
         return tuple(found)
 
     def hidden(self, inputs: BackboneInputs) -> Tensor:
-        """[B, H] after the last block and the final norm, at the prompt's last position."""
+        """After the last block and the final norm: [B, H] at the prompt's last position; with n action tokens [B, n, H]
+        there and at all of them but the last."""
         stream = self.embed(inputs)
-        final = self.llama(inputs_embeds=stream, use_cache=False).last_hidden_state
+        last = last_positions(inputs, stream)
+        mask = self._mask(stream, last)
+        final = self.llama(inputs_embeds=stream, attention_mask=mask, use_cache=False).last_hidden_state
         assert final is not None
-        return final[torch.arange(len(stream), device=stream.device), last_positions(inputs, stream)]
+        count = self.config.action_tokens
+        if not count:
+            return final[torch.arange(len(stream), device=stream.device), last]
+        return torch.stack([row[end - count - 1 : end - 1] for row, end in zip(final, last.tolist(), strict=True)])
+
+    def _mask(self, stream: Tensor, last: Tensor | None) -> Tensor | None:
+        """What is added to the attention's scores [B, 1, S, S] in place of a causal mask; last [B]: where rows end."""
+        if self.config.attention == "causal":
+            return None
+        batch, length, _ = stream.shape
+        mask = torch.zeros(batch, 1, length, length, dtype=stream.dtype, device=stream.device)
+        for row, end in enumerate(() if last is None else last.tolist()):
+            mask[row, :, :, end + 1 :] = torch.finfo(stream.dtype).min
+        return mask
 
 
 def last_positions(inputs: BackboneInputs, stream: Tensor) -> Tensor:
@@ -182,10 +203,31 @@ def pil_pixels(image: NDArray[np.uint8], control: ControlConfig, backbone: Backb
 
     picture = Image.fromarray(image)
     picture = picture.rotate(180) if control.rotate_images else picture
-    keep = round(picture.width * control.center_crop**0.5)
-    left = (picture.width - keep) // 2
+    if control.jpeg_quality is not None:
+        picture = Image.fromarray(through_jpeg(np.asarray(picture), control.jpeg_quality))
     size = backbone.image_size
-    picture = picture.crop((left, left, left + keep, left + keep)).resize((size, size), Image.Resampling.BICUBIC)
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / LEVELS  # [3, size, size]
+    if control.resampling == "lanczos3":
+        values = tensorflow_resample(np.asarray(picture), size, control.center_crop)
+    else:
+        keep = round(picture.width * control.center_crop**0.5)
+        left = (picture.width - keep) // 2
+        picture = picture.crop((left, left, left + keep, left + keep)).resize((size, size), Image.Resampling.BICUBIC)
+        values = np.array(picture)
+    x = torch.from_numpy(values).permute(2, 0, 1).float() / LEVELS  # [3, size, size]
     mean, std = (torch.tensor([getattr(t, name) for t in backbone.towers]) for name in ("mean", "std"))
     return (x - mean[:, :, None, None]) / std[:, :, None, None]
+
+
+def tensorflow_resample(image: NDArray[np.uint8], size: int, area: float) -> NDArray[np.uint8]:
+    """[S, S, 3] -> [size, size, 3]: OpenVLA's `resize_image_for_policy` and `center_crop_image` without TensorFlow, by
+    PIL's Lanczos in floating point and NumPy's linear interpolation."""
+    from PIL import Image
+
+    channels = [Image.fromarray(image[..., i].astype(np.float32)) for i in range(image.shape[-1])]
+    resized = [np.asarray(c.resize((size, size), Image.Resampling.LANCZOS)) for c in channels]
+    x = np.clip(np.round(np.stack(resized, -1)), 0, LEVELS).astype(np.float64)  # [size, size, 3]
+    margin = (1 - area**0.5) / 2
+    at, grid = np.linspace(margin, 1 - margin, size) * (size - 1), np.arange(size)
+    for axis in (0, 1):
+        x = np.apply_along_axis(lambda line: np.interp(at, grid, line), axis, x)
+    return np.floor(x / LEVELS * (LEVELS + 0.5)).astype(np.uint8)

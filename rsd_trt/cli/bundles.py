@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from rsd_trt.cli.console import Choice, bundle_argument, engines_option, from_options, json_option, show
-from rsd_trt.config import PRESETS, SIZES, Dims, Size
+from rsd_trt.cli.console import Choice, Several, bundle_argument, engines_option, from_options, json_option, show
+from rsd_trt.config import GRIPPERS, PRESETS, ROTATIONS, SIZES, BundleConfig, Dims, HeadKind, Size
 
 
 @click.command()
@@ -22,8 +22,11 @@ from rsd_trt.config import PRESETS, SIZES, Dims, Size
     show_default=True,
     help="What draws the weights: cuda is faster for 7B, and its numbers are others.",
 )
+@click.option(
+    "--head", type=Choice(["rfsq", "oft-l1"]), default="rfsq", show_default=True, help="The main head's kind."
+)
 @click.option("--without-backbone", is_flag=True, help="Write draft, head and codec only (7B: saves 15 GB).")
-def init(path: Path, size: Size, seed: int, device: str, without_backbone: bool) -> None:
+def init(path: Path, size: Size, seed: int, device: str, head: HeadKind, without_backbone: bool) -> None:
     """Write an UNTRAINED bundle with random weights, to try the tools on.
 
     \b
@@ -31,7 +34,7 @@ def init(path: Path, size: Size, seed: int, device: str, without_backbone: bool)
     """
     from rsd_trt.presets import initialise
 
-    bundle = initialise(path, size, seed, with_backbone=not without_backbone, device=device)
+    bundle = initialise(path, size, seed, with_backbone=not without_backbone, device=device, head=head)
     click.echo(f"{bundle.path}: size {size}, seed {seed}, UNTRAINED (its actions mean nothing)")
 
 
@@ -66,24 +69,31 @@ def info(bundle: Path, engines: Path, whole: bool, as_json: bool) -> None:
 @click.command()
 @click.option("--backbone", required=True, help="Hugging Face folder of OpenVLA or OpenVLA-OFT, or a hub id.")
 @click.option("--draft", type=click.Path(path_type=Path), help="The draft's .pt file.")
-@click.option("--head", type=click.Path(path_type=Path), help="The main head's .pt file.")
+@click.option(
+    "--head", type=click.Path(path_type=Path), help="The main head's .pt file. [openvla-oft: its folder's action_head]"
+)
 @click.option("--codec", type=click.Path(path_type=Path), help="The RFSQ codec's .pt file.")
 @click.option("--preset", type=Choice(PRESETS), required=True, help="How the policy is driven.")
 @click.option("--statistics", help="Data set to normalise by. [default: the only one]")
 @click.option("--codec-scale", type=Choice(["plain", "layernorm"]), help="[default: as the codec's file says]")
 @click.option("--chunk", type=click.IntRange(1), default=Dims().T, show_default=True, help="Steps of an action chunk.")
+@click.option("--prompt", help="openvla, instruction (bare), or a text with {instruction}. [default: the preset's]")
+@click.option("--cameras", type=Several(), help="In the order of the backbone's images. [default: the preset's]")
+@click.option("--rotate-images/--images-as-rendered", default=None, help="By 180 degrees. [default: the preset's]")
+@click.option("--rotation", type=Choice(ROTATIONS), help="Axis-angle of the hand in the state. [default: the preset's]")
+@click.option("--gripper", type=Choice(GRIPPERS), help="Of the actions: env 1 closes, openvla 1 opens. [the preset's]")
 @click.option("--copy", is_flag=True, help="Copy the backbone's weights into the bundle (7B: 15 GB).")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle.")
 @json_option
 def pack(as_json: bool, **options: object) -> None:
-    """Make a bundle of OpenVLA's weights and the original RSD experiment's draft, head and codec.
+    """Make a bundle of OpenVLA's weights and OpenVLA-OFT's head or the original RSD experiment's draft, head and codec.
 
     Code that lies beside the weights is not run, and the weights stay where they are unless --copy is given. The preset
-    sets prompt, image rotation and crop, gripper convention and normalisation: openvla and openvla-oft as those
-    projects evaluate on LIBERO, rvq as the original RSD experiment does (rsd-trt info shows them).
+    sets attention, prompt, image rotation and crop, gripper convention and normalisation: openvla and openvla-oft as
+    those projects evaluate on LIBERO, rvq as the original RSD experiment does. What was assumed is printed.
 
     \b
-    Example: rsd-trt pack --backbone openvla/openvla-7b --preset rvq --head best_rfsq_head.pt -o bundles/rvq
+    Example: rsd-trt pack --backbone moojink/openvla-7b-oft-finetuned-libero-spatial --preset openvla-oft -o bundles/oft
     """
     from rsd_trt.importers.pack import PackRequest
     from rsd_trt.importers.pack import pack as make
@@ -107,15 +117,30 @@ def pack(as_json: bool, **options: object) -> None:
     from rsd_trt.bundle import Bundle
 
     config = Bundle.open(request.out).config
-    control = config.control
-    images = "rotated by 180 degrees" if control.rotate_images else "as rendered"
-    prompt = f"{control.prompt!r}{', lower case' * control.lowercase}"
-    click.echo(
-        f"assumed: prompt {prompt}; cameras {', '.join(control.cameras)}; images {images}; rotation "
-        f"{control.rotation}; gripper {control.gripper} (rsd-trt info {request.out} shows all)"
-    )
+    click.echo(f"assumed: {assumptions(config)} (rsd-trt info {request.out} shows all)")
+    if "head" not in packed.parts:
+        click.echo(
+            "note: nothing can act by it without --head: OpenVLA's own action tokens (greedy decoding) are not read"
+        )
     if "draft" in packed.parts and config.late_draft:
         click.echo(f"note: {config.late_draft}")
+
+
+def assumptions(config: BundleConfig) -> str:
+    """The conventions that no file states, in words."""
+    control = config.control
+    jpeg = "" if control.jpeg_quality is None else f", through JPEG {control.jpeg_quality}"
+    return "; ".join(
+        (
+            f"prompt {control.prompt!r}{', lower case' * control.lowercase}",
+            f"cameras {', '.join(control.cameras)}",
+            f"images {'rotated by 180 degrees' if control.rotate_images else 'as rendered'}{jpeg}, "
+            f"{control.resampling}, crop {control.center_crop:g}",
+            f"rotation {control.rotation}",
+            f"gripper {control.gripper}",
+            f"attention {config.backbone.attention}",
+        )
+    )
 
 
 COMMANDS = (init, pack, info)

@@ -67,16 +67,16 @@ def export(
     from rsd_trt.export.to_engine import EngineOptions
 
     options = EngineOptions(compute_capability, version_compatible, hardware_compatible)
+    opened = Bundle.open(bundle)
     request = ExportRequest(
         engines=out,
-        components=component or COMPONENTS,
+        components=component or opened.components or COMPONENTS,
         precision=precision,
         distribution=choose_distribution(target),
         options=options,
         force=force,
         report=report,
     )
-    opened = Bundle.open(bundle)
     with BuildProgress(2 * len(request.components) * (2 if request.distribution else 1)) as progress:
         outcomes = export_bundle(opened, request, progress.add, progress.step)
     if as_json:

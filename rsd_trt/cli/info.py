@@ -114,6 +114,8 @@ def conventions_table(description: Json) -> Table:
     """Every convention of the bundle's `dims`, `rsd` and `control` sections, a line each."""
     config = cast(Mapping[str, Json], description["config"])
     told = {f"{section}.{key}": repr(x) for section in ("dims", "rsd", "control") for key, x in config[section].items()}
+    attention, head = config["backbone"]["attention"], config["head"]["kind"]
+    told = {"backbone.attention": repr(attention), "head.kind": repr(head), **told}
     told = {"protocol": str(description["protocol"]), **told, "codec.scale": str(config["codec"]["scale"])}
     told["codec round-trip MSE"] = str(description["round_trip_mse"])
     return Table("", (Column("convention"), Column("value")), tuple(told.items()), headless=True)

@@ -12,23 +12,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rsd_trt.config import BackboneConfig, Quantiles, Resize
+from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, BackboneConfig, Quantiles, Resize
 from rsd_trt.errors import UserError, did_you_mean, missing_extra, named, reason, shown
+from rsd_trt.files import check_whole
 from rsd_trt.importers.openvla_config import backbone_config
+from rsd_trt.importers.original import HEADS, check_actions
 from rsd_trt.records import from_json, parse
 from rsd_trt.weights import Entry, contents, first_few, without_unused
 
 MODEL_TYPE = "openvla"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STATISTICS = "dataset_statistics.json"
+PROCESSOR, NESTED = "preprocessor_config.json", "processor_config.json"  # as transformers 4 and 5 write it
+MERGE = "Merge them (OpenVLA-OFT: vla-scripts/merge_lora_weights_and_save.py), and pack the merged folder"
 MOST_NAMES = 100  # of data sets, in a message
 PROPRIO = "proprio_projector."
-UNSUPPORTED = {  # files beside the shards, and what they say
-    "vision_backbone--*.pt": "was fine-tuned with FiLM: its vision tower lies apart",
-    "noise_predictor--*.pt": "has a diffusion head",
-    "adapter_config.json": "holds LoRA adapters that are not merged into the weights",
+ADAPTERS = "lora_adapter"  # the folder in which OpenVLA-OFT's training leaves them, beside merged weights
+UNSUPPORTED = {  # files beside the shards: what they say, and what can be done
+    "vision_backbone--*.pt": (
+        "was fine-tuned with FiLM: its vision tower lies apart",
+        "Take one without FiLM",
+    ),
+    "noise_predictor--*.pt": ("has a diffusion head", f"Supported are {HEADS}"),
+    "noisy_action_projector--*.pt": ("has a diffusion head", f"Supported are {HEADS}"),
+    "adapter_config.json": ("holds LoRA adapters that are not merged into the weights", MERGE),
 }
-FILES = ("*.json", "*.safetensors", "proprio_projector--*.pt", *UNSUPPORTED)  # what a hub repository is asked for
+REMEDY = {  # where a file beside the shards is missing
+    "action_head": "Give another head: --head. Without a head OpenVLA-OFT gives action tokens, which are not decoded",
+}
+SIZES = {"action": ACTION_DIMS, "proprio": PROPRIO_DIM}
+FILES = (
+    "*.json",
+    "*.safetensors",
+    "proprio_projector--*.pt",
+    "action_head--*.pt",
+    *UNSUPPORTED,
+)  # what a hub repository is asked for
 SHARD = re.compile(r"model[\w.-]*\.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -44,16 +63,16 @@ class OpenVLAFolder:
     resize: Resize
     statistics: Mapping[str, object] = field(repr=False)  # by data set
 
-    def proprio_projector(self) -> Path:
-        """The file beside the shards that OpenVLA-OFT keeps the projector of proprioception in.
+    def beside(self, name: Literal["proprio_projector", "action_head"]) -> Path:
+        """The file beside the shards that OpenVLA-OFT keeps a module in.
 
         Raises:
             UserError: there is none, or more than one.
         """
-        files = sorted(self.path.glob("proprio_projector--*.pt"))
+        files = sorted(self.path.glob(f"{name}--*.pt"))
         if len(files) != 1:
             have = f"has {first_few([file.name for file in files])}: keep one" if files else "has none"
-            raise UserError(f"preset openvla-oft needs proprio_projector--*_checkpoint.pt, {self.path} {have}")
+            raise UserError(f"preset openvla-oft needs {name}--*_checkpoint.pt, {self.path} {have}", REMEDY.get(name))
         return files[0]
 
     def quantiles(self, name: str | None, kind: Literal["action", "proprio"]) -> tuple[str, Quantiles]:
@@ -65,11 +84,12 @@ class OpenVLAFolder:
         names = sorted(self.statistics)
         if name is None:
             if len(names) != 1:
-                choice = (
-                    f"statistics of {len(names)} data sets: {first_few([named(x) for x in names])}. Choose one"
-                    if names
-                    else "none"
-                )
+                if not names:
+                    raise UserError(
+                        f"{self.path} has no statistics to normalise by: no {STATISTICS}, no norm_stats in config.json",
+                        f"Put {STATISTICS} of the training run beside the weights",
+                    )
+                choice = f"statistics of {len(names)} data sets: {first_few([named(x) for x in names])}. Choose one"
                 raise UserError(f"{self.path} has {choice}: --statistics NAME")
             name = names[0]
         if name not in self.statistics:
@@ -80,6 +100,8 @@ class OpenVLAFolder:
         if "q01" not in values or "q99" not in values:
             raise UserError(f"{self.path} has no {kind} quantiles (q01 and q99) for {shown(name)}")
         q01 = values["q01"]
+        if isinstance(q01, list) and len(q01) == 2 * ACTION_DIMS:
+            check_actions(f"{self.path}, statistics of {shown(name)}, {kind}", len(q01), SIZES[kind])
         mask = values.get("mask", [True] * len(q01) if isinstance(q01, list) else [])
         where = f"{self.path}, statistics of {shown(name)}, {kind}"
         return name, from_json(Quantiles, {"q01": q01, "q99": values["q99"], "mask": mask}, where)
@@ -124,12 +146,17 @@ def read_folder(path: Path) -> OpenVLAFolder:
             f"{file} is of model_type {kind}, architectures {architectures}: only {MODEL_TYPE!r} (OpenVLA, "
             "OpenVLA-OFT) can be packed"
         )
-    for pattern, told in UNSUPPORTED.items():
+    for pattern, (told, remedy) in UNSUPPORTED.items():
         if beside := sorted(path.glob(pattern)):
-            raise UserError(f"{path} {told} ({beside[0].name}), which rsd-trt does not compute")
-    processor = path / "preprocessor_config.json"
+            raise UserError(f"{path} {told} ({beside[0].name}), which rsd-trt does not compute", remedy)
     shards, found = _shards(path)
-    config, resize = backbone_config(file, data, processor, _read_object(processor), found)
+    if adapters := [key for key in found if ".lora_" in key]:
+        raise UserError(f"{path}: the weights hold LoRA adapters beside the layers ({named(adapters[0])})", MERGE)
+    processor, nested = path / PROCESSOR, path / NESTED
+    processor_data = _read_object(processor)
+    if not processor.is_file() and (inner := _object(_read_object(nested).get("image_processor"))):
+        processor, processor_data = nested, inner
+    config, resize = backbone_config(file, data, processor, processor_data, found)
     # OpenVLA's own code lets the file beside the weights replace what the configuration holds.
     statistics = _read_object(path / STATISTICS) or _object(data.get("norm_stats"))
     return OpenVLAFolder(path, shards, without_unused(found, config), config, resize, statistics)
@@ -140,6 +167,8 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
     single, index = path / SINGLE, path / INDEX
     if single.is_file() == index.is_file():
         have = "both" if single.is_file() else "neither"
+        if (path / ADAPTERS).is_dir() and not single.is_file():
+            raise UserError(f"{path} has LoRA adapters ({ADAPTERS}) and no merged weights", MERGE)
         raise UserError(f"{path} has {have} {SINGLE} {'and' if single.is_file() else 'nor'} {INDEX}: one is needed")
     if single.is_file():
         return (single,), contents([single])
@@ -167,6 +196,7 @@ def _read_object(file: Path) -> dict[str, object]:
     try:
         if file.exists() and not file.is_file():
             raise UserError(f"{file} is no regular file. Put the file itself in its place")
+        check_whole(file)
         return _object(parse(file.read_bytes(), str(file)), str(file))
     except FileNotFoundError:
         return {}

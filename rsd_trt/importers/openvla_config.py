@@ -189,7 +189,10 @@ def _dtype(file: Path, model: ModelConfig) -> Literal["float32", "bfloat16"]:
         return "float32"
     if name == "bfloat16":
         return "bfloat16"
-    raise UserError(f"{file}: torch_dtype {shown(name)} is not supported; bfloat16 and float32 are")
+    raise UserError(
+        f"{file}: torch_dtype {shown(name)} is not supported; bfloat16 and float32 are",
+        "Save the model in bfloat16, as which OpenVLA's evaluations load it: model.bfloat16().save_pretrained(FOLDER)",
+    )
 
 
 def _shape(path: Path, found: Mapping[str, Entry], key: str, axes: int) -> tuple[int, ...]:

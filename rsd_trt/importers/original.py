@@ -1,4 +1,5 @@
-"""The original RSD experiment's `.pt` files: drafts, heads and codecs, with dimensions read from their shapes."""
+"""The original RSD experiment's `.pt` files, drafts, heads and codecs, and OpenVLA-OFT's heads and projectors, with
+dimensions read from their shapes."""
 
 from __future__ import annotations
 
@@ -12,20 +13,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rsd_trt.config import CodecConfig, Dims, HeadConfig, HiddenDraftConfig
+from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, CodecConfig, Dims, HeadConfig, HiddenDraftConfig
 from rsd_trt.errors import UserError, named, reason
+from rsd_trt.files import check_whole
 from rsd_trt.importers.archive import check_archive
 from rsd_trt.weights import Entry
 
 WRAPPINGS = ("model_state_dict", "model", "state_dict")  # the keys under which a checkpoint may hold its state dict
 # What training on several GPUs and torch.compile put into keys, wherever the wrapped module stands.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+HEADS = "OpenVLA-OFT's L1 regression head, and the RFSQ heads of the original RSD experiment"
 CONFIGS = ("extra_state", "hyper_parameters")  # what a configuration may lie below
 
 Part = Literal["draft", "head", "codec", "proprio_projector"]
 MARKS: dict[Part, str] = {  # a key that only this part has
     "draft": r"input_projection\.weight",
-    "head": r"feature_proj\.0\.weight|classification_heads\.0\.6\.weight",
+    "head": r"feature_proj\.0\.weight|classification_heads\.0\.6\.weight|model\.layer_norm1\.weight",
     "codec": r"encoder\.0\.weight",
     "proprio_projector": r"fc2\.weight",
 }
@@ -77,6 +80,7 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
         raise UserError(f"{file} is missing")
     if not file.is_file():
         raise UserError(f"{file} is no regular file")
+    check_whole(file)
     try:
         check_archive(file)
         # Mapped: a storage is a piece of the file, so that none can be larger than that, or take memory of its own.
@@ -99,6 +103,8 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     if not state or len(state) != len(wrapped):
         raise UserError(f"{file} holds no state dict, neither bare nor under {' or '.join(WRAPPINGS)}")
     unread = tuple(named(key) for key, value in top.items() if key != under and _holds_tensors(value))
+    if any(key.startswith("noise_predictor.") for key in state):
+        raise UserError(f"{file} is OpenVLA-OFT's diffusion head, which is not supported", f"Supported are {HEADS}")
     kind = next((kind for kind, mark in MARKS.items() if any(re.fullmatch(mark, key) for key in state)), None)
     if kind != part:
         raise UserError(f"{file} is {f'a {kind}' if kind else 'of an unknown kind'}, not a {part}")
@@ -137,7 +143,16 @@ def draft_config(draft: Checkpoint) -> HiddenDraftConfig:
 
 
 def head_config(head: Checkpoint) -> HeadConfig:
-    """Which of the three heads it is (RFSQHead, ConditionedRFSQHead, RFSQClassificationHead), and its sizes."""
+    """Which of the heads it is (RFSQHead, ConditionedRFSQHead, RFSQClassificationHead, OpenVLA-OFT's
+    L1RegressionActionHead), and its sizes.
+
+    Raises:
+        UserError: actions of other robots.
+    """
+    if "model.layer_norm1.weight" in head.state:
+        check_actions(f"{head.file}, model.fc2.weight,", head.size("model.fc2.weight", 0), ACTION_DIMS)
+        blocks = head.count(r"model\.mlp_resnet_blocks\.(\d+)\.")
+        return HeadConfig(kind="oft-l1", width=head.size("model.fc1.weight", 0), blocks=blocks)
     if "classification_heads.0.0.weight" in head.state:
         return HeadConfig(kind="classification", width=head.size("classification_heads.0.0.weight", 0))
     feature = head.size("feature_proj.0.weight", 0)
@@ -146,6 +161,16 @@ def head_config(head: Checkpoint) -> HeadConfig:
         return HeadConfig(kind="rfsq", feature=feature, width=width)
     embedding = head.size("token_embedding.weight", 1)
     return HeadConfig(kind="conditioned", feature=feature, width=width, embedding=embedding)
+
+
+def check_actions(where: str, found: int, wanted: int) -> None:
+    """Raises UserError for another robot's number of action or state dimensions."""
+    if found != wanted:
+        robot = " (ALOHA's two arms)" if found == 2 * ACTION_DIMS else ""
+        raise UserError(
+            f"{where} has {found} dimensions{robot}; {wanted} are supported: {ACTION_DIMS} of an action, six of one "
+            f"arm's end effector and a gripper, and {PROPRIO_DIM} of a state"
+        )
 
 
 def codec_config(codec: Checkpoint, scale: Literal["plain", "layernorm"] | None) -> CodecConfig:
@@ -170,6 +195,8 @@ def codec_config(codec: Checkpoint, scale: Literal["plain", "layernorm"] | None)
 
 def hidden_width(checkpoint: Checkpoint) -> int:
     """How many numbers of a hidden state a draft or a head reads."""
+    if "model.layer_norm1.weight" in checkpoint.state:  # a step's hidden states, side by side
+        return checkpoint.size("model.layer_norm1.weight", 0) // ACTION_DIMS
     first = ("input_projection.weight", "feature_proj.0.weight", "classification_heads.0.0.weight")
     return checkpoint.size(next((key for key in first if key in checkpoint.state), first[0]), 1)
 
@@ -182,6 +209,8 @@ def fit(parts: Mapping[Part, Checkpoint], steps: int) -> Dims:
     """
     usual = Dims()
     draft, head, codec = parts.get("draft"), parts.get("head"), parts.get("codec")
+    if head and "model.layer_norm1.weight" in head.state:
+        head = None  # of actions: it fits any codec, and any number of steps
     conditioned = head if head and "token_embedding.weight" in head.state else None
     latent = codec.size("encoder.2.weight", 0) if codec else usual.D
     layers = _same(

@@ -21,23 +21,29 @@ from rsd_trt.bundle import (
 )
 from rsd_trt.config import (
     OWN_FOLDER,
+    PROPRIO_DIM,
     BundleConfig,
     CodecConfig,
     ControlConfig,
     Dims,
+    DraftConfig,
+    Gripper,
     HeadConfig,
     HiddenDraftConfig,
     Preset,
+    Rotation,
     RsdConfig,
+    VisionDraftConfig,
     WeightFile,
     WeightsFolder,
 )
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, shown
 from rsd_trt.files import check_disk, new_folder
 from rsd_trt.importers.openvla import PROPRIO, OpenVLAFolder, find_folder, read_folder
 from rsd_trt.importers.original import (
     Checkpoint,
     Part,
+    check_actions,
     check_finite,
     codec_config,
     draft_config,
@@ -46,9 +52,11 @@ from rsd_trt.importers.original import (
     hidden_width,
     read_checkpoint,
 )
-from rsd_trt.presets import conventions
+from rsd_trt.presets import attention, conventions
 from rsd_trt.prompts import BOS, TOKENIZER, encode, read_tokenizer
 from rsd_trt.weights import check_keys, describe_file, open_tensors
+
+INSTRUCTION = "{instruction}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,12 @@ class PackRequest:
     codec_scale: Literal["plain", "layernorm"] | None = None  # None: what the file says
     chunk: int = Dims().T  # steps
     copy: bool = False
+    # Conventions that are others than the preset's; None: as the preset has them.
+    prompt: str | None = None  # "openvla", "instruction" (bare), or any text with {instruction}
+    cameras: tuple[str, ...] | None = None
+    rotate_images: bool | None = None
+    rotation: Rotation | None = None
+    gripper: Gripper | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +103,17 @@ def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None)
     """
     with new_folder(request.out) as folder:
         source = read_folder(find_folder(request.backbone))
-        files: dict[Part, Path | None] = {"draft": request.draft, "head": request.head, "codec": request.codec}
+        head = request.head
+        if head is None and request.preset == "openvla-oft":
+            head = source.beside("action_head")
+        files: dict[Part, Path | None] = {"draft": request.draft, "head": head, "codec": request.codec}
         parts = {part: read_checkpoint(file, part) for part, file in files.items() if file}
         config = configuration(request, source, parts)
         projector = None
         found = dict(source.found)
         if config.backbone.proprio and not source.config.proprio:
-            projector = read_checkpoint(source.proprio_projector(), "proprio_projector")
+            projector = read_checkpoint(source.beside("proprio_projector"), "proprio_projector")
+            check_actions(f"{projector.file}, fc1.weight,", projector.size("fc1.weight", 1), PROPRIO_DIM)
             found |= {PROPRIO + key: entry for key, entry in projector.entries.items()}
         check_keys(outline(config, "backbone"), found, source.path)
         for part, checkpoint in parts.items():
@@ -116,7 +134,7 @@ def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None)
             write_part(folder, part, {key: value.float().clone() for key, value in checkpoint.state.items()})
         if projector:
             write_part(folder, "backbone", {PROPRIO + key: value for key, value in projector.state.items()})
-    used = {projector.file} if projector else set()
+    used = {checkpoint.file for checkpoint in (projector, *parts.values()) if checkpoint}
     return Packed(
         str(request.out),
         request.preset,
@@ -144,14 +162,28 @@ def configuration(request: PackRequest, source: OpenVLAFolder, parts: Mapping[Pa
                 f"{reader.file} reads a hidden state of {width} numbers, the backbone of {source.path} gives {hidden}"
             )
     dims = fit(parts, request.chunk)
+    head = head_config(parts["head"]) if "head" in parts else HeadConfig()
+    if not head.gives_tokens and request.preset != "openvla-oft":
+        raise UserError(
+            f"{parts['head'].file} is OpenVLA-OFT's head; preset {request.preset} has a causal mask, and the head "
+            "was trained without one",
+            "Use: --preset openvla-oft",
+        )
+    draft: DraftConfig = HiddenDraftConfig() if head.gives_tokens else VisionDraftConfig()
+    usual = min(RsdConfig().n_action_steps, dims.T)
     return BundleConfig(
         name=bundle_name(request.out) or request.preset,
         trained=True,
-        backbone=replace(source.config, proprio=request.preset == "openvla-oft"),
-        rsd=RsdConfig(n_action_steps=min(RsdConfig().n_action_steps, dims.T)),
+        backbone=replace(
+            source.config,
+            proprio=request.preset == "openvla-oft",
+            attention=attention(request.preset),
+            action_tokens=0 if head.gives_tokens else dims.T * dims.A,
+        ),
+        rsd=RsdConfig(n_action_steps=usual if head.gives_tokens else dims.T),  # OpenVLA-OFT executes whole chunks
         dims=dims,
-        draft=draft_config(parts["draft"]) if "draft" in parts else HiddenDraftConfig(),
-        head=head_config(parts["head"]) if "head" in parts else HeadConfig(),
+        draft=draft_config(parts["draft"]) if "draft" in parts else draft,
+        head=head,
         codec=codec_config(parts["codec"], request.codec_scale) if "codec" in parts else CodecConfig(),
         control=_control(request, source),
     )
@@ -159,7 +191,7 @@ def configuration(request: PackRequest, source: OpenVLAFolder, parts: Mapping[Pa
 
 def _control(request: PackRequest, source: OpenVLAFolder) -> ControlConfig:
     """The preset's conventions with the data set's statistics."""
-    control = replace(conventions(request.preset), resize=source.resize)
+    control = replace(conventions(request.preset), resize=source.resize, **_chosen(request))
     if request.preset == "rvq":
         if request.statistics is not None:
             raise UserError("preset rvq takes actions as the environment does: leave out --statistics")
@@ -167,6 +199,23 @@ def _control(request: PackRequest, source: OpenVLAFolder) -> ControlConfig:
     name, actions = source.quantiles(request.statistics, "action")
     proprio = source.quantiles(name, "proprio")[1] if request.preset == "openvla-oft" else None
     return replace(control, statistics=name, action_quantiles=actions, proprio_quantiles=proprio)
+
+
+def _chosen(request: PackRequest) -> dict[str, object]:
+    """The conventions that the request names, as `ControlConfig`'s fields.
+
+    Raises:
+        UserError: a prompt without a place for the instruction.
+    """
+    names = ("cameras", "rotate_images", "rotation", "gripper")
+    chosen = {name: value for name in names if (value := getattr(request, name)) is not None}
+    if request.prompt is None:
+        return chosen
+    usual = ControlConfig()
+    prompt = {"openvla": usual.prompt, "instruction": INSTRUCTION}.get(request.prompt, request.prompt)
+    if INSTRUCTION not in prompt:
+        raise UserError(f"--prompt {shown(prompt)} lacks {INSTRUCTION}", "Use: openvla, instruction, or such a text")
+    return {**chosen, "prompt": prompt, "lowercase": prompt == usual.prompt}
 
 
 def _check_tokenizer(source: OpenVLAFolder, config: BundleConfig) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rsd_trt.config import ARM_DIMS, ControlConfig, Dims
 from rsd_trt.models.codec import Decoder
 from rsd_trt.models.draft import DraftModel
-from rsd_trt.models.head import Head
+from rsd_trt.models.head import ActionHead, Head
 from rsd_trt.models.signature import Exportable, Port, Signature
 from rsd_trt.models.vision_draft import VisionDraft
 
@@ -34,6 +34,15 @@ class ActionTransform(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
         self.openvla_gripper = control.gripper == "openvla"
+
+    def inverse(self, actions: Tensor) -> Tensor:
+        """The environment's actions [B, T, A] -> the policy's; a gripper of the `openvla` convention comes out as 0 or
+        1."""
+        actions = (actions.float() - self.offset) / self.scale
+        if not self.openvla_gripper:
+            return actions
+        gripper = (1 - actions[..., ARM_DIMS:]) / 2
+        return torch.cat([actions[..., :ARM_DIMS], gripper], dim=-1)
 
     def forward(self, actions: Tensor) -> Tensor:
         """[B, T, A] -> [B, T, A]."""
@@ -111,6 +120,24 @@ class Predict(Exportable):
         tokens = most_likely(logits, self.head.dims)
         actions = self.transform(self.decoder(tokens))
         return tokens, actions, all_finite(logits, actions)
+
+
+class PredictActions(Exportable):
+    """Action tokens' hidden states -> the chunk of a main head that gives actions."""
+
+    def __init__(self, head: ActionHead, transform: ActionTransform) -> None:
+        super().__init__()
+        self.head, self.transform = head, transform
+        self.signature = Signature(
+            inputs=head.signature.inputs,
+            outputs=(*head.signature.outputs, Port("finite", ("B",), "bool")),
+            sizes=head.signature.sizes,
+        )
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [B, T*A, H] -> actions [B, T, A] of the environment, finite [B]."""
+        normalised = self.head(hidden)
+        return self.transform(normalised), all_finite(normalised)
 
 
 def most_likely(logits: Tensor, dims: Dims) -> Tensor:

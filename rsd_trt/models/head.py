@@ -1,11 +1,12 @@
-"""The main head: a hidden state -> logits of all RFSQ layers L0..L{L-1}.
+"""The main head: a hidden state -> logits of all RFSQ layers L0..L{L-1}, or action tokens' hidden states -> actions.
 
-Module names follow the three head classes of the original experiment, so that their checkpoints load.
+Module names follow the three head classes of the original experiment and OpenVLA-OFT's, so that their checkpoints load.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsd_trt.config import Dims, HeadConfig
@@ -17,7 +18,7 @@ CONDITION = Port("condition", ("B", "T", "D", "C"), "int64")
 
 
 class Head(Exportable):
-    """What the three heads share: their dimensions and their signature.
+    """What the heads that give logits share: their dimensions and their signature.
 
     They take and give float32, whatever the precision of their weights.
     """
@@ -102,8 +103,60 @@ class RFSQClassificationHead(Head):
         return self.classify(self.cast(hidden), self.classification_heads)
 
 
-def build_head(config: HeadConfig, dims: Dims, hidden: int) -> Head:
+class ResidualBlock(nn.Module):
+    """x + ReLU(Linear(LayerNorm(x)))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn(x)
+
+
+class ResidualMLP(nn.Module):
+    """A step's hidden states, side by side [..., A*H] -> its action [..., A]."""
+
+    def __init__(self, config: HeadConfig, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(inputs)
+        self.fc1 = nn.Linear(inputs, config.width)
+        self.mlp_resnet_blocks = nn.ModuleList(ResidualBlock(config.width) for _ in range(config.blocks))
+        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.fc2 = nn.Linear(config.width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc1(self.layer_norm1(x)))
+        for block in self.mlp_resnet_blocks:
+            x = block(x)
+        return self.fc2(self.layer_norm2(x))
+
+
+class ActionHead(Exportable):
+    """OpenVLA-OFT's head for L1 regression: hidden [B, T*A, H] -> actions [B, T, A], normalised.
+
+    It takes and gives float32, whatever the precision of its weights.
+    """
+
+    def __init__(self, config: HeadConfig, dims: Dims, hidden: int) -> None:
+        super().__init__()
+        self.dims = dims
+        self.model = ResidualMLP(config, dims.A * hidden, dims.A)
+        self.signature = Signature(
+            inputs=(Port("hidden", ("B", "T*A", "H")),),
+            outputs=(Port("actions", ("B", "T", "A")),),
+            sizes={"H": hidden, "T": dims.T, "A": dims.A, "T*A": dims.T * dims.A},
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        steps = hidden.reshape(len(hidden), self.dims.T, -1)  # [B, T, A*H]
+        return self.model(steps.to(self.model.fc1.weight.dtype)).float()
+
+
+def build_head(config: HeadConfig, dims: Dims, hidden: int) -> Head | ActionHead:
     """The head of `config.kind`."""
+    if config.kind == "oft-l1":
+        return ActionHead(config, dims, hidden)
     classes: dict[str, type[Head]] = {
         "rfsq": RFSQHead,
         "conditioned": ConditionedRFSQHead,

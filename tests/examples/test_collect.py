@@ -28,7 +28,7 @@ from examples.reference_policy.demonstrate import (
 from rsd_trt.config import ControlConfig
 from rsd_trt.eval.libero.simulator import Simulator, initial_states, open_suite
 from rsd_trt.eval.libero.target import DISPLACEMENT, TARGET, displace, offsets
-from rsd_trt.runtime.preprocess import resize
+from rsd_trt.runtime.pixels import resize
 
 
 def test_existing_episodes_are_not_collected_again(tmp_path: Path) -> None:

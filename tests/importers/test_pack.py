@@ -13,17 +13,30 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
-from openvla_folder import HIDDEN, IMAGE, STATISTICS, VOCAB, OpenVLA, ProprioProjector, write_folder
+from openvla_folder import (
+    HIDDEN,
+    IMAGE,
+    STATISTICS,
+    VOCAB,
+    ActionHead,
+    OpenVLA,
+    ProprioProjector,
+    seeded,
+    write_beside,
+    write_folder,
+)
 from PIL import Image
 from torch import Tensor, nn
 
 from rsd_trt.bundle import Bundle, copy_with
 from rsd_trt.cli import main
 from rsd_trt.cli.info import describe
-from rsd_trt.config import PROPRIO_DIM, HiddenDraftConfig, Preset, protocol_name
+from rsd_trt.config import PROPRIO_DIM, ControlConfig, HiddenDraftConfig, Preset, protocol_name
 from rsd_trt.errors import UserError
+from rsd_trt.eval.verify.oracle import tensorflow_resample
 from rsd_trt.importers.pack import PackRequest, pack
 from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.pixels import through_jpeg
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import Preprocessor
 
@@ -31,6 +44,7 @@ Change = Callable[[Path], object]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = "model.safetensors.index.json"
 PROPRIO_FILE = "proprio_projector--150000_checkpoint.pt"
+HEAD_FILE = "action_head--150000_checkpoint.pt"
 DATA = "libero_spatial_no_noops"
 
 
@@ -59,9 +73,8 @@ def proprio_projector(randomise: Callable[..., None]) -> ProprioProjector:
 def folder(model: OpenVLA, proprio_projector: ProprioProjector, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OpenVLA-OFT's folder: OpenVLA's and two files more. Read only: a test that writes takes `copied`."""
     path = write_folder(tmp_path_factory.mktemp("hf") / "openvla", model)
-    state = {f"module.{key}": value for key, value in proprio_projector.state_dict().items()}
-    torch.save(state, path / PROPRIO_FILE)
-    torch.save({"module.model.fc1.weight": torch.zeros(1)}, path / "action_head--150000_checkpoint.pt")
+    write_beside(path, "proprio_projector", proprio_projector)
+    write_beside(path, "action_head", seeded(ActionHead(), 1))
     return path
 
 
@@ -98,32 +111,31 @@ def observation(bundle: Bundle) -> Observation:
     )
 
 
-def processor(image: np.ndarray, rotate: bool, crop: float) -> Tensor:
-    """OpenVLA's image processor by PIL: 6 channels, by the saved numbers."""
-    picture = Image.fromarray(image[::-1, ::-1] if rotate else image)
-    keep = round(picture.width * crop**0.5)
-    left = (picture.width - keep) // 2
-    picture = picture.crop((left, left, left + keep, left + keep)).resize((IMAGE, IMAGE), Image.Resampling.BICUBIC)
-    x = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
+def processor(image: np.ndarray, preset: Preset) -> Tensor:
+    """OpenVLA's image processor: 6 channels, by the saved numbers. Before it OpenVLA's evaluations bring images to
+    size; the original experiment's do not, and PIL does."""
+    if preset == "rvq":
+        resized = np.asarray(Image.fromarray(image).resize((IMAGE, IMAGE), Image.Resampling.BICUBIC)).copy()
+    else:
+        resized = tensorflow_resample(through_jpeg(np.ascontiguousarray(image[::-1, ::-1]), 95), IMAGE, 0.9)
+    x = torch.from_numpy(resized).permute(2, 0, 1) / 255
     mean = torch.tensor([0.484375, 0.455078125, 0.40625]).view(3, 1, 1)
     std = torch.tensor([0.228515625, 0.2236328125, 0.224609375]).view(3, 1, 1)
     return torch.cat([(x - mean) / std, (x - 0.5) / 0.5])[None]
 
 
 @pytest.mark.parametrize(
-    ("preset", "prompt", "rotate", "crop", "images"),
+    ("preset", "prompt", "images"),
     [
-        ("openvla", "In: What action should the robot take to pick up the bowl?\nOut:", True, 0.9, 1),
-        ("openvla-oft", "In: What action should the robot take to pick up the bowl?\nOut:", True, 0.9, 2),
-        ("rvq", "Pick up the Bowl", False, 1.0, 1),
+        ("openvla", "In: What action should the robot take to pick up the bowl?\nOut:", 1),
+        ("openvla-oft", "In: What action should the robot take to pick up the bowl?\nOut:", 2),
+        ("rvq", "Pick up the Bowl", 1),
     ],
 )
 @torch.no_grad()
 def test_the_hidden_state_of_an_observation_equals_an_independent_assembly(
     preset: Preset,
     prompt: str,
-    rotate: bool,
-    crop: float,
     images: int,
     model: OpenVLA,
     proprio_projector: ProprioProjector,
@@ -135,16 +147,15 @@ def test_the_hidden_state_of_an_observation_equals_an_independent_assembly(
     assert len(seen.images) == images
     control, cpu = bundle.config.control, torch.device("cpu")
     inputs = Preprocessor(control, bundle.config.backbone, bundle.tokenizer(), cpu)([seen])
-    backbone = bundle.backbone()
-    hidden = backbone(inputs)
+    hidden = bundle.backbone()(inputs)
 
     ids = bundle.tokenizer().encode(prompt).ids + ([] if preset == "rvq" else [29871])
     proprio = None
     if preset == "openvla-oft":
-        normalised = np.where([True] * 6 + [False] * 2, np.clip(seen.proprio / 0.5, -1, 1), seen.proprio)
+        normalised = np.clip(np.where([True] * 6 + [False] * 2, seen.proprio / 0.5, seen.proprio), -1, 1)
         proprio = proprio_projector(torch.from_numpy(normalised.astype(np.float32)))[None, None]
-    pixels = [processor(image, rotate, crop) for image in seen.images]
-    expected = model.hidden(pixels, torch.tensor([ids]), proprio)
+    pixels = [processor(image, preset) for image in seen.images]
+    expected = model.hidden(pixels, torch.tensor([ids]), proprio, action_tokens=56 if preset == "openvla-oft" else 0)
     assert expected.abs().mean() > 0.1
     torch.testing.assert_close(hidden, expected, rtol=0, atol=5e-3)  # one pixel may round to the next level
 
@@ -177,6 +188,12 @@ def test_what_the_presets_set(folder: Path, tmp_path: Path) -> None:
         assert list(control.action_quantiles.mask) == [True] * 6 + [False]
         assert bundle.config.backbone.proprio == (preset == "openvla-oft") == (control.proprio_quantiles is not None)
         assert len(control.cameras) == 1 + bundle.config.backbone.proprio
+        assert (control.jpeg_quality, control.resampling) == (95, "lanczos3")
+        both_sides = preset == "openvla-oft"
+        assert bundle.config.backbone.attention == ("bidirectional" if both_sides else "causal")
+        assert (bundle.config.backbone.action_tokens, bundle.config.rsd.n_action_steps) == (
+            (56, 8) if both_sides else (0, 4)
+        )
     rvq = packed(folder, tmp_path / "rvq").config
     assert (rvq.control.prompt, rvq.control.lowercase, rvq.control.suffix_token) == ("{instruction}", False, None)
     assert (rvq.control.rotate_images, rvq.control.gripper, rvq.control.action_quantiles) == (False, "env", None)
@@ -318,6 +335,12 @@ def fill_nan(value: Tensor) -> Tensor:
     return value
 
 
+def aloha_head() -> dict[str, Tensor]:
+    state = seeded(ActionHead(), 1).state_dict()
+    return {**state, "model.fc2.weight": torch.zeros(14, HIDDEN), "model.fc2.bias": torch.zeros(14)}
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 LAYER = "language_model.model.layers.1"
 DAMAGE: dict[str, tuple[Change, str]] = {
     "another model": (
@@ -348,7 +371,10 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         edit("config.json", timm_override_act_layers=["quick_gelu", None]),
         "timm_override_act_layers ['quick_gelu', None]",
     ),
-    "half precision": (edit("config.json", torch_dtype="float16"), "torch_dtype 'float16' is not supported"),
+    "half precision": (
+        edit("config.json", torch_dtype="float16"),
+        "float32 are. Save the model in bfloat16",
+    ),
     "two image sizes": (edit("config.json", image_sizes=[28, 42]), "the towers read images of [28, 42] pixels"),
     "resize-crop": (
         edit("preprocessor_config.json", image_resize_strategy="resize-crop"),
@@ -402,6 +428,39 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "diffusion": (lambda f: (f / "noise_predictor--9_checkpoint.pt").touch(), "DIR has a diffusion head"),
     "LoRA": (lambda f: (f / "adapter_config.json").write_text("{}"), "DIR holds LoRA adapters that are not merged"),
+    "LoRA in the weights": (
+        edit_tensor("language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight", lambda x: x),
+        "the weights hold LoRA adapters beside the layers (language_model.model.layers.0.self_attn.q_proj.lora_A",
+    ),
+    "LoRA alone": (
+        lambda f: ((f / INDEX).unlink(), (f / "lora_adapter").mkdir()),
+        "DIR has LoRA adapters (lora_adapter) and no merged weights. Merge them",
+    ),
+    "diffusion, by the head": (
+        lambda f: torch.save({"module.noise_predictor.mlp_resnet.fc1.weight": torch.zeros(2, 2)}, f / HEAD_FILE),
+        f"{HEAD_FILE} is OpenVLA-OFT's diffusion head, which is not supported. Supported are OpenVLA-OFT's L1",
+    ),
+    "no head": (
+        lambda f: (f / HEAD_FILE).unlink(),
+        "needs action_head--*_checkpoint.pt, DIR has none. Give another head: --head",
+    ),
+    "ALOHA's head": (
+        lambda f: torch.save(aloha_head(), f / HEAD_FILE),
+        f"{HEAD_FILE}, model.fc2.weight, has 14 dimensions (ALOHA's two arms); 7 are supported: 7 of an action",
+    ),
+    "ALOHA's statistics": (
+        edit("config.json", norm_stats={DATA: {"action": {"q01": [0.0] * 14, "q99": [1.0] * 14}}}),
+        f"statistics of {DATA!r}, action has 14 dimensions (ALOHA's two arms); 7 are supported",
+    ),
+    "pointers": (
+        lambda f: (f / SHARDS[0]).write_bytes(POINTER),
+        f"{SHARDS[0]} is git-lfs's pointer to the file, and not the file. Fetch it: git lfs pull",
+    ),
+    "a pointer to the head": (lambda f: (f / HEAD_FILE).write_bytes(POINTER), f"{HEAD_FILE} is git-lfs's pointer"),
+    "a pointer to the tokenizer": (
+        lambda f: (f / "tokenizer.json").write_bytes(POINTER),
+        "tokenizer.json is git-lfs's pointer",
+    ),
     "truncated shard": (
         lambda f: (f / SHARDS[1]).write_bytes((f / SHARDS[1]).read_bytes()[:-50]),
         f"{SHARDS[1]} cannot be read as safetensors",
@@ -420,7 +479,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         edit(INDEX, weight_map={"a": SHARDS[0]}),
         "and the shards disagree about a, language_model.lm_head.weight",
     ),
-    "no statistics": (edit("config.json", norm_stats=None), "DIR has none: --statistics NAME"),
+    "no statistics": (edit("config.json", norm_stats=None), "DIR has no statistics to normalise by: no dataset_"),
     "other statistics": (edit("config.json", norm_stats={"bridge": {}}), f"has no statistics of {DATA!r}"),
     "no quantiles": (edit("config.json", norm_stats={DATA: {"action": {}}}), "has no action quantiles (q01 and q99)"),
     "short quantiles": (
@@ -435,7 +494,7 @@ def test_a_folder_that_is_not_right_is_one_clear_line(
     change: Change, message: str, copied: Path, tmp_path: Path
 ) -> None:
     change(copied)
-    statistics = None if "--statistics" in message else DATA
+    statistics = None if "no statistics to" in message else DATA
     found = refused(copied, tmp_path / "bundle", "openvla-oft", statistics=statistics)
     assert message.replace("DIR", str(copied)) in found
 
@@ -460,6 +519,26 @@ def test_statistics_are_chosen_by_name(copied: Path, tmp_path: Path) -> None:
     assert "leave out --statistics" in refused(copied, tmp_path / "bundle", "rvq", statistics=DATA)
     (copied / "dataset_statistics.json").write_text(json.dumps({"mine": STATISTICS[DATA]}))
     assert packed(copied, tmp_path / "bundle", "openvla", statistics=None).config.control.statistics == "mine"
+
+
+def test_a_folder_of_transformers_5(copied: Path, tmp_path: Path) -> None:
+    """It nests the image processor's file in the processor's."""
+    expected = packed(copied, tmp_path / "a").config.backbone
+    processor = json.loads((copied / "preprocessor_config.json").read_text())
+    (copied / "preprocessor_config.json").unlink()
+    (copied / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    assert packed(copied, tmp_path / "b").config.backbone == expected
+
+
+def test_merged_adapters_beside_the_weights_are_left_alone(copied: Path, tmp_path: Path) -> None:
+    (copied / "lora_adapter").mkdir()
+    (copied / "lora_adapter" / "adapter_config.json").write_text("{}")
+    packed(copied, tmp_path / "bundle")
+
+
+def test_an_oft_head_needs_its_preset(folder: Path, tmp_path: Path) -> None:
+    message = refused(folder, tmp_path / "out" / "bundle", "openvla", head=folder / HEAD_FILE)
+    assert message.endswith("the head was trained without one. Use: --preset openvla-oft")
 
 
 def test_letterbox_is_recorded(copied: Path, tmp_path: Path) -> None:
@@ -515,11 +594,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     result = run("pack", *options, "-o", out, "--json")
     assert result.exit_code == 0
     made = json.loads(result.stdout)
-    assert (made["parts"], made["statistics"], made["not_read"]) == (
-        ["backbone"],
-        DATA,
-        ["action_head--150000_checkpoint.pt"],
-    )
+    assert (made["parts"], made["statistics"], made["not_read"]) == (["backbone", "head"], DATA, [])
     assert made["bytes"] == sum((folder / shard).stat().st_size for shard in SHARDS)
     assert [line.rpartition("/")[2] for line in result.stderr.splitlines()] == SHARDS
     shown = run("info", out).stdout
@@ -532,3 +607,32 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert (again.exit_code, again.stdout) == (1, "")
     plain = run("pack", *options, "-o", tmp_path / "other")
     assert "referenced: 0.01 GB of backbone weights in" in plain.stdout
+    assert (
+        "assumed: prompt 'In: What action should the robot take to {instruction}?\\nOut:', lower case; cameras "
+        in plain.stdout
+    )
+    assert "attention bidirectional (rsd-trt info" in plain.stdout
+
+
+def test_conventions_are_options(folder: Path, tmp_path: Path) -> None:
+    """The original experiment's later heads: OpenVLA's prompt, rotated images of two cameras, an inverted gripper."""
+    cameras = "agentview_image,robot0_eye_in_hand_image"
+    conventions = ("--prompt", "openvla", "--cameras", cameras, "--rotate-images", "--gripper", "openvla")
+    head = checkpoints(tmp_path, {"head": original.ConditionedRFSQHead(), "codec": original.ActionRFSQAE(True)})
+    parts = ("--head", head["head"], "--codec", head["codec"], "--chunk", original.T)
+    made = run("pack", "--backbone", folder, "--preset", "rvq", *parts, *conventions, "-o", tmp_path / "b")
+    assert made.exit_code == 0, made.output
+    control = Bundle.open(tmp_path / "b").config.control
+    assert (control.prompt, control.lowercase, control.suffix_token) == (ControlConfig().prompt, True, None)
+    assert (control.cameras, control.rotate_images) == (tuple(cameras.split(",")), True)
+    assert (control.rotation, control.gripper) == ("shortest", "openvla")
+    assert f"cameras {cameras.replace(',', ', ')}; images rotated by 180 degrees" in made.stdout
+    bare = run("pack", "--backbone", folder, "--preset", "rvq", "--prompt", "do it", "-o", tmp_path / "c")
+    assert (bare.exit_code, "--prompt 'do it' lacks {instruction}" in bare.stderr) == (1, True)
+
+
+def test_without_a_head_the_way_out_is_told(folder: Path, tmp_path: Path) -> None:
+    made = run("pack", "--backbone", folder, "--preset", "openvla", "--statistics", DATA, "-o", tmp_path / "b")
+    assert "OpenVLA's own action tokens (greedy decoding) are not read" in made.stdout
+    with pytest.raises(UserError, match=r"has no head: .* Pack it with one: --head, or OpenVLA-OFT's folder"):
+        Policy.load(tmp_path / "b", "baseline")

@@ -1,4 +1,4 @@
-"""The backbone against transformers' Llama, and its two promises: resuming and padding change nothing."""
+"""The backbone against transformers' Llama, causal and to both sides, and its promise: padding changes nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from msgspec import structs
 from torch import Tensor
 
 from rsd_trt.config import PROPRIO_DIM
-from rsd_trt.models.backbone import Backbone, BackboneInputs
+from rsd_trt.models.backbone import PLACEHOLDER, Backbone, BackboneInputs
 from rsd_trt.presets import preset
 
 TINY = preset("tiny", "tiny").backbone
 N = TINY.language.blocks
+ACTION_TOKENS = 6
 PATCHES = (TINY.image_size // TINY.towers[0].patch) ** 2
 
 
@@ -68,8 +69,26 @@ def backbone(randomise: Callable[..., None]) -> Backbone:
     return module.requires_grad_(False).eval()
 
 
-def llama_oracle(backbone: Backbone, stream: Tensor) -> Tensor:
-    """transformers' last hidden states for an embedded sequence, with this backbone's weights copied by key."""
+@pytest.fixture(scope="module")
+def both_sides(backbone: Backbone) -> Backbone:
+    """The same weights with attention to both sides and action tokens."""
+    module = Backbone(structs.replace(TINY, attention="bidirectional", action_tokens=ACTION_TOKENS))
+    module.load_state_dict(backbone.state_dict())
+    return module.requires_grad_(False).eval()
+
+
+def with_action_tokens(inputs: BackboneInputs) -> BackboneInputs:
+    """The same rows with placeholders and a stop token (2) behind each prompt."""
+    tokens = torch.zeros(len(inputs.tokens), inputs.tokens.shape[1] + ACTION_TOKENS + 1, dtype=torch.int64)
+    for row, length in enumerate(inputs.lengths.tolist()):
+        behind = torch.tensor([*[PLACEHOLDER] * ACTION_TOKENS, 2])
+        tokens[row, : length + len(behind)] = torch.cat([inputs.tokens[row, :length], behind])
+    return dataclasses.replace(inputs, tokens=tokens, lengths=inputs.lengths + ACTION_TOKENS + 1)
+
+
+def llama_oracle(backbone: Backbone, stream: Tensor, mask: Tensor | None = None) -> Tensor:
+    """transformers' last hidden states for an embedded sequence, with this backbone's weights copied by key. mask: is
+    added to the attention scores in place of the causal one."""
     from transformers import LlamaConfig, LlamaModel
 
     language = backbone.config.language
@@ -85,7 +104,7 @@ def llama_oracle(backbone: Backbone, stream: Tensor) -> Tensor:
     ).eval()
     oracle.load_state_dict(backbone.llama.state_dict())
     with torch.no_grad():
-        return oracle(inputs_embeds=stream).last_hidden_state
+        return oracle(inputs_embeds=stream, attention_mask=mask).last_hidden_state
 
 
 @pytest.mark.parametrize(("images", "tokens"), [(1, 3), (2, 20)])
@@ -129,6 +148,28 @@ def test_padding_changes_nothing(backbone: Backbone) -> None:
     together = backbone(inputs)
     for row in range(3):
         torch.testing.assert_close(together[row], backbone(one_row(inputs, row))[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_attention_to_both_sides_equals_transformers(both_sides: Backbone, images: int) -> None:
+    """The states that are read begin with the prompt's last one; the placeholders' embeddings are zero."""
+    inputs = with_action_tokens(make_inputs([5, 5], images))
+    stream, read = both_sides.embed(inputs)
+    assert read.tolist() == [list(range(images * PATCHES + 5, images * PATCHES + 5 + ACTION_TOKENS))] * 2
+    assert not stream[:, read[0, 1:]].any() and stream[:, read[0, 0]].any() and stream[:, -1].any()
+    length = stream.shape[1]
+    expected = llama_oracle(both_sides, stream, torch.zeros(2, 1, length, length))
+    torch.testing.assert_close(both_sides(inputs), expected[:, read[0]], rtol=0, atol=1e-5)
+    causal = llama_oracle(both_sides, stream)
+    assert (causal[:, read[0]] - expected[:, read[0]]).abs().max() > 1e-2
+
+
+def test_padding_is_kept_out_of_attention_to_both_sides(both_sides: Backbone) -> None:
+    inputs = with_action_tokens(make_inputs([3, 9, 6]))
+    together = both_sides(inputs)
+    assert together.shape == (3, ACTION_TOKENS, TINY.language.hidden)
+    for row in range(3):
+        torch.testing.assert_close(together[row], both_sides(one_row(inputs, row))[0], rtol=0, atol=2e-6)
 
 
 def test_without_a_proprioception_token(backbone: Backbone) -> None:

@@ -21,11 +21,12 @@ from rsd_trt.eval.verify.components import VerifyRequest, verify
 from rsd_trt.eval.verify.inputs import INSTRUCTIONS, random_observations
 from rsd_trt.eval.verify.result import BackboneParity, Parity
 from rsd_trt.export.run import ExportRequest, export_bundle
-from rsd_trt.presets import initialise
+from rsd_trt.presets import byte_tokenizer, conventions, initialise, preset
 from rsd_trt.runtime.backends import Launcher, open_forward
 from rsd_trt.runtime.forward import Forward
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.speculate import RandomAcceptance
 from rsd_trt.trt import find_distribution
 
@@ -114,6 +115,40 @@ def test_every_backbone_acts_as_the_eager_one(
                     np.testing.assert_allclose(found.actions, expected.actions, atol=1e-4)
                     routes.add(found.route)
             assert len(routes) > 1 or mode == "baseline"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("backbone", ["graph", "compiled"])
+def test_openvla_ofts_head_on_every_backbone(
+    tmp_path: Path, observe: Callable[..., Observation], backbone: BackboneKind, batch: int
+) -> None:
+    """Attention to both sides and action tokens, with prompts of different lengths in a batch."""
+    oft = initialise(tmp_path / "oft", "tiny", seed=0, head="oft-l1")
+    words = ("pick up the bowl", "lift", "put the bowl on the plate")
+    with exact_float32():
+        eager, fast = (open_forward(Launcher(oft, "graph", CUDA), "dynamic", kind) for kind in ("eager", backbone))
+        for step in range(3):
+            seen = [observe(oft.config.control, 10 * step + env, words[env]) for env in range(batch)]
+            expected = eager.full(seen)
+            hidden = eager.hidden.clone()
+            found = fast.full(seen)
+            assert found.tokens is None
+            torch.testing.assert_close(fast.hidden, hidden, rtol=0, atol=1e-3)
+            np.testing.assert_allclose(found.actions[..., :ARM_DIMS], expected.actions[..., :ARM_DIMS], atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_openvlas_pixels_on_the_device_are_the_hosts(observe: Callable[..., Observation], compiled: bool) -> None:
+    """In units of 8-bit levels; one level where a rounding falls otherwise."""
+    control = conventions("openvla-oft")
+    backbone = structs.replace(preset("tiny", "tiny").backbone, image_size=224)
+    here, there = (Preprocessor(control, backbone, byte_tokenizer(), device) for device in (torch.device("cpu"), CUDA))
+    if compiled:
+        there.compile()
+    images = torch.from_numpy(observe(control).images[None])
+    std = torch.tensor(backbone.towers[0].std).view(3, 1, 1)
+    error = (there.pixels(images)[:, :, 0].cpu() - here.pixels(images)[:, :, 0]).abs() * std * 255
+    assert error.mean() < 0.01
 
 
 def warm_forward(bundle: Bundle, count: int) -> tuple[Forward, list[list[Observation]]]:

@@ -1,8 +1,8 @@
 """The backbone as it is run fast: the same maths as `rsd_trt.models.backbone`, in fewer and larger kernels.
 
 Query, key and value are one matrix product, gate and up another; a residual is added where the next norm reads it, so
-that both are one kernel when compiled; the two towers run on two CUDA streams; the last block computes the position
-that is read, and no other. Tests hold it to `Backbone`, with the same weights.
+that both are one kernel when compiled; the two towers run on two CUDA streams; the last block computes the positions
+that are read, and no other. Tests hold it to `Backbone`, with the same weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd_trt.models.backbone import Backbone, CausalAttention, LlamaBlock, SwiGLU, rope_tables, rotate
+from rsd_trt.models.backbone import (
+    Backbone,
+    LlamaAttention,
+    LlamaBlock,
+    SwiGLU,
+    embed_text,
+    positions_read,
+    real_positions,
+    rope_tables,
+    rotate,
+)
 from rsd_trt.models.fast.products import ALIGNMENT, Fp8Product, Product, ProductName, to_fp8
 from rsd_trt.models.vision import Block, VisionTower, cut
 
@@ -31,21 +41,21 @@ class FusedBlock(nn.Module):
     def __init__(self, block: LlamaBlock, product: Callable[[ProductName, Tensor], Product]) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
-        assert isinstance(attention, CausalAttention) and isinstance(mlp, SwiGLU)
+        assert isinstance(attention, LlamaAttention) and isinstance(mlp, SwiGLU)
         self.norm1, self.norm2 = block.input_layernorm, block.post_attention_layernorm
-        self.heads = attention.heads
+        self.heads, self.causal = attention.heads, attention.causal
         self.wqkv = product("wqkv", _stack(attention, "q_proj", "k_proj", "v_proj"))
         self.wo = product("wo", _stack(attention, "o_proj"))
         self.w13 = product("w13", _stack(mlp, "gate_proj", "up_proj"))
         self.w2 = product("w2", _stack(mlp, "down_proj"))
         self.gate: Gate | None = None
 
-    def forward(self, x: Tensor, branch: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """x, branch [B, S, H] -> [B, S, H] both."""
+    def forward(self, x: Tensor, branch: Tensor, rope: Rope, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, branch [B, S, H] -> [B, S, H] both. real [B, 1, 1, S]: positions that are looked at; None: all."""
         batch, length, hidden = x.shape
         x = add(x, branch).view(-1, hidden)  # [B * S, H]
         qkv = self.wqkv(self.norm1(x)).view(batch, length, 3, self.heads, hidden // self.heads)
-        x = add(x, self.wo(attend(qkv, rope, causal=True).view(-1, hidden)))
+        x = add(x, self.wo(attend(qkv, rope, self.causal, real).view(-1, hidden)))
         return x.view(batch, length, hidden), self.mlp(x).view(batch, length, hidden)
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -61,25 +71,25 @@ class FusedBlock(nn.Module):
 
 
 class LastBlock(FusedBlock):
-    """The block after which one position is read: only that position's query, output and MLP are computed."""
+    """The block after which some positions are read: only their queries, outputs and MLPs are computed."""
 
     def __init__(self, block: LlamaBlock) -> None:
         super().__init__(block, lambda _, weight: Product(weight))
 
-    def read(self, x: Tensor, rope: Rope, last: Tensor) -> Tensor:
-        """x [B, S, H], last [B] the position to read -> [B, H], the whole stream there."""
+    def read(self, x: Tensor, rope: Rope, read: Tensor, real: Tensor | None = None) -> Tensor:
+        """x [B, S, H], read [B, n] the positions to read -> [B, n, H], the whole stream there."""
         batch, length, hidden = x.shape
-        rows = torch.arange(batch, device=x.device)
+        rows = torch.arange(batch, device=x.device)[:, None]
         normed = self.norm1(x)
         kv = F.linear(normed, self.wqkv.weight[hidden:]).view(batch, length, 2, self.heads, -1)
         k, v = kv.unbind(2)  # [B, S, heads, H / heads]
-        q = F.linear(normed[rows, last], self.wqkv.weight[:hidden]).view(batch, 1, self.heads, -1)
-        there = tuple(table[last][:, None] for table in rope)  # [B, 1, 1, H / heads]
-        q, k, v = (y.transpose(1, 2) for y in (rotate(q, (there[0], there[1])), rotate(k, rope), v))
-        seen = torch.arange(length, device=x.device) <= last[:, None]  # [B, S]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])  # [B, heads, 1, H / heads]
-        out = x[rows, last] + self.wo(y.reshape(batch, hidden))
-        return out + self.mlp(out)
+        q = F.linear(normed[rows, read], self.wqkv.weight[:hidden]).view(*read.shape, self.heads, -1)
+        there = rope[0][read], rope[1][read]  # [B, n, 1, H / heads]
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, there), rotate(k, rope), v))
+        seen = (torch.arange(length, device=x.device) <= read[..., None])[:, None] if self.causal else real
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # [B, heads, n, H / heads]
+        out = x[rows, read].view(-1, hidden) + self.wo(y.transpose(1, 2).reshape(-1, hidden))
+        return (out + self.mlp(out)).view(*read.shape, hidden)
 
 
 class FusedVisionBlock(nn.Module):
@@ -173,16 +183,25 @@ class FusedBackbone(nn.Module):
         self._side: torch.cuda.Stream | None = None
         self.compiled = False
 
-    def forward(self, pixels: Tensor, tokens: Tensor, lengths: Tensor, proprio: Tensor | None) -> Tensor:
-        """What `BackboneInputs` holds -> the hidden state [B, H]."""
+    def forward(
+        self, pixels: Tensor, tokens: Tensor, lengths: Tensor, proprio: Tensor | None, padded: bool = True
+    ) -> Tensor:
+        """What `BackboneInputs` holds -> the hidden state [B, H], with n action tokens [B, n, H].
+
+        padded: whether rows may be shorter than the longest one, which attention to both sides needs a mask for.
+        """
         stream = self.embed(pixels, tokens, proprio)
-        return self.language(stream, lengths + (stream.shape[1] - tokens.shape[1] - 1))
+        length = stream.shape[1]
+        ends = lengths + (length - tokens.shape[1])
+        masked = padded and self.config.attention == "bidirectional"
+        real = real_positions(ends, length) if masked else None
+        return self.language(stream, positions_read(self.config, ends), real)
 
     def embed(self, pixels: Tensor, tokens: Tensor, proprio: Tensor | None) -> Tensor:
         """pixels [B, images, towers, 3, S, S], tokens [B, P], proprio [B, 8] -> the embedded sequence [B, S, H]."""
         features = torch.cat(self.features(pixels), dim=-1)  # [B * images, patches, width]
         patches = self.projector(features).view(len(tokens), -1, self.config.language.hidden)
-        text = self.embed_tokens(tokens)  # [B, P, H]
+        text = embed_text(self.embed_tokens, tokens, self.config)  # [B, P, H]
         seen = [patches]
         if self.proprio_projector is not None:
             assert proprio is not None
@@ -204,13 +223,15 @@ class FusedBackbone(nn.Module):
         here.wait_stream(self._side)
         return out
 
-    def language(self, stream: Tensor, last: Tensor) -> Tensor:
-        """The embedded sequence [B, S, H] -> the hidden state [B, H] at positions `last` [B], after the final norm."""
+    def language(self, stream: Tensor, read: Tensor, real: Tensor | None = None) -> Tensor:
+        """The embedded sequence [B, S, H] -> the hidden states [B, H] or [B, n, H] at positions `read`, after the final
+        norm."""
         rope = self.rope(stream)
         branch = torch.zeros_like(stream)
         for layer in self.layers:
-            stream, branch = layer(stream, branch, rope)
-        return self.norm(self.last.read(stream + branch, rope, last))
+            stream, branch = layer(stream, branch, rope, real)
+        hidden = self.last.read(stream + branch, rope, read.view(len(read), -1), real)  # [B, n, H]
+        return self.norm(hidden).view(*read.shape, -1)
 
     def rope(self, stream: Tensor) -> Rope:
         """cos and sin [S, 1, H / heads] for the stream's length, computed once."""
@@ -253,14 +274,19 @@ class FusedBackbone(nn.Module):
             tower.embed = torch.compile(tower.embed, dynamic=False, options=options)  # type: ignore[method-assign]
 
 
-def attend(qkv: Tensor, rope: Rope | None = None, causal: bool = False) -> Tensor:
-    """Self-attention of qkv [B, S, 3, heads, width] -> [B, S, heads * width]; rope: rotates queries and keys."""
+def attend(qkv: Tensor, rope: Rope | None = None, causal: bool = False, real: Tensor | None = None) -> Tensor:
+    """Self-attention of qkv [B, S, 3, heads, width] -> [B, S, heads * width].
+
+    rope: rotates queries and keys. real [B, 1, 1, S]: positions that are looked at, where it is not causal.
+    """
     batch, length, _, heads, width = qkv.shape
     q, k, v = qkv.unbind(2)  # [B, S, heads, width]
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # [B, heads, S, width]
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if causal else real, is_causal=causal
+    )  # [B, heads, S, width]
     return y.transpose(1, 2).reshape(batch, length, heads * width)
 
 

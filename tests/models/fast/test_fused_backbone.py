@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from msgspec import structs
 from torch import Tensor
 
-from rsd_trt.models.backbone import Backbone, BackboneInputs
+from rsd_trt.models.backbone import PLACEHOLDER, Backbone, BackboneInputs
 from rsd_trt.models.fast.backbone import FusedBackbone, FusedBlock
 from rsd_trt.models.fast.products import PRODUCTS, Fp8Product, ProductName, every_product, to_fp8
 from rsd_trt.presets import preset
@@ -50,6 +50,20 @@ def test_hidden_states_are_equal(backbone: Backbone, fused: FusedBackbone, lengt
     torch.testing.assert_close(stream, backbone.embed(inputs)[0], rtol=1e-4, atol=1e-4)
     hidden = fused(inputs.pixels, inputs.tokens, inputs.lengths, inputs.proprio)
     torch.testing.assert_close(hidden, backbone(inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("lengths", "padded"), [([12], False), ([12], True), ([12, 17, 13], True)])
+def test_attention_to_both_sides_is_equal(backbone: Backbone, lengths: list[int], padded: bool) -> None:
+    """With action tokens: the states behind several positions of the last block."""
+    both_sides = Backbone(structs.replace(CONFIG, attention="bidirectional", action_tokens=4))
+    both_sides.load_state_dict(backbone.state_dict())
+    fused, inputs = FusedBackbone(copy.deepcopy(both_sides)), make_inputs(lengths, 2)
+    for row, length in enumerate(lengths):
+        inputs.tokens[row, length - 5 : length - 1] = PLACEHOLDER
+    hidden = fused(inputs.pixels, inputs.tokens, inputs.lengths, inputs.proprio, padded)
+    assert hidden.shape == (len(lengths), 4, CONFIG.language.hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(hidden, both_sides(inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_the_weights_are_taken_over_and_not_doubled(backbone: Backbone) -> None:
