@@ -19,6 +19,12 @@ asked for actions whenever those that it gave are used up:
 >>> actions.shape[1], str(actions.dtype), 1 <= len(actions) <= policy.n_action_steps
 (7, 'float32', True)
 
+How an answer came about is told by `query`: which route it took, how much of the old chunk passed, and its ms:
+
+>>> query = policy.query(observation)
+>>> query.route in ("accepted", "partial", "rejected", "exhausted", "gripper"), query.ms > 0
+(True, True)
+
 What the user can mend is raised as `UserError`, whose message names the remedy; `PolicyFault` is a `UserError` that
 says that the policy has nothing safe to do:
 

@@ -148,7 +148,7 @@ class Bundle:
 
         from rsd_trt.models.head import ActionHead, Head
 
-        kind = Head if self.config.head.gives_tokens else ActionHead
+        kind: type[Head | ActionHead] = Head if self.config.head.gives_tokens else ActionHead
         return self._load("head", kind, torch.float32, device)
 
     def codec(self, device: torch.device | str = "cpu") -> Codec:

@@ -95,6 +95,11 @@ class Forward:
         eyes = propose is not None and isinstance(config.draft, VisionDraftConfig)
         self._vision = VisionCheck(propose, self.device, self._rows) if propose is not None and eyes else None
 
+    @property
+    def reads_state(self) -> bool:
+        """Whether backbone or draft read the robot's own state."""
+        return self._preprocess.reads_state
+
     @torch.inference_mode()
     def check(self, observations: Sequence[Observation]) -> Guess:
         """The draft's guess: one launch, or with a draft that reads the hidden state a pass of the backbone before it.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,8 +59,7 @@ class Inputs:
             self.tokens.written[i, : len(prompt)] = prompt
             self.lengths.written[i] = len(prompt)
         if self.proprio is not None:
-            values = self._preprocess.proprio(np.stack([observation.proprio for observation in observations]))
-            self.proprio.written[: len(observations)] = values
+            self.proprio.written[: len(observations)] = self._preprocess.states(observations)
 
     def upload(self) -> None:
         for value in self._all:

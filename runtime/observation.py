@@ -14,9 +14,9 @@ class Observation:
 
     images [cameras, S, S, 3] uint8 RGB as the simulator gives them (not rotated), in the order of
     `control.cameras`; proprio [8] float32: end-effector position (m), axis-angle (rad), gripper joints (m);
-    instruction: the task in plain words.
+    instruction: the task in plain words. A bundle that does not read the state (`Policy.reads_state`) needs no proprio.
     """
 
     images: NDArray[np.uint8]
-    proprio: NDArray[np.float32]
-    instruction: str
+    proprio: NDArray[np.float32] | None = None
+    instruction: str = None  # type: ignore[assignment]  # it is refused where it is missing

@@ -17,21 +17,27 @@ from torch import Tensor
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import (
     ACTION_DIMS,
+    ARM_DIMS,
     DEFAULT_BUNDLE,
     DEFAULT_ENGINES,
     MODES,
     PROPRIO_DIM,
+    RULES,
+    TOLERANT_RULES,
     BackboneKind,
     BackbonePrecision,
     BundleConfig,
     Mode,
     Precision,
+    RuleName,
 )
 from rsd_trt.errors import PolicyFault, UserError, did_you_mean
+from rsd_trt.records import from_json, to_json
 from rsd_trt.runtime.backends import Launcher, check_backend, check_device, open_forward
 from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.forward import Forward, Guess
 from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.preprocess import fit_frames
 from rsd_trt.runtime.speculate import (
     Actions,
     Check,
@@ -73,12 +79,15 @@ class Policy:
         environments: int = 1,
         rule: Rule | None = None,
         batch: int = 1,
+        resize: bool = False,
     ) -> None:
+        if environments < 1 or batch < 1:
+            raise UserError(f"environments is {environments} and batch {batch}; both are at least 1")
         self.config = config
         self.mode = mode
         self.n_action_steps = config.rsd.n_action_steps if n_action_steps is None else n_action_steps
-        if not 0 < self.n_action_steps <= config.dims.T:
-            raise UserError(f"n_action_steps is {n_action_steps}; a chunk has 1..{config.dims.T} steps")
+        if type(self.n_action_steps) is not int or not 0 < self.n_action_steps <= config.dims.T:
+            raise UserError(f"n_action_steps is {n_action_steps!r}; a chunk has 1..{config.dims.T} steps")
         self.check_steps = config.rsd.check_steps or self.n_action_steps
         if isinstance(rule, RandomAcceptance) != (mode == "random"):
             verb = "needs the" if mode == "random" else "has no"
@@ -92,6 +101,7 @@ class Policy:
         self._rule = rule or rule_of(config.rsd)
         self._forward = forward
         self._batch = batch
+        self._resize = resize
         self._limits = np.array(config.control.limits.low, np.float32), np.array(config.control.limits.high, np.float32)
         self._chunks = [Chunk() for _ in range(environments)]
         self._turn = threading.RLock()  # forwards and buffers are one thread's at a time
@@ -104,22 +114,28 @@ class Policy:
         bundle: Bundle | Path | str = DEFAULT_BUNDLE,
         mode: Mode = "rsd",
         backend: str = "torch",
-        device: str = "cpu",
+        device: str = "auto",
         n_action_steps: int | None = None,
         environments: int = 1,
         batch: int = 1,
         precision: Precision = "fp32",
-        engines: Path = DEFAULT_ENGINES,
+        engines: Path | str = DEFAULT_ENGINES,
         backbone: BackboneKind | None = None,
         backbone_precision: BackbonePrecision = "bundle",
-        rule: Rule | None = None,
+        rule: Rule | RuleName | None = None,
+        tolerance: float | Sequence[float] | None = None,
+        threshold: float | None = None,
+        resize: bool = False,
     ) -> Policy:
         """Loads every part of the bundle, or of the one in that folder, onto `device` and warms up.
 
-        backend: what runs draft, head and decoder: torch, graph, ort or trt. n_action_steps: actions that a full query
+        backend: what runs draft, head and decoder: torch, graph, ort or trt. device: cpu, cuda, cuda:N, or auto: CUDA
+        if there is one. n_action_steps: actions that a full query
         commits, 1..T (default: the bundle's). environments: how many are driven at once. batch: queries that
-        may share a forward. precision: of draft and head. engines: the folder of exports. rule: mode `random` needs a
-        `RandomAcceptance`; by default the bundle's.
+        may share a forward. precision: of draft and head. engines: the folder of exports. rule: by its name (see
+        `rsd_trt.config.RuleName`), by default the bundle's; mode `random` needs a `RandomAcceptance`. tolerance: of the
+        rules first, actions and path, in environment units, for all arm dimensions or for each. threshold: of the rule
+        likelihood. resize: frames of any size are made those that the bundle takes, as its `control.resize` says.
 
         backbone: by default `eager` with the backend `torch` and on the CPU, else `graph`.
 
@@ -131,16 +147,19 @@ class Policy:
             raise UserError(f"mode {mode!r} is unknown{did_you_mean(mode, MODES)}")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(Path(bundle))
+        named = rule if isinstance(rule, str) else None
+        bundle = replace(bundle, config=with_rule(bundle.config, named, tolerance, threshold))
         target = check_device(device)
-        launcher = Launcher(bundle, check_backend(backend), target, precision, engines)
+        launcher = Launcher(bundle, check_backend(backend), target, precision, Path(engines))
         forward = open_forward(launcher, "1" if batch == 1 else "dynamic", backbone, backbone_precision)
-        policy = cls(bundle.config, forward, mode, n_action_steps, environments, rule, batch)
+        given = None if isinstance(rule, str) else rule
+        policy = cls(bundle.config, forward, mode, n_action_steps, environments, given, batch, resize)
         policy.warm_up()
         return policy
 
     def beside(self, config: BundleConfig, mode: Mode, rule: Rule | None = None) -> Policy:
         """A policy of another mode, or of other settings of the loop, on the same loaded parts; the two take turns."""
-        other = Policy(config, self._forward, mode, None, len(self._chunks), rule, self._batch)
+        other = Policy(config, self._forward, mode, None, len(self._chunks), rule, self._batch, self._resize)
         other._turn = self._turn
         return other
 
@@ -158,7 +177,12 @@ class Policy:
 
         episode: its task and trial, which together with the number of the query decide what the rule `random` draws.
         None: the environment goes on counting where it was.
+
+        Raises:
+            UserError: there is no such environment.
         """
+        if env is not None:
+            self._check_environments([env])
         with self._turn:
             for i in range(len(self._chunks)) if env is None else (env,):
                 old = self._chunks[i]
@@ -171,10 +195,18 @@ class Policy:
         Raises:
             PolicyFault: a hidden state, or the main head's logits or actions are not finite.
         """
+        return self.query(observation).actions
+
+    def query(self, observation: Observation) -> Query:
+        """What `act` gives with how it came about: route, prefix, score, ms.
+
+        Raises:
+            PolicyFault: as `act`.
+        """
         query = self.act_batch([observation], [0])[0]
         if query.fault is not None:
             raise PolicyFault(query.fault)
-        return query.actions
+        return query
 
     @torch.inference_mode()
     def act_batch(self, observations: Sequence[Observation], environments: Sequence[int]) -> list[Query]:
@@ -187,11 +219,12 @@ class Policy:
         """
         if not observations or len(observations) != len(environments):
             raise UserError(f"act_batch got {len(observations)} observations for {len(environments)} environments")
-        if len(set(environments)) < len(environments) or not set(environments) <= set(range(len(self._chunks))):
-            raise UserError(
-                f"act_batch got the environments {list(environments)}, each of 0..{len(self._chunks) - 1} at most once",
-                "More at a time: Policy.load(..., environments=N)",
-            )
+        self._check_environments(environments)
+        if strange := [type(x).__name__ for x in observations if not hasattr(x, "instruction")]:
+            raise UserError(f"act_batch got {strange[0]}, not an Observation")
+        if self._resize:
+            control, mean = self.config.control, self.config.backbone.towers[0].mean
+            observations = [replace(x, images=fit_frames(x.images, control, mean)) for x in observations]
         with self._turn:
             started = self._now()
             chunks = [self._chunks[env] for env in environments]
@@ -206,6 +239,21 @@ class Policy:
                 if query.fault is not None:
                     self.reset(env)
             return [replace(query, ms=ms) for query in queries]
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether observations need the robot's own state."""
+        return self._forward.reads_state
+
+    def _check_environments(self, environments: Sequence[int]) -> None:
+        """Raises UserError unless each is there, and named once."""
+        there = range(len(self._chunks))
+        known = all(isinstance(env, (int, np.integer)) and env in there for env in environments)
+        if not known or len(set(environments)) < len(environments):
+            raise UserError(
+                f"the policy got the environments {list(environments)}, each of 0..{there[-1]} at most once",
+                "More at a time: Policy.load(..., environments=N)",
+            )
 
     def _speculate(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
         """Checks the chunks that are alive, and makes full queries for the others and those that are rejected."""
@@ -331,6 +379,32 @@ class Policy:
         if self._forward.device.type == "cuda":
             torch.cuda.synchronize(self._forward.device)
         return time.perf_counter()
+
+
+def with_rule(
+    config: BundleConfig, rule: str | None, tolerance: float | Sequence[float] | None, threshold: float | None
+) -> BundleConfig:
+    """The configuration with another rule, tolerance or threshold; None leaves the bundle's.
+
+    Raises:
+        UserError: an unknown rule, a value out of bounds, or one that the rule does not read.
+    """
+    if rule is not None and rule not in RULES:
+        raise UserError(f"rule {rule!r} is unknown{did_you_mean(rule, RULES)}")
+    if tolerance is not None and (rule or config.rsd.rule) not in TOLERANT_RULES:
+        raise UserError(f"tolerance is of the rules {', '.join(TOLERANT_RULES)}: the rule is {rule or config.rsd.rule}")
+    if threshold is not None and (rule or config.rsd.rule) != "likelihood":
+        raise UserError(f"threshold is of the rule likelihood: the rule is {rule or config.rsd.rule}")
+    given: dict[str, object] = {"rule": rule, "threshold": threshold}
+    if tolerance is not None:
+        each = (tolerance,) * ARM_DIMS if isinstance(tolerance, (int, float)) else tolerance
+        given["tolerance"] = each
+    told = {name: value for name, value in given.items() if value is not None}
+    return (
+        from_json(BundleConfig, to_json(config) | {"rsd": to_json(config.rsd) | told}, "Policy.load")
+        if told
+        else config
+    )
 
 
 def equal_share(draft: Tokens | None, main: Tokens | None) -> tuple[float, ...] | None:

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from rsd_trt.config import PROPRIO_DIM, STOP_TOKEN, BackboneConfig, ControlConfig, torch_dtype
+from rsd_trt.config import MAX_PIXELS, PROPRIO_DIM, STOP_TOKEN, BackboneConfig, ControlConfig, torch_dtype
 from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import PLACEHOLDER, BackboneInputs
 from rsd_trt.prompts import encode
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.pixels import LEVELS, resampling, through_jpeg
+from rsd_trt.runtime.pixels import LEVELS, resampling, resize, through_jpeg
 
 
 class Preprocessor:
@@ -59,9 +59,7 @@ class Preprocessor:
             pixels=self.seen(torch.from_numpy(images).to(self.device)),
             tokens=tokens.to(self.device),
             lengths=torch.tensor([len(prompt) for prompt in prompts], device=self.device),
-            proprio=torch.from_numpy(self.proprio(np.stack([x.proprio for x in observations]))).to(self.device)
-            if self.backbone.proprio
-            else None,
+            proprio=torch.from_numpy(self.states(observations)).to(self.device) if self.backbone.proprio else None,
         )
 
     def frames(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -126,6 +124,10 @@ class Preprocessor:
             self._prompts[instruction] = ids
         return self._prompts[instruction]
 
+    def states(self, observations: Sequence[Observation]) -> NDArray[np.float32]:
+        """The robots' states [B, 8], normalised; `check` has seen that they are there."""
+        return self.proprio(np.stack([observation.proprio for observation in observations]))  # type: ignore[misc]
+
     def proprio(self, values: NDArray[np.floating]) -> NDArray[np.float32]:
         """[B, 8] -> [B, 8]; with quantiles, 2 (x - q01) / (q99 - q01 + 1e-8) - 1 where the mask is true, and all of it
         clipped to [-1, 1], as OpenVLA-OFT does: in float64."""
@@ -144,14 +146,21 @@ class Preprocessor:
         if _described(images) != (wanted := f"uint8 {shape}"):
             raise UserError(
                 f"images are {_described(images)}, the bundle takes {wanted} ({', '.join(self.control.cameras)})",
-                f"Give RGB frames of {side} x {side}, a camera each: resize them before",
+                f"Give RGB frames of {side} x {side}, a camera each, or have them resized: Policy.load(resize=True)",
             )
         if self.reads_state:
             state = observation.proprio
+            if state is None:
+                raise UserError(
+                    f"the observation has no proprio, the bundle reads float32 [{PROPRIO_DIM}]",
+                    "Give position (m), axis-angle (rad) and gripper joints (m) of the hand",
+                )
             if not isinstance(state, np.ndarray) or state.shape != (PROPRIO_DIM,) or state.dtype.kind not in "fiu":
                 raise UserError(f"proprio is {_described(state)}, the bundle takes float32 [{PROPRIO_DIM}]")
             if not np.isfinite(state).all():
                 raise UserError(f"proprio[{int(np.argmin(np.isfinite(state)))}] is not finite: {state.tolist()}")
+        if observation.instruction is None:
+            raise UserError("the observation has no instruction", "Give the task in plain words: instruction='...'")
         if not isinstance(observation.instruction, str):
             raise UserError(f"instruction is of type {type(observation.instruction).__name__}, not a string")
 
@@ -162,3 +171,29 @@ class Preprocessor:
 def _described(value: object) -> str:
     """`uint8 [2, 256, 256, 3]`; what is no array, by its type."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+
+
+def fit_frames(images: NDArray[np.uint8], control: ControlConfig, mean: Sequence[float]) -> NDArray[np.uint8]:
+    """RGB frames uint8 [cameras, H, W, 3] as the bundle takes them, [cameras, S, S, 3], by its `control.resize`:
+    `resize-naive` squeezes them, `letterbox` first puts them into the middle of a square of the colour `mean` (of
+    pixels in [0, 1]), as OpenVLA's processor does.
+
+    Raises:
+        UserError: they are no such frames.
+    """
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f"images are {_described(images)}, not RGB frames uint8 [cameras, H, W, 3]")
+    height, width = images.shape[1:3]
+    if not 0 < min(height, width) <= max(height, width) <= MAX_PIXELS:
+        raise UserError(f"frames of {height} x {width} pixels cannot be resized: a side has 1..{MAX_PIXELS}")
+    if height == width == control.camera_size:
+        return images
+    if control.resize == "letterbox" and height != width:
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        square = np.empty((len(images), height + 2 * top, width + 2 * left, 3), np.uint8)
+        square[:] = [int(255 * channel) for channel in mean]
+        square[:, top : top + height, left : left + width] = images
+        images = square
+    frames = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    return resize(frames, control.camera_size).permute(0, 2, 3, 1).to(torch.uint8).contiguous().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import json
 import os
 import subprocess
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
+from safetensors.torch import load_file, save_file
 
 import rsd_trt
 from rsd_trt.bundle import Bundle
+from rsd_trt.cli import main
 from rsd_trt.errors import UserError
+from rsd_trt.records import write_record
 
 # Runs in every Python process that is started with it, before anything else.
 NO_NETWORK = """
@@ -43,7 +48,7 @@ from rsd_trt.cli import main
 bundle, out = sys.argv[1:]
 for backend, mode in (("torch", "rsd"), ("torch", "baseline")):
     policy = rsd_trt.Policy.load(bundle, mode, backend)
-    policy.warm_up(1)
+    policy.warm_up()
 main(["info", bundle], standalone_mode=False)
 main(["export", bundle, "-o", out, "--target", "onnx", "--component", "decoder"], standalone_mode=False)
 """
@@ -67,12 +72,107 @@ def test_a_bundle_may_be_given_by_its_path(kind: Callable[[Path], Bundle | str |
         ({"backend": "onnx"}, "backend 'onnx' is unknown"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
         ({"n_action_steps": 99}, "n_action_steps is 99; a chunk has 1..8 steps"),
+        ({"n_action_steps": "2"}, "n_action_steps is '2'; a chunk has 1..8 steps"),
+        ({"environments": 0}, "environments is 0 and batch 1; both are at least 1"),
+        ({"backbone_precision": "int4"}, "backbone precision 'int4' is unknown"),
+        ({"rule": "frist"}, "rule 'frist' is unknown; did you mean 'first'?"),
+        ({"tolerance": -0.1}, "rsd.tolerance[0] is -0.1"),
+        ({"tolerance": float("nan")}, "rsd.tolerance"),
+        ({"tolerance": (0.1, 0.2)}, "rsd.tolerance is (0.1, 0.2), which must be of length"),
+        ({"tolerance": 0.1, "rule": "tokens"}, "tolerance is of the rules first, actions, path: the rule is tokens"),
+        ({"threshold": -1.0}, "threshold is of the rule likelihood: the rule is first"),
+        ({"rule": "likelihood"}, "rsd.rule likelihood needs rsd.threshold"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(settings: dict[str, str], message: str, tiny_bundle: Path) -> None:
     with pytest.raises(UserError) as raised:
         rsd_trt.Policy.load(tiny_bundle, **settings)  # type: ignore[arg-type]
     assert message in str(raised.value)
+
+
+def test_the_loop_is_set_as_it_is_loaded(tiny_bundle: Path) -> None:
+    load = rsd_trt.Policy.load
+    assert load(tiny_bundle, rule="path", tolerance=0.3).config.rsd.tolerance == (0.3,) * 6
+    each = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    assert load(tiny_bundle, tolerance=each).config.rsd.tolerance == each
+    found = load(tiny_bundle, rule="likelihood", threshold=-2.0).config.rsd
+    assert (found.rule, found.threshold) == ("likelihood", -2.0)
+    own = load(tiny_bundle, rule=None)
+    assert own.config.rsd == Bundle.open(tiny_bundle).config.rsd
+
+
+def test_the_default_device_is_the_command_lines() -> None:
+    device = inspect.signature(rsd_trt.Policy.load).parameters["device"].default
+    option = next(parameter for parameter in main.commands["eval"].params if parameter.name == "device")
+    assert device == option.default == "auto"
+
+
+def test_a_query_says_how_it_came_about(tiny_bundle: Path) -> None:
+    policy = rsd_trt.Policy.load(tiny_bundle, tolerance=2.0, n_action_steps=2)
+    first, second = policy.query(seen(policy)), policy.query(seen(policy))
+    assert (first.route, first.prefix, first.full_query) == ("start", None, True)
+    assert (second.route in ("accepted", "partial", "rejected")) == second.checked == (second.prefix is not None)
+    assert second.route == "gripper" or second.checked
+    assert min(first.ms, second.ms) > 0
+
+
+def seen(policy: rsd_trt.Policy, **changes: object) -> rsd_trt.Observation:
+    """An observation of what lies black before the robot, with changes."""
+    control = policy.config.control
+    images = np.zeros((len(control.cameras), control.camera_size, control.camera_size, 3), np.uint8)
+    given = {"images": images, "proprio": np.zeros(8, np.float32), "instruction": "x"}
+    return rsd_trt.Observation(**{**given, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": None}, "images are NoneType, the bundle takes uint8 [2, 256, 256, 3]"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "or have them resized: Policy.load(resize=True)"),
+        (
+            {"images": np.zeros((2, 256, 256, 3), np.float32)},
+            "images are float32 [2, 256, 256, 3], the bundle takes uint8",
+        ),
+        ({"proprio": None}, "the observation has no proprio, the bundle reads float32 [8]"),
+        ({"proprio": np.full(8, np.inf, np.float32)}, "proprio[0] is not finite"),
+        ({"proprio": np.zeros(7, np.float32)}, "proprio is float32 [7], the bundle takes float32 [8]"),
+        ({"instruction": None}, "the observation has no instruction"),
+        ({"instruction": 3}, "instruction is of type int, not a string"),
+    ],
+)
+def test_what_a_policy_does_not_take_is_one_line(changes: dict[str, object], message: str, tiny_bundle: Path) -> None:
+    policy = rsd_trt.Policy.load(tiny_bundle)
+    with pytest.raises(UserError) as raised:
+        policy.act(seen(policy, **changes))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("environments", [[], [0, 0], [1], [-1], [0.0], ["a"]])
+def test_environments_that_are_not_there(environments: list[object], tiny_bundle: Path) -> None:
+    policy = rsd_trt.Policy.load(tiny_bundle)
+    with pytest.raises(UserError, match="environments"):
+        policy.act_batch([seen(policy)] * len(environments), environments)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"environments \[-1\], each of 0\.\.0 at most once"):
+        policy.reset(-1)
+    with pytest.raises(UserError, match="got str, not an Observation"):
+        policy.act_batch(["frame"], [0])  # type: ignore[list-item]
+
+
+def test_a_bundle_that_does_not_read_the_state_needs_none(bundle_copy: Path) -> None:
+    config = Bundle.open(bundle_copy).config
+    draft = structs.replace(config.draft, state=False)
+    backbone = structs.replace(config.backbone, proprio=False)
+    write_record(bundle_copy / "config.json", structs.replace(config, draft=draft, backbone=backbone))
+    for path in (bundle_copy / "draft.safetensors", bundle_copy / "backbone.safetensors"):
+        kept = {k: v for k, v in load_file(path).items() if not k.startswith(("state.", "proprio"))}
+        save_file(kept, path)
+    policy = rsd_trt.Policy.load(bundle_copy)
+    assert not policy.reads_state
+    observation = seen(policy)
+    without = rsd_trt.Observation(observation.images, instruction="x")
+    first = policy.act(without)
+    policy.reset()
+    assert np.array_equal(policy.act(observation), first)
 
 
 def without_network(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

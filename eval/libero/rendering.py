@@ -17,7 +17,8 @@ GL_LIBRARIES = {"egl": ("libEGL.so.1",), "osmesa": ("libOSMesa.so.8", "libOSMesa
 
 
 def choose_gl() -> str:
-    """Sets MUJOCO_GL, if the user has not, to a headless renderer whose library is here.
+    """Sets MUJOCO_GL to a headless renderer whose library is here: the one that it names, or where it names none
+    that is headless, the first of ours.
 
     Raises:
         UserError: none is, or the one that MUJOCO_GL names is not.
@@ -26,8 +27,7 @@ def choose_gl() -> str:
     if not (device.isascii() and device.isdigit()):
         raise UserError(f"MUJOCO_EGL_DEVICE_ID is {device!r}, not the number of a device", "Unset it, or set it to 0")
     wanted = os.environ.get("MUJOCO_GL", "").lower()
-    if wanted and wanted not in GL_LIBRARIES:
-        return wanted
+    wanted = wanted if wanted in GL_LIBRARIES else ""
     for name in (wanted,) if wanted else GL_LIBRARIES:
         for library in GL_LIBRARIES[name]:
             with contextlib.suppress(OSError):

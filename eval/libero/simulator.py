@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -217,6 +218,10 @@ def open_suite(suite: str) -> Benchmark:
     if suite not in ALL_SUITES:
         raise UserError(f"suite {suite!r} is unknown{did_you_mean(suite, ALL_SUITES)}")
     choose_gl()
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"  # LIBERO asks for one when it is imported, and need not find anything there
     _check_configured()
     try:
         with _quiet(), robosuite_alone(), explaining_gl():
@@ -230,7 +235,21 @@ def open_suite(suite: str) -> Benchmark:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "libero":
             raise
+        if (other := getattr(sys.modules.get("libero"), "__file__", None)) is not None:
+            path = os.environ.get("PYTHONPATH")
+            raise UserError(
+                f"{other} is another package named libero, and hides LIBERO (PYTHONPATH is {path!r})",
+                "Take its folder out of PYTHONPATH, or start from another folder",
+            ) from None
         raise missing_extra("LIBERO", "libero") from None
+    except RuntimeError as error:
+        if "cannot cache function" not in str(error):
+            raise
+        place = os.environ.get("NUMBA_CACHE_DIR")
+        named = f"HOME is {os.environ.get('HOME')!r}" if place is None else f"NUMBA_CACHE_DIR is {place!r}"
+        raise UserError(
+            f"numba cannot write what it compiles: {named}", "Name a folder of yours, as in NUMBA_CACHE_DIR=/tmp/mine"
+        ) from None
     except ImportError as error:
         if ".so" not in str(error):
             raise

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import signal
+import sys
 from typing import NoReturn
 
 import click
@@ -19,13 +22,25 @@ class Cli(click.Group):
     """Prints user errors as one line with exit code 1; offers the nearest command for a wrong name."""
 
     def invoke(self, ctx: click.Context) -> object:
+        if closed := [number for number in (0, 1, 2) if not _is_open(number)]:
+            for _ in closed:
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: no file of ours may get it
+            if 1 in closed:
+                self._fail(ctx, "stdout is closed, and results go there. Without them: > /dev/null")
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a command as Ctrl-C does
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except UserError as error:
             self._fail(ctx, str(error))
         except KeyboardInterrupt:
             self._fail(ctx, STOPPED)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
+            self._fail(ctx, f"stdout cannot be written: {error.strerror}. What was to be kept is in its files")
         except Exception as error:
             if (explained := out_of_memory(error)) is None:
                 raise
@@ -46,6 +61,14 @@ class Cli(click.Group):
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -17,7 +17,7 @@ from rsd_trt.config import PROPRIO_DIM, BackboneConfig, ControlConfig, Quantiles
 from rsd_trt.errors import UserError
 from rsd_trt.presets import byte_tokenizer, preset
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.preprocess import Preprocessor
+from rsd_trt.runtime.preprocess import Preprocessor, fit_frames
 
 TINY = preset("tiny", "tiny").backbone
 Pixels = NDArray[np.uint8]
@@ -167,7 +167,7 @@ def test_without_a_proprioception_token_there_is_none(observe: Observe) -> None:
             {"images": np.zeros((1, 256, 256, 3), np.uint8)},
             r"uint8 \[1, 256, .* takes uint8 \[2, 256, 256, 3\]",
         ),
-        ({"images": np.zeros((2, 480, 640, 3), np.uint8)}, r"\[2, 480, 640, 3\].* of 256 x 256, .*resize them before"),
+        ({"images": np.zeros((2, 480, 640, 3), np.uint8)}, r"\[2, 480, 640, 3\].* of 256 x 256, .*have them resized"),
         ({"images": np.zeros((2, 3, 256, 256), np.uint8)}, r"\[2, 3, 256, 256\]"),
         ({"images": np.zeros((2, 256, 256, 3), np.float32)}, "images are float32"),
         ({"images": [[0]]}, "images are list"),
@@ -185,3 +185,26 @@ def test_what_the_bundle_does_not_take_is_refused(changes: dict[str, object], me
     observation = dataclasses.replace(observe(ControlConfig()), **changes)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
         preprocessor()([observation])
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (480, 640), (7, 7), (32, 32)])
+@pytest.mark.parametrize("rule", ["resize-naive", "letterbox"])
+def test_frames_of_another_size_are_resized_as_pil_does(height: int, width: int, rule: str) -> None:
+    control, mean = ControlConfig(camera_size=32, resize=rule), (0.485, 0.456, 0.406)  # type: ignore[arg-type]
+    frames = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+    found = fit_frames(frames, control, mean)
+    assert (found.shape, found.dtype) == ((2, 32, 32, 3), np.uint8)
+    for frame, one in zip(frames, found, strict=True):
+        image = Image.fromarray(frame)
+        if rule == "letterbox":
+            square = Image.new("RGB", (max(height, width),) * 2, tuple(int(255 * x) for x in mean))  # type: ignore[arg-type]
+            square.paste(image, ((max(height, width) - width) // 2, (max(height, width) - height) // 2))
+            image = square
+        expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(one - expected).max() <= 1
+
+
+@pytest.mark.parametrize("frames", [np.zeros((2, 0, 5, 3), np.uint8), np.zeros((4, 4, 3), np.uint8), None])
+def test_what_are_no_frames_cannot_be_resized(frames: object) -> None:
+    with pytest.raises(UserError, match=r"images are |cannot be resized"):
+        fit_frames(frames, ControlConfig(), (0.5, 0.5, 0.5))  # type: ignore[arg-type]
