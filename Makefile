@@ -1,9 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export test test-all check lint
+.PHONY: help setup demo export trt-proof test test-all check lint
 
 PYTHON ?= python3
 RSD_TRT := .venv/bin/rsd-trt
 DEMO := --backend ort --tasks 0,1 --trials 1 --n-action-steps 1 --out results/demo --fresh
+
+PROOF := results/tensorrt
+JOIN := import json; print(json.dumps({name: json.load(open(f"$(PROOF)/{name}.json")) for name in ("export", "verify", "profile")}))
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 10
@@ -12,7 +15,7 @@ setup: .venv/installed ## Make .venv with everything that demo and test need
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,ray,report,dev]'
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,ray,report,train,dev]'
 	@touch $@
 
 demo: setup ## The reference policy in LIBERO, baseline and RSD, with a report
@@ -22,6 +25,15 @@ demo: setup ## The reference policy in LIBERO, baseline and RSD, with a report
 
 export: setup ## Export the reference policy to ONNX and engines
 	$(RSD_TRT) export
+
+trt-proof: setup ## On a GPU, with the full TensorRT: build, compare and time engines; one file to send in
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[trt]'
+	mkdir -p $(PROOF)
+	$(RSD_TRT) export --target tensorrt --json > $(PROOF)/export.json
+	$(RSD_TRT) verify --backend trt --device cuda --json > $(PROOF)/verify.json
+	$(RSD_TRT) profile --backend torch,graph,trt --device cuda --out $(PROOF)
+	.venv/bin/python -c '$(JOIN)' > $(PROOF)/proof.json
+	@echo 'wrote $(PROOF)/proof.json: docs/results/tensorrt/README.md says where it goes'
 
 test: setup ## Run the tests, but for the slowest
 	.venv/bin/pytest -n 2 --dist loadfile -m "not slow"

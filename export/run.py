@@ -135,7 +135,7 @@ class Exporter:
         build: Callable[[Path], list[Path]],
     ) -> Outcome:
         """The artefact as it is if it is fresh, else built and in the manifest."""
-        kind: ArtefactKind = "onnx" if engine is None else self.request.distribution.target  # type: ignore[union-attr]
+        kind: ArtefactKind = "onnx" if engine is None else self.request.distribution.kind  # type: ignore[union-attr]
         current = self.manifest.find(component, self.request.precision, batch, kind)
         reason = self._stale(current, engine)
         if current is not None and reason is None:

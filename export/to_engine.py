@@ -16,7 +16,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.files import write_atomically
 from rsd_trt.host import Gpu
 from rsd_trt.models.signature import BATCH, Signature
-from rsd_trt.trt import RTX_CAPABILITIES, Distribution
+from rsd_trt.trt import RTX_CAPABILITIES, Distribution, collecting_logger
 
 WORKSPACE_BYTES = 1 << 30
 
@@ -44,6 +44,8 @@ class Progress(Protocol):
 
 def check_options(distribution: Distribution, options: EngineOptions, gpu: Gpu | None) -> None:
     """Raises UserError for what this distribution cannot build here."""
+    if distribution.target == "lean":
+        raise UserError("TensorRT's lean runtime builds no engines", "Use: --target tensorrt --version-compatible")
     if distribution.target == "tensorrt" and gpu is None:
         raise UserError(
             "TensorRT builds an engine on the GPU that will run it, and none is usable here",
@@ -74,7 +76,7 @@ def build_engine(
     """
     trt = distribution.module
     messages: list[str] = []
-    logger = _logger(trt, messages)
+    logger = collecting_logger(trt, messages)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -109,7 +111,7 @@ def layer_report(engine: bytes, distribution: Distribution) -> str:
     """The engine inspector's description of every layer, as JSON. Needs the GPU that the engine is for."""
     trt = distribution.module
     messages: list[str] = []
-    runtime = trt.Runtime(_logger(trt, messages))
+    runtime = trt.Runtime(collecting_logger(trt, messages))
     runtime.engine_host_code_allowed = True  # of the engine just built
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
@@ -123,11 +125,11 @@ def _add_profile(builder: object, config: object, network: object, signature: Si
     profile = builder.create_optimization_profile()  # type: ignore[attr-defined]
     dynamic = False
     for i in range(network.num_inputs):  # type: ignore[attr-defined]
-        tensor = network.get_input(i)  # type: ignore[attr-defined]
-        if -1 in tuple(tensor.shape):
-            port = next(port for port in signature.inputs if port.name == tensor.name)
+        entry = network.get_input(i)  # type: ignore[attr-defined]
+        if -1 in tuple(entry.shape):
+            port = next(port for port in signature.inputs if port.name == entry.name)
             assert port.dims[0] == BATCH
-            profile.set_shape(tensor.name, *(signature.shape(port, batch) for batch in (1, 1, MAX_BATCH)))
+            profile.set_shape(entry.name, *(signature.shape(port, batch) for batch in (1, 1, MAX_BATCH)))
             dynamic = True
     if dynamic and config.add_optimization_profile(profile) < 0:  # type: ignore[attr-defined]
         raise RuntimeError("the optimisation profile does not fit the network")
@@ -148,20 +150,6 @@ def _set_compatibility(trt: ModuleType, config: object, options: EngineOptions) 
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)  # type: ignore[attr-defined]
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS  # type: ignore[attr-defined]
-
-
-def _logger(trt: ModuleType, messages: list[str]) -> object:
-    """Collects warnings and errors: a failed build returns None and says why only here."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: object, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                messages.append(message)
-
-    return Logger()
 
 
 def _monitor(trt: ModuleType, on_progress: Progress) -> object:

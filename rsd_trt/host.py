@@ -26,6 +26,7 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt",
+    "tensorrt-lean",
     "tensorrt-rtx",
 )
 

@@ -6,6 +6,7 @@ never used twice, so that a new manifest, renamed into place, switches from the 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from rsd_trt.config import Component, Precision
 from rsd_trt.errors import UserError, shown
 from rsd_trt.host import Gpu
 from rsd_trt.records import Natural, Record, read_record, write_record
+from rsd_trt.trt import Distribution, EngineKind
 from rsd_trt.weights import sha256
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -24,7 +26,7 @@ MANIFEST = "manifest.json"
 REMEDY = "rsd-trt export --force"
 
 Batch = Literal["1", "dynamic"]
-ArtefactKind = Literal["onnx", "tensorrt", "rtx"]
+ArtefactKind = Literal["onnx", EngineKind]
 
 
 class File(Record, frozen=True):
@@ -128,11 +130,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def freshness(
-    artefact: Artefact, folder: Path, bundle: Bundle, version: str | None = None, gpu: Gpu | None = None
+    artefact: Artefact, folder: Path, bundle: Bundle, loader: Distribution | None = None, gpu: Gpu | None = None
 ) -> tuple[bool, str]:
     """Whether an artefact is what the bundle needs, and the reason in one line.
 
-    `version` is that of the TensorRT that would load it, `gpu` the one that would run it; None: not checked.
+    `loader` is the TensorRT that would load it, `gpu` the one that would run it; None: not checked.
     Every byte is hashed: an engine is code, and is deserialised only if this says yes.
     """
     for file in artefact.files:
@@ -152,9 +154,13 @@ def freshness(
             f"{artefact.name} was built from weights {artefact.weights_sha256[:8]}, the bundle has {weights[:8]}",
         )
     engine = artefact.engine
-    portable = engine is not None and "version_compatible" in engine.flags
-    if engine is not None and version is not None and version != engine.version and not portable:
-        return False, f"{artefact.name} was built by TensorRT {engine.version}, installed is {version}"
+    if engine is not None and loader is not None:
+        portable = "version_compatible" in engine.flags
+        if loader.target == "lean" and not portable:
+            return False, f"{artefact.name} was built without --version-compatible, and the lean runtime loads no other"
+        later = _numbers(loader.version) > _numbers(engine.version)
+        if loader.version != engine.version and not (portable and later):
+            return False, f"{artefact.name} was built by TensorRT {engine.version}, installed is {loader.version}"
     if engine is not None and gpu is not None:
         if engine.gpu is not None and engine.gpu != gpu.name:
             return False, f"{artefact.name} was built for {engine.gpu}, this is {gpu.name}"
@@ -164,11 +170,16 @@ def freshness(
     return True, "fresh"
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    """10.13.3.9.post1 -> (10, 13, 3, 9, 1)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
 def usable(
     bundle: Bundle,
     engines: Path,
     key: tuple[Component, Precision, Batch, ArtefactKind],
-    version: str | None = None,
+    loader: Distribution | None = None,
     gpu: Gpu | None = None,
 ) -> tuple[Artefact, Path]:
     """A fresh artefact and its first file.
@@ -179,11 +190,12 @@ def usable(
     folder = folder_of(bundle, engines)
     component, precision, _, kind = key
     target = "" if kind == "onnx" else f" --target {kind}"
+    target += " --version-compatible" if loader is not None and loader.target == "lean" else ""
     remedy = f"rsd-trt export {bundle.path} --precision {precision}{target} -o {engines}"
     artefact = read_manifest(folder, bundle).find(*key)
     if artefact is None:
         raise UserError(f"{folder} has no {component} {precision} batch {key[2]} ({kind})", f"Build it: {remedy}")
-    ok, reason = freshness(artefact, folder, bundle, version, gpu)
+    ok, reason = freshness(artefact, folder, bundle, loader, gpu)
     if not ok:
         raise UserError(reason, f"Rebuild: {remedy}")
     return artefact, folder / artefact.files[0].name

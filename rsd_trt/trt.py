@@ -1,4 +1,4 @@
-"""The two TensorRTs: which is installed, and what it can do here. Both have the same Python API where we use it."""
+"""The TensorRT distributions: which is installed, and what it can do here. They have one Python API where we use it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Literal
 from rsd_trt.errors import Unavailable
 from rsd_trt.host import Gpu
 
-Target = Literal["tensorrt", "rtx"]
-MODULES: dict[Target, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-EXTRAS: dict[Target, str] = {"tensorrt": "trt", "rtx": "rtx"}
+# `lean` is TensorRT's small runtime: it builds nothing, and loads the full TensorRT's version-compatible engines.
+Target = Literal["tensorrt", "rtx", "lean"]
+EngineKind = Literal["tensorrt", "rtx"]
+MODULES: dict[Target, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx", "lean": "tensorrt_lean"}
+EXTRAS: dict[Target, str] = {"tensorrt": "trt", "rtx": "rtx", "lean": "lean"}
 # What TensorRT-RTX builds for and runs on, but for 7.5: it has no float32 matrix product there, and the codec has one.
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
@@ -28,15 +30,21 @@ class Distribution:
     def version(self) -> str:
         return str(self.module.__version__)
 
+    @property
+    def kind(self) -> EngineKind:
+        """The engines that it loads, as the manifest names them."""
+        return "rtx" if self.target == "rtx" else "tensorrt"
+
     def check_runs_on(self, gpu: Gpu | None) -> None:
-        """Raises Unavailable unless this distribution runs on `gpu`."""
+        """Raises Unavailable unless this distribution runs on `gpu`. Nothing of the lean runtime may be called before:
+        without a driver it does not raise, but ends the process."""
         if gpu is None:
             raise Unavailable("TensorRT engines need an NVIDIA GPU, and none is usable here", "Use: --backend ort")
         if self.target == "rtx" and gpu.compute_capability not in RTX_CAPABILITIES:
             raise Unavailable(
                 f"TensorRT-RTX {self.version} runs on compute capability {', '.join(RTX_CAPABILITIES)}; "
                 f"{gpu.name} has {gpu.compute_capability}",
-                "Use: --backend ort, or pip install 'rsd-trt[trt]'",
+                "Use: --backend ort, or pip install 'rsd-trt[trt]' or 'rsd-trt[lean]'",
             )
 
 
@@ -46,7 +54,7 @@ def find_distribution(target: Target | None = None) -> Distribution:
     Raises:
         Unavailable: it is not installed, or its libraries cannot be loaded.
     """
-    wanted: tuple[Target, ...] = (target,) if target else ("tensorrt", "rtx")
+    wanted: tuple[Target, ...] = (target,) if target else tuple(MODULES)
     problems = []
     for name in wanted:
         try:
@@ -58,7 +66,7 @@ def find_distribution(target: Target | None = None) -> Distribution:
 
 
 def runnable_distribution(gpu: Gpu | None) -> Distribution:
-    """The installed TensorRT that runs on `gpu`; of two, the full TensorRT.
+    """The first installed TensorRT that runs on `gpu`: the full one, RTX, the lean runtime.
 
     Raises:
         Unavailable: there is none; with the reason for each that is installed.
@@ -75,3 +83,17 @@ def runnable_distribution(gpu: Gpu | None) -> Distribution:
         except Unavailable as error:
             problems.append(error)
     raise Unavailable("; ".join(problem.message for problem in problems), problems[0].remedy)
+
+
+def collecting_logger(trt: ModuleType, messages: list[str]) -> object:
+    """A TensorRT logger that appends errors to `messages`: what fails returns None or False, and says why only here."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: object, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                messages.append(message)
+
+    return Logger()

@@ -89,8 +89,8 @@ class Launcher:
 
         gpu = host.gpu(str(device)) if device.type == "cuda" else None
         distribution = runnable_distribution(gpu)
-        key = (component, precision, batch, distribution.target)
-        artefact, file = usable(self.bundle, self.engines, key, distribution.version, gpu)
+        key = (component, precision, batch, distribution.kind)
+        artefact, file = usable(self.bundle, self.engines, key, distribution, gpu)
         return TrtSession(file, signature, device, distribution, artefact.files[0].sha256)
 
 

@@ -336,7 +336,8 @@ class Policy:
             chunk.instruction, chunk.cursor = observations[i].instruction, self.n_action_steps
             actions, clipped = self._within_limits(chunk.actions[: self.n_action_steps])
             share = equal_share(guess, chunk.tokens)
-            answers.append(replace(query, actions=actions, clipped=clipped, token_agreement=share))
+            said = replace(query, chunk=chunk.actions, tokens=chunk.tokens, token_agreement=share)
+            answers.append(replace(said, actions=actions, clipped=clipped))
         return answers
 
     def _shadow(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:

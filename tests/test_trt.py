@@ -37,6 +37,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *targets: Target) -> None:
         (("tensorrt", "rtx"), "rtx", "rtx"),
         (("rtx",), None, "rtx"),
         (("tensorrt",), "tensorrt", "tensorrt"),
+        (("lean",), None, "lean"),
+        (("tensorrt", "rtx", "lean"), "lean", "lean"),
     ],
 )
 def test_the_distribution_asked_for_or_the_first_one_installed(
@@ -54,7 +56,8 @@ def test_the_distribution_asked_for_or_the_first_one_installed(
             (),
             None,
             "tensorrt cannot be imported (No module named 'tensorrt'); tensorrt_rtx cannot be imported (No module "
-            "named 'tensorrt_rtx'). Install it: pip install 'rsd-trt[trt]' or 'rsd-trt[rtx]'",
+            "named 'tensorrt_rtx'); tensorrt_lean cannot be imported (No module named 'tensorrt_lean'). "
+            "Install it: pip install 'rsd-trt[trt]' or 'rsd-trt[rtx]' or 'rsd-trt[lean]'",
         ),
         (
             ("rtx",),
@@ -87,8 +90,10 @@ def test_a_missing_distribution_says_what_to_install(
             "rtx",
             HOPPER,
             "TensorRT-RTX 1.2.3 runs on compute capability 8.0, 8.6, 8.9, 12.0, 12.1; NVIDIA H200 has 9.0. "
-            "Use: --backend ort, or pip install 'rsd-trt[trt]'",
+            "Use: --backend ort, or pip install 'rsd-trt[trt]' or 'rsd-trt[lean]'",
         ),
+        ("lean", HOPPER, None),
+        ("lean", None, "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),
         ("rtx", None, "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),
         ("tensorrt", None, "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),
     ],
@@ -111,6 +116,11 @@ def test_where_a_distribution_runs(target: Target, gpu: Gpu | None, message: str
         (("tensorrt", "rtx"), ADA, "tensorrt"),
         (("rtx",), ADA, "rtx"),
         (("tensorrt", "rtx"), HOPPER, "tensorrt"),
+        (("tensorrt", "lean"), HOPPER, "tensorrt"),
+        (("rtx", "lean"), HOPPER, "lean"),
+        (("rtx", "lean"), ADA, "rtx"),
+        (("lean",), ADA, "lean"),
+        (("lean",), None, "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),
         ((), ADA, "tensorrt cannot be imported (No module named 'tensorrt'); tensorrt_rtx cannot be imported "),
         ((), None, "tensorrt cannot be imported (No module named 'tensorrt'); tensorrt_rtx cannot be imported "),
         (("rtx",), None, "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -126,6 +127,7 @@ def all_checks(backend: Backend, path: Path, engines: Path) -> tuple[Check, ...]
         Check("ONNX Runtime", onnx_runtime, ("ort",)),
         Check("TensorRT", partial(tensorrt, "tensorrt")),
         Check("TensorRT-RTX", partial(tensorrt, "rtx")),
+        Check("TensorRT lean", partial(tensorrt, "lean")),
         Check("engines run here", engines_run, ("trt",)),
         Check("rendering", rendering),
         Check("LIBERO", libero),
@@ -254,13 +256,15 @@ def tensorrt(target: Target) -> Found:
         parts = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         return Found(f"bindings and libraries do not belong together: {parts}", "install all of one version")
     gpu = host.gpu()
-    problem = _cannot_build(distribution, gpu)
+    problem = _cannot_build(distribution, gpu) if target != "lean" else None
     builds = f"cannot build here ({problem})" if problem else "can build here"
+    if target == "lean":
+        builds = "loads engines of the full TensorRT that are version-compatible"
     try:
         distribution.check_runs_on(gpu)
     except Unavailable as error:
         return Found(f"{distribution.version} {builds}, cannot run here ({error.message})", error.remedy)
-    remedy = f"pip install --force-reinstall tensorrt{'-rtx' * (target == 'rtx')}" if problem else None
+    remedy = f"pip install --force-reinstall {MODULES[target].replace('_', '-')}" if problem else None
     return Found(f"{distribution.version} {builds}, can run here", remedy)
 
 
@@ -384,19 +388,20 @@ def _kinds(backend: Backend, artefacts: tuple[Artefact, ...]) -> tuple[ArtefactK
     if backend != "trt":
         return ()
     try:
-        return (runnable_distribution(host.gpu()).target,)
+        return (runnable_distribution(host.gpu()).kind,)
     except Unavailable:
         return tuple({a.kind for a in artefacts} - {"onnx"}) or ("tensorrt",)
 
 
-def _loader(artefact: Artefact) -> tuple[str | None, host.Gpu | None]:
+def _loader(artefact: Artefact) -> tuple[Distribution | None, host.Gpu | None]:
     """The TensorRT and the GPU that would load an engine, if they are here."""
-    if artefact.kind == "onnx":
-        return None, None
-    try:
-        return find_distribution(artefact.kind).version, host.gpu()
-    except Unavailable:
-        return None, None
+    loaders: dict[ArtefactKind, tuple[Target, ...]] = {"tensorrt": ("tensorrt", "lean"), "rtx": ("rtx",)}
+    for target in loaders.get(artefact.kind, ()):
+        try:
+            return find_distribution(target), host.gpu()
+        except Unavailable:
+            continue
+    return None, None
 
 
 def _cannot_build(distribution: Distribution, gpu: host.Gpu | None) -> str | None:
@@ -413,11 +418,8 @@ def _cannot_build(distribution: Distribution, gpu: host.Gpu | None) -> str | Non
 
 def _package_versions(module: str) -> dict[str, str]:
     """The packages that a TensorRT is installed as: bindings and libraries are apart."""
-    prefix = module.replace("_", "-")
-    names = [name for name in _distributions() if name.startswith(prefix)]
-    if module == MODULES["tensorrt"]:
-        names = [name for name in names if not name.startswith(MODULES["rtx"].replace("_", "-"))]
-    return {name: importlib.metadata.version(name) for name in names}
+    package = re.compile(rf"{module.replace('_', '-')}(-cu\d+)?(-bindings|-libs)?")
+    return {name: importlib.metadata.version(name) for name in _distributions() if package.fullmatch(name)}
 
 
 def _distributions() -> list[str]:

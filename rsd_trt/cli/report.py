@@ -41,23 +41,25 @@ def compare(a: Path, b: Path, profile: Path | None, within: int | None, as_json:
     """
     from rsd_trt.eval.read import read_run
     from rsd_trt.eval.report.compare import compare as compare_runs
-    from rsd_trt.eval.report.cost import cannot_save_time, read_price
+    from rsd_trt.eval.report.cost import COUNTED, cannot_save_time, read_price
     from rsd_trt.eval.report.runs import run_names
     from rsd_trt.eval.report.tables import comparison_table
     from rsd_trt.records import to_json
 
     runs = read_run(a), read_run(b)
     scripts = [run.settings.policy for run in runs if run.settings.bundle is None]
-    if scripts:
-        raise UserError(f"{scripts[0]} is a script; runs of bundles are compared")
-    first, second = run_names(runs)
-    comparison = compare_runs(*runs, read_price(profile, runs), within, (first, second))
+    if len(scripts) == 1:
+        raise UserError(f"{scripts[0]} is a script, and the other run is of a bundle: two of a kind are compared")
+    if scripts and profile is not None:
+        raise UserError("--profile prices queries, and scripts make none", "Leave it out")
+    first, second = (str(a), str(b)) if scripts else run_names(runs)
+    comparison = compare_runs(*runs, COUNTED if scripts else read_price(profile, runs), within, (first, second))
     if as_json:
         click.echo(json.dumps(to_json(comparison), indent=2))
         return
     _notice(cannot_save_time(runs))
     show(comparison_table(comparison))
-    note_untrained(all(run.settings.of_bundle.trained for run in runs))
+    note_untrained(all(run.settings.bundle is None or run.settings.bundle.trained for run in runs))
 
 
 @click.command()

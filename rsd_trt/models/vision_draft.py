@@ -80,7 +80,7 @@ class InstructionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.fc1.weight.dtype)
         real = (x.abs().amax(-1, keepdim=True) > 0).to(x.dtype)  # [B, rows, 1]
-        mean = (F.gelu(self.fc1(x)) * real).sum(1) / real.sum(1).clamp_min(1)
+        mean = (F.gelu(self.fc1(x)) * real).sum(1) / real.sum(1).clamp(1, x.shape[1])
         return self.fc2(mean)
 
 
@@ -147,10 +147,13 @@ class VisionDraft(Exportable):
 
     def forward(self, frames: Tensor, *rest: Tensor) -> Tensor:
         """frames [B, cameras, side, side, 3] uint8(, state [B, 8]), instruction [B, P, E]."""
-        state = rest[0].float() * self.state_scale + self.state_offset if self.config.state else None
-        if state is not None:
-            state = torch.minimum(torch.maximum(state, -self.state_limit), self.state_limit)
+        state = self.normalised(rest[0]) if self.config.state else None
         return self.classify(self.see(self.resize(frames), state, rest[-1])[0])
+
+    def normalised(self, state: Tensor) -> Tensor:
+        """The robot's state [B, 8] in its own units -> as the transformer reads it."""
+        state = state.float() * self.state_scale + self.state_offset
+        return torch.minimum(torch.maximum(state, -self.state_limit), self.state_limit)
 
     def see(self, images: Tensor, state: Tensor | None, instruction: Tensor) -> tuple[Tensor, Tensor]:
         """Images that are rotated and resized already, [B, cameras, S, S, 3] in 0..255, and the normalised state [B, 8]

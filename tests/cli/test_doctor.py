@@ -164,6 +164,8 @@ class Bindings:
         ("tensorrt", None, "", "cannot build here (it builds on the GPU that runs", "--backend ort"),
         ("rtx", None, "", "can build here, cannot run here (TensorRT engines need an NVIDIA GPU", "--backend ort"),
         ("rtx", HOPPER, "", "NVIDIA H100 has 9.0", "--backend ort"),
+        ("lean", HOPPER, "", "10.9 loads engines of the full TensorRT that are version-compatible, can run here", None),
+        ("lean", None, "", "version-compatible, cannot run here (TensorRT engines need an NVIDIA GPU", "--backend ort"),
         ("tensorrt", ADA, "libnvinfer 11 is loaded", "cannot build here (RuntimeError: libnvinfer 11", "pip install"),
     ],
 )
@@ -194,10 +196,12 @@ def test_bindings_and_libraries_of_two_versions(monkeypatch: Patch, tmp_path: Pa
     monkeypatch.setattr(doctor, "find_distribution", lambda name: Distribution(name, Bindings()))  # type: ignore[arg-type]
     install(tmp_path, "tensorrt_cu13_bindings", "10.9")
     install(tmp_path, "tensorrt_cu13_libs", "11.0")
+    install(tmp_path, "tensorrt_lean_cu13", "12.0")
     monkeypatch.syspath_prepend(tmp_path)
     line = doctor.tensorrt("tensorrt")
     broken(line, "tensorrt-cu13-bindings 10.9, tensorrt-cu13-libs 11.0", "all of one version")
     assert "rtx" not in line.text
+    assert "lean" not in line.text
 
 
 def test_a_tensorrt_that_is_not_installed_or_lacks_its_library(monkeypatch: Patch) -> None:

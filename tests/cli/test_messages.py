@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
 from synthetic import run, write
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.cli import main
 from rsd_trt.errors import UserError
+from rsd_trt.eval.summary import summarise
 from rsd_trt.runtime.policy import Policy
 
 SAID = {
@@ -56,3 +59,19 @@ def test_only_checking_needs_a_draft(bundle_copy: Path) -> None:
     assert Policy.load(bundle, "baseline").exports == {}
     with pytest.raises(UserError, match=r"has no draft, and mode rsd checks with one\. Use: --mode baseline"):
         Policy.load(bundle, "rsd")
+
+
+def test_two_scripts_are_compared_and_a_script_with_a_bundle_is_not(tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        found = run("baseline")
+        settings = structs.replace(found.settings, bundle=None, policy=f"m:{name}", policy_sha256=name * 64)
+        episodes = [structs.replace(episode, queries=(), run=settings.run) for episode in found.episodes]
+        tasks = {task.task_id: task.task_description for task in found.task_results}
+        files.append(str(write(tmp_path / f"{name}.json", summarise(settings, episodes, tasks, None, "eval"))))
+    done = CliRunner().invoke(main, ["compare", *files, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["pairs"] > 0 and json.loads(done.stdout)["cost"] is None
+    assert CliRunner().invoke(main, ["compare", *files]).exit_code == 0
+    mixed = CliRunner().invoke(main, ["compare", files[0], str(write(tmp_path / "c.json", run("baseline")))])
+    assert (mixed.exit_code, "two of a kind are compared" in mixed.stderr) == (1, True)

@@ -94,7 +94,7 @@ def test_every_component_has_an_engine(
     assert engine.engine.flags == ("strongly_typed", "no_tf32")
     assert (engine.engine.gpu, engine.engine.driver, engine.engine.compute_capabilities) == (None, None, ())
     assert (engine.inputs, engine.outputs, engine.opset) == (source.inputs, source.outputs, source.opset)
-    assert freshness(engine, folder, bundle, trt.__version__, GPU) == (True, "fresh")
+    assert freshness(engine, folder, bundle, find_distribution("rtx"), GPU) == (True, "fresh")
 
 
 def test_graphs_are_kept_and_engines_reported_with_their_progress(rtx: tuple[Path, list[Outcome], Steps]) -> None:
@@ -105,11 +105,13 @@ def test_graphs_are_kept_and_engines_reported_with_their_progress(rtx: tuple[Pat
     assert sum(done == 1 for _, done, _ in steps) == 2 * len(COMPONENTS)  # every build counts from one
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_builds(bundle: Bundle, exported: Callable[..., Path], precision: Precision) -> None:
-    file = graph(bundle, exported(precision), "predict", precision, "dynamic")
-    assert build(bundle, file, "predict").startswith(MAGIC)
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_half_precision_builds(
+    bundle: Bundle, exported: Callable[..., Path], component: Component, precision: Precision
+) -> None:
+    file = graph(bundle, exported(precision), component, precision, "dynamic")
+    assert build(bundle, file, component).startswith(MAGIC)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,12 @@ def test_what_the_builder_is_asked_for(
     ("target", "options", "gpu", "message"),
     [
         ("rtx", EngineOptions(("8.9", "12.0")), None, None),
+        (
+            "lean",
+            EngineOptions(),
+            GPU,
+            "TensorRT's lean runtime builds no engines. Use: --target tensorrt --version-compatible",
+        ),
         ("tensorrt", EngineOptions(version_compatible=True, hardware_compatible=True), GPU, None),
         (
             "rtx",

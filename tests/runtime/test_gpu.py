@@ -12,6 +12,7 @@ import torch
 from msgspec import structs
 
 from examples.reference_policy.studies.fp8_sensitivity import sensitivity
+from rsd_trt import host
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import ARM_DIMS, COMPONENTS, MODES, BackboneKind, Backend, Mode
 from rsd_trt.errors import UserError
@@ -21,6 +22,7 @@ from rsd_trt.eval.verify.components import VerifyRequest, verify
 from rsd_trt.eval.verify.inputs import INSTRUCTIONS, random_observations
 from rsd_trt.eval.verify.result import BackboneParity, Parity
 from rsd_trt.export.run import ExportRequest, export_bundle
+from rsd_trt.export.to_engine import EngineOptions, check_options
 from rsd_trt.presets import byte_tokenizer, conventions, initialise, preset
 from rsd_trt.runtime.backends import Launcher, open_forward
 from rsd_trt.runtime.forward import Forward
@@ -28,7 +30,7 @@ from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.runtime.speculate import RandomAcceptance
-from rsd_trt.trt import find_distribution
+from rsd_trt.trt import runnable_distribution
 
 pytestmark = [
     pytest.mark.gpu,
@@ -222,11 +224,9 @@ def test_fp8_is_close(tmp_path: Path) -> None:
 
 
 def test_tensorrt_equals_pytorch_or_says_why_not(bundle: Bundle, tmp_path: Path) -> None:
-    from rsd_trt import host
-
     try:
-        distribution = find_distribution()
-        distribution.check_runs_on(host.gpu())
+        distribution = runnable_distribution(host.gpu())
+        check_options(distribution, EngineOptions(), host.gpu())
     except UserError as error:
         pytest.skip(f"not measured: {error}")
     export_bundle(bundle, ExportRequest(tmp_path, distribution=distribution), lambda _: None, lambda *_: None)

@@ -177,7 +177,7 @@ def test_without_a_proprioception_token_there_is_none(observe: Observe) -> None:
         ),
         ({"proprio": np.zeros((1, PROPRIO_DIM), np.float32)}, r"proprio is float32 \[1, 8\]"),
         ({"proprio": np.array([0, 0, 0, np.inf, 0, 0, 0, 0])}, r"proprio\[3\] is not finite"),
-        ({"proprio": None}, "proprio is NoneType"),
+        ({"proprio": None}, "the observation has no proprio"),
         ({"instruction": 3}, "instruction is of type int, not a string"),
     ],
 )
