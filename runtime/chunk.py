@@ -24,7 +24,6 @@ class Query:
     next steps that pass the rule, score what the rule compared with its threshold where that is one number, and
     draft_finite whether the draft could be used. full_query: whether backbone and main head were run.
     token_agreement: share of equal draft and main tokens for each coarse layer, where both were computed.
-    chunk [T, A] and tokens [T, D, L]: the main head's, where it was asked; not to be written to.
     draft_gap and main_gap: mode shadow only, `Chunk.gap` of the draft's guess and of the main head's new chunk.
     """
 
@@ -37,8 +36,6 @@ class Query:
     clipped: int = 0
     draft_finite: bool = True
     token_agreement: tuple[float, ...] | None = None
-    chunk: Actions | None = None
-    tokens: Tokens | None = None
     draft_gap: Gap | None = None
     main_gap: Gap | None = None
     fault: str | None = None

@@ -336,8 +336,7 @@ class Policy:
             chunk.instruction, chunk.cursor = observations[i].instruction, self.n_action_steps
             actions, clipped = self._within_limits(chunk.actions[: self.n_action_steps])
             share = equal_share(guess, chunk.tokens)
-            said = replace(query, chunk=chunk.actions, tokens=chunk.tokens, token_agreement=share)
-            answers.append(replace(said, actions=actions, clipped=clipped))
+            answers.append(replace(query, actions=actions, clipped=clipped, token_agreement=share))
         return answers
 
     def _shadow(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:

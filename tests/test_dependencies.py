@@ -47,7 +47,7 @@ def test_every_dependency_is_justified_with_its_licence() -> None:
 def test_nothing_is_imported_that_is_not_declared() -> None:
     found: set[str] = set()
     own = {path.stem for path in ROOT.glob("tests/**/*.py")}
-    for folder in ("rsd_trt", "export", "runtime", "eval", "training", "examples", "tests", "docs"):
+    for folder in ("rsd_trt", "export", "runtime", "eval", "examples", "tests", "docs"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

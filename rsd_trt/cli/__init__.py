@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from rsd_trt import __version__
-from rsd_trt.cli import bundles, distill, doctor, evaluate, export, profile, report, sweep, verify
+from rsd_trt.cli import bundles, doctor, evaluate, export, profile, report, sweep, verify
 from rsd_trt.errors import UserError, did_you_mean, out_of_memory
 
 STOPPED = "stopped. What was finished is kept, and no file is half-written: run the same command again"
@@ -85,6 +85,6 @@ def main(verbose: bool) -> None:
     )
 
 
-for module in (bundles, doctor, export, verify, profile, evaluate, sweep, distill, report):
+for module in (bundles, doctor, export, verify, profile, evaluate, sweep, report):
     for command in module.COMMANDS:
         main.add_command(command)

@@ -1,1 +1,0 @@
-"""A module for each kind of data that frames are read from."""
