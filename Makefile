@@ -15,7 +15,7 @@ setup: .venv/installed ## Make .venv with everything that demo and test need
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,ray,report,dev]'
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,ray,report,serve,train,dev]'
 	@touch $@
 
 demo: setup ## The reference policy in LIBERO, baseline and RSD, with a report

@@ -322,16 +322,21 @@ def write_part(folder: Path, part: str, state: Mapping[str, Tensor]) -> None:
         raise UserError(f"{file.name} cannot be written: {error}") from None
 
 
-def copy_with(bundle: Bundle, config: BundleConfig, path: Path) -> Bundle:
-    """A bundle with the same weights and another configuration.
+def copy_with(
+    bundle: Bundle, config: BundleConfig, path: Path, parts: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> Bundle:
+    """A bundle with another configuration and the same weights, those of `parts` apart, which are given.
 
     Raises:
         UserError: `path` exists, or cannot be written.
     """
+    given = parts or {}
     with new_folder(path) as folder:
         for file in bundle.path.iterdir():
-            if own(file).is_file():
+            if own(file).is_file() and file.stem not in given:
                 shutil.copyfile(file, folder / file.name)
+        for part, state in given.items():
+            write_part(folder, part, state)
         write_config(folder, config)
     return Bundle.open(path)
 

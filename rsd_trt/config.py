@@ -30,6 +30,8 @@ MAX_SIZE = 1 << 18  # of any width, vocabulary or picture: a hostile configurati
 MAX_COUNT = 1 << 10  # nor keep anyone busy with building blocks, layers, steps or levels one by one
 MAX_PIXELS = 1 << 12  # a side
 MAX_TOLERANCE = 2.0  # environment units: the whole range of an action
+RECORD_SIZE = 128  # pixels a side, of recorded frames
+RECORD_GB = 20.0  # that recordings may take
 MAX_BATCH = 64  # rows that engines with a dynamic batch take
 ARM_DIMS = 6  # dx dy dz droll dpitch dyaw; the gripper is the action dimension behind them
 ACTION_DIMS = ARM_DIMS + 1
@@ -270,6 +272,8 @@ class ControlConfig(Record, frozen=True):
     statistics: str | None = None  # the data set that the quantiles are of
     action_quantiles: Quantiles | None = None
     limits: Limits = Limits()  # the actions that leave the policy are clipped to them
+    hand_step: Annotated[float, Meta(gt=0)] | None = 0.03  # m that the hand moves in a step at the most; a server takes
+    # what is more for a new episode. None: it does not look. In LIBERO it moves by 0.022 at the most
     proprio_quantiles: Quantiles | None = None
     settle_steps: Annotated[int, Meta(ge=0, le=MAX_SIZE)] = 10  # idle steps before the first query, not counted
     max_steps: dict[str, Width] = field(

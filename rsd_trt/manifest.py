@@ -135,24 +135,10 @@ def freshness(
     """Whether an artefact is what the bundle needs, and the reason in one line.
 
     `loader` is the TensorRT that would load it, `gpu` the one that would run it; None: not checked.
-    Every byte is hashed: an engine is code, and is deserialised only if this says yes.
     """
-    for file in artefact.files:
-        path = folder / file.name
-        if path.is_symlink():
-            return False, f"{path} is a symbolic link, not the file that was built"
-        if not path.is_file():
-            return False, f"{path} is missing"
-        if (size := path.stat().st_size) != file.bytes:
-            return False, f"{path} has {size} bytes, the manifest says {file.bytes}"
-        if (digest := sha256(path)) != file.sha256:
-            return False, f"{path} has sha256 {digest[:8]}, the manifest says {file.sha256[:8]}"
-    weights = bundle.component_fingerprint(artefact.component)
-    if weights != artefact.weights_sha256:
-        return (
-            False,
-            f"{artefact.name} was built from weights {artefact.weights_sha256[:8]}, the bundle has {weights[:8]}",
-        )
+    ok, reason = intact(artefact, folder, bundle.component_fingerprint(artefact.component))
+    if not ok:
+        return ok, reason
     engine = artefact.engine
     if engine is not None and loader is not None:
         portable = "version_compatible" in engine.flags
@@ -167,6 +153,29 @@ def freshness(
         if engine.compute_capabilities and gpu.compute_capability not in engine.compute_capabilities:
             built = ", ".join(engine.compute_capabilities)
             return False, f"{artefact.name} was built for compute capability {built}, this is {gpu.compute_capability}"
+    return True, "fresh"
+
+
+def intact(artefact: Artefact, folder: Path, weights: str) -> tuple[bool, str]:
+    """Whether an artefact is what was built, from the weights of that fingerprint, and the reason in one line.
+
+    Every byte is hashed: an engine is code, and is deserialised only if this says yes.
+    """
+    for file in artefact.files:
+        path = folder / file.name
+        if path.is_symlink():
+            return False, f"{path} is a symbolic link, not the file that was built"
+        if not path.is_file():
+            return False, f"{path} is missing"
+        if (size := path.stat().st_size) != file.bytes:
+            return False, f"{path} has {size} bytes, the manifest says {file.bytes}"
+        if (digest := sha256(path)) != file.sha256:
+            return False, f"{path} has sha256 {digest[:8]}, the manifest says {file.sha256[:8]}"
+    if weights != artefact.weights_sha256:
+        return (
+            False,
+            f"{artefact.name} was built from weights {artefact.weights_sha256[:8]}, the bundle has {weights[:8]}",
+        )
     return True, "fresh"
 
 

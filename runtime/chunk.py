@@ -24,6 +24,7 @@ class Query:
     next steps that pass the rule, score what the rule compared with its threshold where that is one number, and
     draft_finite whether the draft could be used. full_query: whether backbone and main head were run.
     token_agreement: share of equal draft and main tokens for each coarse layer, where both were computed.
+    chunk [T, A] and tokens [T, D, L]: the main head's, where it was asked; not to be written to.
     draft_gap and main_gap: mode shadow only, `Chunk.gap` of the draft's guess and of the main head's new chunk.
     """
 
@@ -36,6 +37,8 @@ class Query:
     clipped: int = 0
     draft_finite: bool = True
     token_agreement: tuple[float, ...] | None = None
+    chunk: Actions | None = None
+    tokens: Tokens | None = None
     draft_gap: Gap | None = None
     main_gap: Gap | None = None
     fault: str | None = None
@@ -52,6 +55,7 @@ class Chunk:
     cursor: int = 0  # steps of it that were committed: its age
     episode: tuple[int, ...] = ()  # which one the environment is at: (task, trial)
     queries: int = 0  # that were answered in it
+    fixed: int | None = None  # actions of every query, whatever the policy's own numbers; a check commits all or none
 
     def due(self, instruction: str, refresh: int | None) -> Route | None:
         """Why the next query has to be a full query, or None if there is something to check."""
@@ -59,7 +63,7 @@ class Chunk:
             return "start"
         if self.instruction != instruction:
             return "instruction"
-        if self.cursor >= len(self.actions):
+        if len(self.actions) - self.cursor < (self.fixed or 1):
             return "exhausted"
         if (self.left[0, ARM_DIMS] > 0) != (self.gripper > 0):
             return "gripper"
@@ -76,6 +80,17 @@ class Chunk:
         """The gripper's command before what is left."""
         assert self.actions is not None
         return float(self.actions[self.cursor - 1, ARM_DIMS])
+
+    def forget(self) -> None:
+        """Ends it: the next query has nothing to check."""
+        self.actions, self.tokens, self.instruction, self.cursor = None, None, "", 0
+
+    def take_back(self, steps: int) -> None:
+        """The last `steps` of those that were committed were not executed. Of a chunk of which nothing was, the
+        gripper's command before it is not known: it ends."""
+        self.cursor -= steps
+        if self.cursor <= 0:
+            self.forget()
 
     def gap(self, guess: Actions) -> Gap:
         """How far a guess [T, A] is from each step that is left, as |difference| for each arm dimension and, for the

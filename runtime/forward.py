@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -17,32 +16,11 @@ from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.fast.products import power_of_two
 from rsd_trt.models.vision_draft import instruction_rows
 from rsd_trt.runtime.check import VisionCheck
+from rsd_trt.runtime.loop import Guess, Main
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.preprocess import Preprocessor
+from rsd_trt.runtime.preprocess import INSTRUCTIONS, Preprocessor
 from rsd_trt.runtime.session import Session
-from rsd_trt.runtime.speculate import Actions, Flags, Logits, Tokens
-
-INSTRUCTIONS = 256  # whose rows are kept
-
-
-@dataclass(frozen=True)
-class Guess:
-    """The draft's guess for a batch, on the host."""
-
-    tokens: Tokens  # [B, T, D, C]
-    actions: Actions  # [B, T, A]
-    logits: Logits  # [B, T, D, K], of L0
-    finite: Flags  # [B]: logits and actions
-
-
-@dataclass(frozen=True)
-class Main:
-    """The main head's chunk for a batch, on the host. tokens: None of a head that gives none, where the rule of the
-    bundle does not read them."""
-
-    tokens: Tokens | None  # [B, T, D, L]
-    actions: Actions  # [B, T, A]
-    finite: Flags  # [B]: logits and actions
+from rsd_trt.runtime.speculate import Actions, Tokens
 
 
 class BackboneRun(Protocol):
@@ -69,7 +47,8 @@ class Forward:
     """Computes queries. What it gives belongs to it: the next query may overwrite it.
 
     sessions: what runs `predict` and, where there is a draft, `propose`. hidden: the states [B, H] or [B, n, H] of
-    the last full query, on the device.
+    the last full query, on the device. rows(instruction): what a draft with eyes of its own reads of it, [P, E] on
+    the device.
     """
 
     def __init__(
@@ -91,9 +70,9 @@ class Forward:
         self._config, self._backbone, self._preprocess = config, backbone, preprocess
         self._embed_tokens, self._encode = embed_tokens, encode
         self._kept: tuple[Sequence[Observation], Tensor] | None = None  # of the last check with a hidden draft
-        self._rows = lru_cache(INSTRUCTIONS)(self._instruction_rows)
+        self.rows = lru_cache(INSTRUCTIONS)(self._instruction_rows)
         eyes = propose is not None and isinstance(config.draft, VisionDraftConfig)
-        self._vision = VisionCheck(propose, self.device, self._rows) if propose is not None and eyes else None
+        self._vision = VisionCheck(propose, self.device, self.rows) if propose is not None and eyes else None
 
     @property
     def reads_state(self) -> bool:

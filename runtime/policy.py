@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import (
-    ACTION_DIMS,
     ARM_DIMS,
     DEFAULT_BUNDLE,
     DEFAULT_ENGINES,
@@ -35,27 +35,13 @@ from rsd_trt.errors import PolicyFault, UserError, did_you_mean
 from rsd_trt.records import from_json, to_json
 from rsd_trt.runtime.backends import Launcher, check_backend, check_device, open_forward
 from rsd_trt.runtime.chunk import Chunk, Query
-from rsd_trt.runtime.forward import Forward, Guess
+from rsd_trt.runtime.forward import Forward
+from rsd_trt.runtime.loop import Loop, Main
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import fit_frames
-from rsd_trt.runtime.speculate import (
-    Actions,
-    Check,
-    RandomAcceptance,
-    Route,
-    Rule,
-    Tokens,
-    Verdict,
-    agreeing_prefix,
-    gripper_holds,
-    route_checked,
-    rule_of,
-)
+from rsd_trt.runtime.speculate import Rule, Tokens
 
 log = logging.getLogger(__name__)
-
-NOTHING: Actions = np.zeros((0, ACTION_DIMS), np.float32)
-NOTHING_LEFT: tuple[Route, ...] = ("start", "instruction", "exhausted")  # why a query has no old chunk beside it
 
 
 class Policy:
@@ -85,24 +71,20 @@ class Policy:
             raise UserError(f"environments is {environments} and batch {batch}; both are at least 1")
         self.config = config
         self.mode = mode
-        self.n_action_steps = config.rsd.n_action_steps if n_action_steps is None else n_action_steps
-        if type(self.n_action_steps) is not int or not 0 < self.n_action_steps <= config.dims.T:
-            raise UserError(f"n_action_steps is {n_action_steps!r}; a chunk has 1..{config.dims.T} steps")
-        self.check_steps = config.rsd.check_steps or self.n_action_steps
-        if isinstance(rule, RandomAcceptance) != (mode == "random"):
-            verb = "needs the" if mode == "random" else "has no"
-            raise UserError(f"mode {mode} {verb} rule random: checks that are accepted at a rate, by chance")
+        rsd = config.rsd if n_action_steps is None else structs.replace(config.rsd, n_action_steps=n_action_steps)
+        self._loop = Loop(
+            config.dims, rsd, config.control.limits, mode, forward.check, self._ask_main, rule, self._fault
+        )
+        self.n_action_steps, self.check_steps = self._loop.n_action_steps, self._loop.check_steps
         if mode != "baseline" and "propose" not in forward.sessions:
             raise UserError(f"{config.name} has no draft, and mode {mode} checks with one", "Use: --mode baseline")
         self.exports: dict[str, str] = {
             name: session.sha256 for name, session in forward.sessions.items() if session.sha256 is not None
         }
         self.hidden_states: list[Tensor] | None = None  # set to a list: `shadow` records into it
-        self._rule = rule or rule_of(config.rsd)
         self._forward = forward
-        self._batch = batch
+        self.batch = batch
         self._resize = resize
-        self._limits = np.array(config.control.limits.low, np.float32), np.array(config.control.limits.high, np.float32)
         self._chunks = [Chunk() for _ in range(environments)]
         self._turn = threading.RLock()  # forwards and buffers are one thread's at a time
         if mode != "baseline" and config.late_draft is not None:
@@ -159,7 +141,7 @@ class Policy:
 
     def beside(self, config: BundleConfig, mode: Mode, rule: Rule | None = None) -> Policy:
         """A policy of another mode, or of other settings of the loop, on the same loaded parts; the two take turns."""
-        other = Policy(config, self._forward, mode, None, len(self._chunks), rule, self._batch, self._resize)
+        other = Policy(config, self._forward, mode, None, len(self._chunks), rule, self.batch, self._resize)
         other._turn = self._turn
         return other
 
@@ -170,7 +152,7 @@ class Policy:
         side = control.camera_size
         black = np.zeros((len(control.cameras), side, side, 3), np.uint8)
         with self._turn:
-            self._forward.warm_up(Observation(black, np.zeros(PROPRIO_DIM, np.float32), instruction), self._batch)
+            self._forward.warm_up(Observation(black, np.zeros(PROPRIO_DIM, np.float32), instruction), self.batch)
 
     def reset(self, env: int | None = None, episode: tuple[int, ...] | None = None) -> None:
         """Forgets the chunk of one environment, or of all: to be called at the start of an episode.
@@ -208,7 +190,6 @@ class Policy:
             raise PolicyFault(query.fault)
         return query
 
-    @torch.inference_mode()
     def act_batch(self, observations: Sequence[Observation], environments: Sequence[int]) -> list[Query]:
         """One query for each observation and the index of its environment. A fault ends that query only. Threads take
         turns.
@@ -226,19 +207,32 @@ class Policy:
             control, mean = self.config.control, self.config.backbone.towers[0].mean
             observations = [replace(x, images=fit_frames(x.images, control, mean)) for x in observations]
         with self._turn:
+            return self.answer(observations, [self._chunks[env] for env in environments])
+
+    def answer(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
+        """`act_batch` for a caller who keeps the chunks, which are brought up to date, and has frames that fit."""
+        with self._turn:
             started = self._now()
-            chunks = [self._chunks[env] for env in environments]
-            if self.mode == "baseline":
-                queries = self._full(observations, chunks, [Query(NOTHING, "full")] * len(chunks))
-            else:
-                queries = (self._shadow if self.mode == "shadow" else self._speculate)(observations, chunks)
+            queries = self._loop.query(observations, chunks)
             ms = (self._now() - started) * 1e3
-            for chunk in chunks:
-                chunk.queries += 1
-            for query, env in zip(queries, environments, strict=True):
-                if query.fault is not None:
-                    self.reset(env)
             return [replace(query, ms=ms) for query in queries]
+
+    def full(self, observations: Sequence[Observation], condition: Tokens | None = None) -> Main:
+        """Full queries alone: whole chunks, as the main head gives them, for a caller who runs the loop elsewhere. The
+        next query overwrites what they give."""
+        with self._turn:
+            return self._forward.full(observations, condition)
+
+    def instruction_rows(self, instruction: str) -> NDArray[np.float32]:
+        """What a draft with eyes of its own reads of an instruction [P, E], for a caller who runs it elsewhere."""
+        with self._turn:
+            return self._forward.rows(instruction).cpu().numpy()
+
+    def _ask_main(self, observations: Sequence[Observation], condition: Tokens | None) -> Main:
+        main = self._forward.full(observations, condition)
+        if self.hidden_states is not None:
+            self.hidden_states.append(self._forward.hidden.cpu())
+        return main
 
     @property
     def reads_state(self) -> bool:
@@ -254,121 +248,6 @@ class Policy:
                 f"the policy got the environments {list(environments)}, each of 0..{there[-1]} at most once",
                 "More at a time: Policy.load(..., environments=N)",
             )
-
-    def _speculate(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
-        """Checks the chunks that are alive, and makes full queries for the others and those that are rejected."""
-        queries = [Query(NOTHING, reason or "rejected") for reason in self._due(observations, chunks)]
-        guesses: dict[int, Tokens] = {}
-        if live := [i for i, query in enumerate(queries) if query.route == "rejected"]:
-            guess = self._forward.check([observations[i] for i in live])
-            for place, i in enumerate(live):
-                queries[i] = self._checked(chunks[i], guess, place)
-                if queries[i].route != "rejected":
-                    queries[i] = self._commit(chunks[i], queries[i])
-                elif queries[i].draft_finite:
-                    guesses[i] = guess.tokens[place]
-        if full := [i for i, query in enumerate(queries) if not len(query.actions)]:
-            answers = self._full(
-                [observations[i] for i in full],
-                [chunks[i] for i in full],
-                [queries[i] for i in full],
-                [guesses.get(i) for i in full],
-            )
-            for i, answer in zip(full, answers, strict=True):
-                queries[i] = answer
-        return queries
-
-    def _due(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Route | None]:
-        """For each query, why it has to be a full one, or None if there is something to check."""
-        refresh = self.config.rsd.refresh
-        return [
-            chunk.due(observation.instruction, refresh) for chunk, observation in zip(chunks, observations, strict=True)
-        ]
-
-    def _checked(self, chunk: Chunk, guess: Guess, place: int) -> Query:
-        """A check, decided and not yet answered. A draft that is not finite rejects."""
-        if not guess.finite[place]:
-            return Query(NOTHING, "rejected", checked=True, prefix=0, draft_finite=False)
-        left = chunk.left
-        ahead = min(self.check_steps, len(left))
-        verdict: Verdict = self._rule(
-            Check(
-                left=left,
-                left_tokens=None if chunk.tokens is None else chunk.tokens[chunk.cursor :],
-                guess=guess.actions[place],
-                guess_tokens=guess.tokens[place],
-                logits=guess.logits[place],
-                ahead=ahead,
-                age=chunk.cursor,
-                query=(*chunk.episode, chunk.queries),
-            )
-        )
-        prefix = min(verdict.steps, agreeing_prefix(gripper_holds(left, before=chunk.gripper)))
-        return Query(NOTHING, route_checked(prefix, ahead), checked=True, prefix=prefix, score=verdict.score)
-
-    def _commit(self, chunk: Chunk, query: Query) -> Query:
-        """A check that passed, with the chunk's next actions."""
-        count = min(query.prefix or 0, self.check_steps)
-        actions, clipped = self._within_limits(chunk.left[:count])
-        chunk.cursor += count
-        return replace(query, actions=actions, clipped=clipped, full_query=False)
-
-    def _full(
-        self,
-        observations: Sequence[Observation],
-        chunks: Sequence[Chunk],
-        queries: Sequence[Query],
-        guesses: Sequence[Tokens | None] = (),
-    ) -> list[Query]:
-        """The queries with the first actions of the main head's new chunks. guesses: the draft's tokens where a check
-        was rejected, which a conditioned head is fed."""
-        dims = self.config.dims
-        guesses = guesses or [None] * len(chunks)
-        zeros = np.zeros((dims.T, dims.D, dims.C), np.int64)
-        main = self._forward.full(observations, np.stack([zeros if guess is None else guess for guess in guesses]))
-        answers = []
-        for i, (chunk, query, guess) in enumerate(zip(chunks, queries, guesses, strict=True)):
-            if not main.finite[i]:
-                answers.append(replace(query, fault=self._fault(i)))
-                continue
-            chunk.actions = main.actions[i].copy()
-            chunk.tokens = None if main.tokens is None else main.tokens[i].copy()
-            chunk.instruction, chunk.cursor = observations[i].instruction, self.n_action_steps
-            actions, clipped = self._within_limits(chunk.actions[: self.n_action_steps])
-            share = equal_share(guess, chunk.tokens)
-            answers.append(replace(query, actions=actions, clipped=clipped, token_agreement=share))
-        return answers
-
-    def _shadow(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
-        """Acts as the baseline, and records what `rsd` would have decided."""
-        due = self._due(observations, chunks)
-        before = [replace(chunk) for chunk in chunks]
-        guess = self._forward.check(observations)
-        queries = [
-            Query(NOTHING, reason) if reason is not None else self._checked(chunk, guess, i)
-            for i, (chunk, reason) in enumerate(zip(chunks, due, strict=True))
-        ]
-        queries = self._full(observations, chunks, queries)
-        if self.hidden_states is not None:
-            self.hidden_states.append(self._forward.hidden.cpu())
-        return [
-            self._recorded(query, chunks[i], None if due[i] in NOTHING_LEFT else before[i], guess, i)
-            for i, query in enumerate(queries)
-        ]
-
-    def _recorded(self, query: Query, new: Chunk, old: Chunk | None, guess: Guess, place: int) -> Query:
-        """A query of mode shadow with what draft and main head say beside each other, and beside the old chunk."""
-        if query.fault is not None or not guess.finite[place]:
-            return query
-        assert new.actions is not None
-        tokens, actions = guess.tokens[place], guess.actions[place]
-        query = replace(query, token_agreement=equal_share(tokens, new.tokens))
-        return query if old is None else replace(query, draft_gap=old.gap(actions), main_gap=old.gap(new.actions))
-
-    def _within_limits(self, actions: Actions) -> tuple[Actions, int]:
-        """A copy of actions [n, A] as the controller takes them, and how many were others."""
-        within = np.clip(actions, *self._limits)
-        return within, int((within != actions).any(-1).sum())
 
     def _fault(self, place: int) -> str:
         """Why a main head's chunk cannot be used; names the hidden state when that is where the trouble began."""
@@ -405,11 +284,3 @@ def with_rule(
         if told
         else config
     )
-
-
-def equal_share(draft: Tokens | None, main: Tokens | None) -> tuple[float, ...] | None:
-    """The share of equal tokens of draft [T, D, C] and main head [T, D, L] for each coarse layer -> C numbers; None
-    where one of them gave no tokens."""
-    if draft is None or main is None:
-        return None
-    return tuple((draft == main[..., : draft.shape[-1]]).mean((0, 1)).tolist())

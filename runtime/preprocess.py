@@ -17,6 +17,8 @@ from rsd_trt.prompts import encode
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.pixels import LEVELS, resampling, resize, through_jpeg
 
+INSTRUCTIONS = 256  # that are remembered
+
 
 class Preprocessor:
     """Observations -> backbone inputs."""
@@ -121,6 +123,8 @@ class Preprocessor:
                     f"tokenizer.json or control.suffix_token gives the id {max(ids)}, "
                     f"backbone.language.vocab is {self.backbone.language.vocab}: the bundle does not fit together"
                 )
+            if len(self._prompts) >= INSTRUCTIONS:
+                self._prompts.pop(next(iter(self._prompts)))
             self._prompts[instruction] = ids
         return self._prompts[instruction]
 

@@ -21,7 +21,11 @@ from torch import nn
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, Precision
 from rsd_trt.presets import initialise
+from rsd_trt.recordings import Facts, Recorder
 from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.policy import Policy
+
+RECORDED_SIDE = 32  # pixels
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
@@ -105,3 +109,32 @@ def randomise() -> Callable[..., None]:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[..., Path]:
+    """record(bundle, folder, episodes=5, queries=4) -> the folder, with recordings of random frames."""
+
+    def make(bundle: Bundle, folder: Path, episodes: int = 5, queries: int = 4) -> Path:
+        policy, control = Policy.load(bundle, "baseline"), bundle.config.control
+        recorder, random = Recorder(folder, Facts.of(bundle, RECORDED_SIDE)), np.random.default_rng(0)
+        shape = (len(control.cameras), control.camera_size, control.camera_size, 3)
+        for i in range(episodes):
+            episode = recorder.episode(task=i % 2)
+            for step in range(queries):
+                images = random.integers(0, 256, shape, dtype=np.uint8)
+                state = random.uniform(-1, 1, 8).astype(np.float32)
+                seen = Observation(images, state, f"pick up bowl {i % 2}")
+                (query,) = policy.act_batch([seen], [0])
+                said = (query.actions, query.chunk, query.tokens)
+                episode.add(step, seen.images, seen.proprio, seen.instruction, *said)
+            episode.save(f"task{i % 2}_{i}", success=True)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def recordings(bundle: Bundle, record: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recordings of the tiny bundle. Read only."""
+    return record(bundle, tmp_path_factory.mktemp("recordings"))

@@ -19,10 +19,11 @@ LAYERS = (
     {"__init__", "errors", "config", "files", "isolated", "records", "host", "load", "suites"},
     {"models"},
     {"prompts", "weights"},
-    {"bundle", "trt", "manifest"},
+    {"bundle", "trt", "manifest", "recordings"},
     {"presets"},
     {"importers", "export", "runtime"},
     {"eval"},
+    {"training"},
     {"cli"},
 )
 APART = {"export", "runtime"}
@@ -32,7 +33,7 @@ EVAL_APART = {"libero", "profile"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_lean", "tensorrt_rtx", "onnx", "onnxruntime"}
 NEVER_AT_THE_TOP |= {"libero", "timm", "transformers", "ray"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "trt", "host"}
-WITHOUT_TORCH |= {"isolated", "load", "records", "manifest", "presets", "prompts", "suites", "weights"}
+WITHOUT_TORCH |= {"isolated", "load", "records", "recordings", "manifest", "presets", "prompts", "suites", "weights"}
 
 
 def python_files() -> Iterator[Path]:

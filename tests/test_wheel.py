@@ -23,6 +23,7 @@ SHIPPED = (
     "rsd_trt/eval/report/templates/report.css",
     "rsd_trt/export/to_onnx.py",
     "rsd_trt/runtime/policy.py",
+    "rsd_trt/training/readers/recorded.py",
     *(f"rsd_trt/bundles/reference/{part}.safetensors" for part in ("backbone", "draft", "head", "codec")),
     "rsd_trt/bundles/reference/config.json",
     "rsd_trt/bundles/reference/tokenizer.json",

@@ -29,6 +29,7 @@ from rsd_trt.errors import UserError, out_of_memory, reason
 from rsd_trt.eval.libero.episode import Asking, Assignment, Broken, Finished
 from rsd_trt.eval.libero.worker import CLOSING_SECONDS, Worker
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
+from rsd_trt.recordings import Recorder
 from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.observation import Observation
 
@@ -108,12 +109,13 @@ class Pool:
         meter: Meter,
         lag: float = math.inf,
         beside: Mapping[str, Answering] | None = None,
+        recorder: Recorder | None = None,
     ) -> Generator[Episode, None, None]:
         """Runs the episodes and gives each as it finishes. A run that is given up takes the processes with it.
 
         policy: None if the processes never ask. batch: queries that share a forward at the most. lag: of `Schedule`,
         so that tasks are about even where the run is cut short. beside: the policies of other runs, by the `run` of
-        their assignments.
+        their assignments. recorder: keeps what queries see and say, where it is wanted.
 
         Raises:
             UserError: the simulator cannot work on this machine, or broke in `HOPELESS` episodes in a row.
@@ -126,6 +128,7 @@ class Pool:
             for index in range(min(self._count, len(assignments))):
                 if index == len(pool):
                     pool.append(Worker(index, self._serve, self._timeout))
+                pool[index].recorder = recorder
                 _next_episode(pool[index], pool, schedule, policies)
             while busy := [worker for worker in pool if worker.assignment is not None]:
                 asking: list[tuple[Worker, Asking]] = []
@@ -205,6 +208,7 @@ def _ended(worker: Worker, message: Finished | Broken, policies: Policies) -> Ep
     assignment = worker.assignment
     assert assignment is not None
     if isinstance(message, Finished):
+        worker.save(message)
         actions = ActionStatistics.of(message.actions) if len(message.actions) else None
         episode = worker.episode(message.success, actions, len(message.actions), None)
         seconds, event = round(message.seconds, 4), message.event
@@ -271,6 +275,7 @@ def _answer(
         for (worker, message), query in zip(group, map(_checked, queries), strict=True):
             worker.queries.append(QueryRecord.of(query, message.step, len(group)))
             if query.fault is None:
+                worker.record(message, query)
                 worker.send(query.actions)
             else:
                 worker.send(None)

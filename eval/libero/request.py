@@ -14,6 +14,8 @@ from rsd_trt.config import (
     ACTION_DIMS,
     DEFAULT_BUNDLE,
     DEFAULT_ENGINES,
+    RECORD_GB,
+    RECORD_SIZE,
     BackboneKind,
     BackbonePrecision,
     Backend,
@@ -52,6 +54,9 @@ class PolicyOptions:
     backbone: BackboneKind | None = None
     backbone_precision: BackbonePrecision = "bundle"
     record_hidden: Path | None = None  # `shadow` only
+    record: Path | None = None  # folder for what queries see and say
+    record_size: int = RECORD_SIZE  # pixels a side of recorded frames
+    record_limit: float = RECORD_GB
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,13 @@ from rsd_trt.eval.libero.episode_log import EpisodeLog
 from rsd_trt.eval.libero.pool import Meter, Pool
 from rsd_trt.eval.libero.request import EvalRequest, Script
 from rsd_trt.eval.libero.simulator import Simulator, check_task, initial_states, instruction, open_suite, task_file
+from rsd_trt.eval.libero.worker import recorded_name
 from rsd_trt.eval.results import Episode, EpisodeKey, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
 from rsd_trt.files import locked, write_atomically
 from rsd_trt.host import GpuMeter
 from rsd_trt.load import LoadMeter
+from rsd_trt.recordings import Facts, Recorder
 from rsd_trt.records import to_text, write_record
 from rsd_trt.runtime.policy import Policy
 
@@ -87,12 +89,17 @@ class Executor:
         return [driver.policy for _, driver in self._open]
 
     def run(
-        self, job: Job, keys: Sequence[Sequence[EpisodeKey]], meter: Meter, pictures: bool = True
+        self,
+        job: Job,
+        keys: Sequence[Sequence[EpisodeKey]],
+        meter: Meter,
+        pictures: bool = True,
+        recorder: Recorder | None = None,
     ) -> Generator[Episode, None, None]:
         """Executes episodes of the requests that were opened last, of which `job` is one: gives each as it finishes.
 
         keys: the episodes of each request. pictures: whether those that the requests ask for, and those of failures,
-        are kept.
+        are kept. recorder: keeps what queries see and say, where it is wanted.
 
         Raises:
             UserError: as `rsd_trt.eval.libero.pool.Pool.run`.
@@ -105,7 +112,8 @@ class Executor:
         opened = zip(self._open, keys, strict=True)
         assignments = _in_turn([_assignments(*pair, mine, pictures) for pair, mine in opened])
         beside = {driver.settings.run: driver.policy for _, driver in self._open[1:] if driver.policy is not None}
-        return self._pool_of(request, first).run(first.policy, assignments, first.batch, meter, beside=beside)
+        pool = self._pool_of(request, first)
+        return pool.run(first.policy, assignments, first.batch, meter, beside=beside, recorder=recorder)
 
     def close(self) -> None:
         """Ends the simulators' processes and lets go of the model."""
@@ -192,13 +200,16 @@ def evaluate_together(
         jobs = executor.open(requests)
         for request in requests:
             stack.enter_context(own_folder(request))
+        recorder = _recorder(requests[0], jobs[0])
         begun = [Run.begin(*one) for one in zip(requests, jobs, executor.policies(), strict=True)]
+        for run in begun:
+            _check_recorded(run, recorder)
         runs = {run.job.settings.run: run for run in begun}
         total = len(jobs[0].instructions) * sum(request.trials for request in requests)
         device = jobs[0].settings.device
         meter = Meter(cores=len(os.sched_getaffinity(0)), gpus=int(device.startswith("cuda")))
         on_start(total, [episode for run in begun for episode in run.earlier])
-        running = executor.run(jobs[0], [run.missing for run in begun], meter)
+        running = executor.run(jobs[0], [run.missing for run in begun], meter, recorder=recorder)
         try:
             with GpuMeter(torch.device(device)) as gpu, closing(running) as episodes:
                 load = LoadMeter()
@@ -249,6 +260,26 @@ def own_folder(request: EvalRequest) -> Iterator[None]:
     request.out.mkdir(parents=True, exist_ok=True)
     with locked(request.out / f".{request.name}.lock", refuse):
         yield
+
+
+def _recorder(request: EvalRequest, job: Job) -> Recorder | None:
+    """What keeps all that queries see and say, where that is wanted.
+
+    Raises:
+        UserError: the folder holds recordings of another bundle, or cannot be written.
+    """
+    if request.record is None:
+        return None
+    bundle = Bundle.open(request.bundle)
+    acting = replace(bundle, config=structs.replace(bundle.config, control=job.settings.control))
+    return Recorder(request.record, Facts.of(acting, request.record_size), request.record_limit)
+
+
+def _check_recorded(run: Run, recorder: Recorder | None) -> None:
+    """Raises UserError if episodes of the run so far were not recorded, and the others are to be."""
+    done = [recorded_name(run.job.settings.run, *episode.key) for episode in run.earlier]
+    if recorder is not None and (lost := sum(not recorder.has(name) for name in done)):
+        raise UserError(f"{run.log.path} has {lost} episodes that were not recorded", "To record them all: --fresh")
 
 
 def _assignments(request: EvalRequest, driver: Driver, keys: Sequence[EpisodeKey], pictures: bool) -> list[Assignment]:

@@ -16,10 +16,17 @@ import numpy as np
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.episode import Asking, Assignment, Broken, Finished
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
+from rsd_trt.recordings import EpisodeRecorder, Recorder
+from rsd_trt.runtime.chunk import Query
 
 log = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 10.0  # that a process gets to end by itself
+
+
+def recorded_name(run: str, task: int, trial: int) -> str:
+    """What the recording of an episode is named."""
+    return f"{run}_task{task}_trial{trial}"
 
 
 class Worker:
@@ -33,6 +40,8 @@ class Worker:
         self.started = 0.0
         self.queries: list[QueryRecord] = []
         self.deadline = np.inf  # monotonic time at which it is taken for hung; infinite while it waits for us
+        self.recorder: Recorder | None = None  # of what queries see and say
+        self._recorded: EpisodeRecorder | None = None
         self._serve = serve
         self.timeout = timeout
         self._start()
@@ -42,6 +51,7 @@ class Worker:
         self.assignment, self.attempt, self.task = assignment, attempt, assignment.task
         self.started = time.monotonic()
         self.queries = []
+        self._recorded = None if self.recorder is None else self.recorder.episode(assignment.task)
         self.send(assignment)
 
     def send(self, message: object) -> None:
@@ -65,6 +75,20 @@ class Worker:
         finally:
             watchdog.cancel()
         return message
+
+    def record(self, message: Asking, query: Query) -> None:
+        """Keeps what a query saw and said, where the run is recorded."""
+        if self._recorded is not None:
+            seen = message.observation
+            self._recorded.add(
+                message.step, seen.images, seen.proprio, seen.instruction, query.actions, query.chunk, query.tokens
+            )
+
+    def save(self, finished: Finished) -> None:
+        """Writes the episode's recording, where the run is recorded."""
+        if self._recorded is not None and self.assignment is not None:
+            name = recorded_name(self.assignment.run, self.assignment.task, self.assignment.trial)
+            self._recorded.save(name, finished.success, len(finished.actions))
 
     def episode(self, success: bool, actions: ActionStatistics | None, steps: int, error: str | None) -> Episode:
         assert self.assignment is not None

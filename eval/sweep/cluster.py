@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -190,7 +190,7 @@ class RaySeats:
         except RayError as error:
             yield Lost(f"{type(error).__name__}: {reason(error)}")
 
-    def _alive(self) -> dict[str, dict[str, object]]:
+    def _alive(self) -> dict[str, dict[str, Any]]:
         """The resources of the nodes that are there, by id, with the `name` of each."""
         return {
             node["NodeID"]: {**node["Resources"], "name": node["NodeManagerAddress"]}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -36,7 +36,7 @@ from rsd_trt.eval.statistics import counted
 from rsd_trt.records import Positive, Record, from_json, read_record, write_record
 
 T = TypeVar("T")
-Some = T | tuple[T, ...]
+Some: TypeAlias = T | tuple[T, ...]
 Steps = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Tolerance = Annotated[float, Meta(ge=0, le=MAX_TOLERANCE)]
 LogProbability = Annotated[float, Meta(ge=-MAX_COUNT, le=0)]
@@ -245,7 +245,9 @@ def _run(chosen: dict[str, object], out: Path, where: str) -> Run:
     parts = [mode if chosen.get("policy") is None else str(chosen["policy"]).rpartition(".")[2].replace(":", ".")]
     parts += [bundle.name] if "bundle" in chosen else []
     parts += [str(chosen[name]) for name in ("suite", "rule") if chosen.get(name) is not None]
-    parts += [f"{SHORT[name]}{chosen[name]:g}" for name in SHORT if _numeric(chosen.get(name))]  # type: ignore[str-format]
+    parts += [
+        f"{short}{value:g}" for name, short in SHORT.items() if isinstance(value := chosen.get(name), (int, float))
+    ]
     parts += [] if spec is None else [str(spec).replace(":", "-")]
     name = "_".join(parts)
     paths = {key: Path(str(chosen.pop(key))) for key in ("bundle", "engines") if chosen.get(key) is not None}
@@ -266,10 +268,6 @@ def _with_rule(chosen: dict[str, object], bundle: Path, mode: Mode, where: str) 
     if rule == "likelihood" and chosen.get("threshold") is None and rsd.threshold is None:
         raise UserError(f"{where}: rule likelihood needs a threshold, such as -1.5: the bundle has none")
     return {name: value for name, value in chosen.items() if name not in idle}
-
-
-def _numeric(value: object) -> bool:
-    return isinstance(value, (int, float))
 
 
 def _tasks(value: object, where: str) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ from rsd_trt.config import ARM_DIMS, BundleConfig, Quantiles
 from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import BackboneInputs
 from rsd_trt.runtime.preprocess import Preprocessor
+from rsd_trt.training.augment import augment, augment_state
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +27,6 @@ READERS = 8  # threads
 ARRAYS = ("images", "proprio", "scene", "row", "end", "seed", "actions", "task", "instruction")
 NARROWEST = 1e-3  # between two quantiles, so that a dimension that never moves is not blown up
 
-SHIFT = 3  # pixels, of an image in either direction
-GAIN, CONTRAST, TINT = 0.15, 0.15, 0.05  # the largest changes of brightness, contrast and of one colour
-PROPRIO_NOISE = 0.01  # standard deviation, after normalisation
-PROPRIO_DROPOUT = 0.1  # of the samples see no proprioception
 SWITCH_WEIGHT = 2.0  # how much oftener frames before a gripper switch are drawn
 
 
@@ -146,9 +143,7 @@ class Batches:
         images, proprio = self.data.images[index], self.proprio[index]
         if augmented:
             images = augment(images, self.generator)
-            noise = torch.randn(proprio.shape, device=proprio.device, generator=self.generator) * PROPRIO_NOISE
-            kept = torch.rand(len(index), 1, device=proprio.device, generator=self.generator) >= PROPRIO_DROPOUT
-            proprio = (proprio + noise) * kept
+            proprio = augment_state(proprio, self.generator)
         return images, proprio
 
     def read(self, index: Tensor, images: Tensor, proprio: Tensor) -> BackboneInputs:
@@ -166,23 +161,3 @@ class Batches:
         closed = self.data.chunks(self._train, self.steps)[..., ARM_DIMS] > 0  # [F, T]
         switches = (closed != closed[:, :1]).any(1)
         return torch.where(switches, SWITCH_WEIGHT, 1.0) / counts[task]
-
-
-def augment(images: Tensor, generator: torch.Generator, shift: int = SHIFT) -> Tensor:
-    """uint8 [B, cameras, S, S, 3] -> float32 in 0..255: shifted with repeated edges, brightness, contrast and colour
-    changed a little, every camera by itself."""
-    batch, cameras, side = images.shape[:3]
-    device = images.device
-
-    def uniform(amount: float, channels: int = 1) -> Tensor:
-        shape = (batch, cameras, 1, 1, channels)
-        return 1 + amount * (2 * torch.rand(shape, device=device, generator=generator) - 1)
-
-    offsets = torch.randint(-shift, shift + 1, (2, batch, cameras, 1), device=device, generator=generator)
-    rows, columns = (torch.arange(side, device=device) + offsets).clamp(0, side - 1)  # [B, cameras, S] each
-    sample = torch.arange(batch, device=device)[:, None, None, None]
-    camera = torch.arange(cameras, device=device)[None, :, None, None]
-    x = images[sample, camera, rows[..., :, None], columns[..., None, :]].float()
-    mean = x.mean((2, 3, 4), keepdim=True)
-    x = (x - mean) * uniform(CONTRAST) + mean
-    return (x * uniform(GAIN) * uniform(TINT, 3)).clamp(0, 255)

@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from examples.reference_policy import ranks
 from examples.reference_policy.data import Batches
 from examples.reference_policy.demonstrate import SCENE_DIM
-from examples.reference_policy.loop import Loop, LoopSettings
 from examples.reference_policy.measure import measure
-from examples.reference_policy.targets import corrected_targets, decode_z, layer_losses, total_loss
 from rsd_trt.config import BundleConfig, HiddenDraftConfig
 from rsd_trt.models.backbone import Backbone, BackboneInputs
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.draft import DraftModel
 from rsd_trt.models.head import build_head
+from rsd_trt.training import ranks
+from rsd_trt.training.fit import autocast
+from rsd_trt.training.loop import Loop, LoopSettings
+from rsd_trt.training.targets import corrected_targets, decode_z, layer_losses, total_loss
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +91,6 @@ def build_model(config: BundleConfig, device: torch.device, seed: int) -> RsdMod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return RsdModel(config).to(device)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on CUDA, float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def fit_policy(

@@ -23,13 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.reference_policy import ranks
 from examples.reference_policy.data import Batches
 from examples.reference_policy.demonstrate import SCENE_DIM
-from examples.reference_policy.fit_policy import SCENE_UNIT, SEEDS, RsdModel, autocast, build_model
-from examples.reference_policy.loop import Loop, LoopSettings, read_trained
+from examples.reference_policy.fit_policy import SCENE_UNIT, SEEDS, RsdModel, build_model
 from examples.reference_policy.measure_draft import measure_draft
-from examples.reference_policy.targets import corrected_targets, decode_z, layer_losses, total_loss
 from examples.reference_policy.train import Request, Training
 from rsd_trt.config import BundleConfig, VisionDraftConfig
 from rsd_trt.errors import UserError
@@ -37,6 +34,10 @@ from rsd_trt.files import write_atomically
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.vision_draft import VisionDraft, instruction_rows
 from rsd_trt.records import from_json, to_json, to_text
+from rsd_trt.training import ranks
+from rsd_trt.training.fit import autocast
+from rsd_trt.training.loop import Loop, LoopSettings, read_trained
+from rsd_trt.training.targets import corrected_targets, decode_z, layer_losses, total_loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -236,7 +237,8 @@ def _run(args: argparse.Namespace) -> None:
     draft = from_json(VisionDraftConfig, base | json.loads(args.draft), "--draft")
     compiled = training.device.type == "cuda" if args.compile is None else args.compile
     settings = DraftSettings(draft, args.batch, args.features, compiled=compiled, seed=args.seed)
-    limits = LoopSettings(minutes=args.minutes if args.steps is None else None, steps=args.steps, learning_rate=args.lr)
+    minutes = args.minutes if args.steps is None else None
+    limits = LoopSettings(minutes, args.steps, learning_rate=args.lr, until=ranks.until())
     if args.step != "report":
         batches = training.batches()
         fit_vision_draft(training.config, training.codec(), batches, load_main(training), args.run, settings, limits)

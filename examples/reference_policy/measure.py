@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from examples.reference_policy.data import Batches
-from examples.reference_policy.targets import corrected_targets, decode_z, layer_losses
 from rsd_trt.config import ARM_DIMS, BundleConfig
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.components import agreeing_steps
+from rsd_trt.training.targets import corrected_targets, decode_z, layer_losses
 
 if TYPE_CHECKING:
     from examples.reference_policy.fit_policy import RsdModel

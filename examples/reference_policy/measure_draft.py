@@ -9,11 +9,12 @@ from torch import Tensor
 
 from examples.reference_policy.data import Batches
 from examples.reference_policy.fit_policy import RsdModel
-from examples.reference_policy.targets import corrected_targets, decode_z
 from rsd_trt.config import ARM_DIMS, BundleConfig
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.components import agreeing_steps
 from rsd_trt.models.vision_draft import VisionDraft
+from rsd_trt.training.batches import other_episodes
+from rsd_trt.training.targets import corrected_targets, decode_z
 
 TOLERANCES = (0.1, 0.2, 0.4)
 STALE = 0.2  # tolerance beyond which main says something else
@@ -97,7 +98,9 @@ def ask(
     from examples.reference_policy.fit_vision_draft import fitted
 
     table, dims, side = codec.rfsq.table(), (config.dims.T, config.dims.D), draft.config.side
-    others = other_episodes(batches, index)
+    data = batches.data
+    strangers = other_episodes(data.end.cpu().numpy(), data.task.cpu().numpy(), index.cpu().numpy())
+    others = torch.from_numpy(strangers).to(index.device)
     found: dict[str, list[Tensor]] = {}
     for some, strange in zip(index.split(BATCH), others.split(BATCH), strict=True):
         images, state = batches.see(some, augmented=False)
@@ -129,32 +132,6 @@ def ask(
     joined = {name: torch.cat(values) for name, values in found.items()}
     joined["accuracy"] = joined["accuracy"].mean(0)
     return Said(**joined)
-
-
-def other_episodes(batches: Batches, index: Tensor) -> Tensor:
-    """For each frame one of another episode, of the same task where there is one [F]."""
-    data = batches.data
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(index), generator=generator).tolist()
-    end, task = data.end[index].tolist(), data.task[index].tolist()
-    by_task: dict[int, list[int]] = {}
-    for i in order:
-        by_task.setdefault(task[i], []).append(i)
-    chosen = []
-    for i in range(len(index)):
-        start = int(torch.randint(len(index), (1,), generator=generator))
-        pools = (by_task[task[i]], order)
-        strange = next(
-            (
-                pool[(start + k) % len(pool)]
-                for pool in pools
-                for k in range(len(pool))
-                if end[pool[(start + k) % len(pool)]] != end[i]
-            ),
-            i,
-        )
-        chosen.append(strange)
-    return index[torch.tensor(chosen, device=index.device)]
 
 
 def staleness(said: Said, batches: Batches, index: Tensor, config: BundleConfig) -> dict[str, object]:

@@ -18,11 +18,8 @@ import torch
 from msgspec import structs
 from tokenizers import Tokenizer
 
-from examples.reference_policy import ranks
 from examples.reference_policy.data import Batches, load_actions, load_demonstrations, quantiles
-from examples.reference_policy.fit_codec import check_codec, fit_codec
 from examples.reference_policy.fit_policy import PolicySettings, RsdModel, build_model, fit_draft, fit_policy
-from examples.reference_policy.loop import METRICS, LoopSettings, Trained, read_trained, write_state
 from examples.reference_policy.measure import measure
 from rsd_trt.bundle import Bundle, save
 from rsd_trt.config import BundleConfig, HiddenDraftConfig, Quantiles, Rotation, Size
@@ -32,6 +29,9 @@ from rsd_trt.models.codec import Codec
 from rsd_trt.presets import byte_tokenizer, preset
 from rsd_trt.records import read_record, write_record
 from rsd_trt.runtime.backends import check_device
+from rsd_trt.training import ranks
+from rsd_trt.training.codec import check_codec, fit_codec
+from rsd_trt.training.loop import METRICS, LoopSettings, Trained, read_trained, write_state
 
 log = logging.getLogger(__name__)
 
@@ -262,6 +262,7 @@ def _run(args: argparse.Namespace) -> None:
             steps=args.steps,
             learning_rate=args.lr,
             warm_up=args.warm_up,
+            until=ranks.until(),
         ),
         args.draft_minutes if args.draft_steps is None else None,
         args.draft_steps,

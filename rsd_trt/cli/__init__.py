@@ -12,8 +12,8 @@ from typing import NoReturn
 import click
 
 from rsd_trt import __version__
-from rsd_trt.cli import bundles, doctor, evaluate, export, profile, report, sweep, verify
-from rsd_trt.errors import UserError, did_you_mean, out_of_memory
+from rsd_trt.cli import bundles, distill, doctor, edge, evaluate, export, profile, report, serve, sweep, verify
+from rsd_trt.errors import UserError, did_you_mean, missing_extra, out_of_memory
 
 STOPPED = "stopped. What was finished is kept, and no file is half-written: run the same command again"
 
@@ -41,6 +41,10 @@ class Cli(click.Group):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
             self._fail(ctx, f"stdout cannot be written: {error.strerror}. What was to be kept is in its files")
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            self._fail(ctx, str(missing_extra("torch", "torch")))
         except Exception as error:
             if (explained := out_of_memory(error)) is None:
                 raise
@@ -85,6 +89,6 @@ def main(verbose: bool) -> None:
     )
 
 
-for module in (bundles, doctor, export, verify, profile, evaluate, sweep, report):
+for module in (bundles, doctor, export, verify, profile, evaluate, sweep, distill, report, serve, edge):
     for command in module.COMMANDS:
         main.add_command(command)

@@ -191,7 +191,7 @@ def pytorch() -> Found:
     try:
         import torch
     except ImportError as error:
-        return Found(f"torch cannot be imported ({error})", "pip install -c constraints.txt rsd-trt")
+        return Found(f"torch cannot be imported ({error})", "pip install -c constraints.txt 'rsd-trt[torch]'")
     text = f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'built without CUDA'}"
     ones = torch.ones(2, 2)
     if (ones @ ones).tolist() != [[2.0, 2.0], [2.0, 2.0]]:

@@ -197,6 +197,13 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
     type=click.Path(path_type=Path, dir_okay=False),
     help="With --mode shadow: write the hidden states to this safetensors file, for verify --hidden.",
 )
+@option(
+    "--record",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Record what every query sees and says into this folder, for rsd-trt distill.",
+)
+@option("--record-size", type=click.IntRange(1), help="Record frames of so many pixels a side.")
+@option("--record-limit", type=FiniteRange(0), help="Record so many GB at the most.")
 @json_option
 def evaluate(as_json: bool, **options: object) -> None:
     """Drive LIBERO episodes with a bundle and write OUT/SUITE_MODE_results.json.
@@ -231,6 +238,9 @@ def evaluate(as_json: bool, **options: object) -> None:
             show(tasks_table(found), counts_table(found))
             click.echo(f"results: {one.results_file}")
             note_disturbed(found.clock)
+        if request.record is not None:
+            made = f"rsd-trt distill {request.bundle} {request.record} -o NEW"
+            click.echo(f"recordings: {request.record}. A draft from them: {made}")
         note_untrained(results[0].settings.bundle is None or results[0].settings.bundle.trained)
     if errors := sum(found.errors for found in results):
         from rsd_trt.eval.statistics import counted
@@ -269,6 +279,9 @@ def refuse_clashes(request: EvalRequest, modes: Sequence[Mode]) -> None:
         raise click.UsageError(
             "--record-hidden needs --mode shadow: the other modes do not run the backbone at every query"
         )
+    for name in ("record_size", "record_limit"):
+        if name in given and request.record is None:
+            raise click.UsageError(f"{given[name]} is of --record FOLDER")
     if (request.accept_rate is not None) != ("random" in modes):
         raise click.UsageError(
             "--mode random needs --accept-rate, such as 0.68 or an rsd run's results file, and no other mode has one"

@@ -79,6 +79,7 @@ def plan_options(command: Callable[..., object]) -> Callable[..., object]:
 @click.pass_context
 def sweep(
     context: click.Context,
+    /,
     file: Path | None,
     ray: str | None,
     out: Path,

@@ -147,10 +147,13 @@ class VisionDraft(Exportable):
 
     def forward(self, frames: Tensor, *rest: Tensor) -> Tensor:
         """frames [B, cameras, side, side, 3] uint8(, state [B, 8]), instruction [B, P, E]."""
-        state = rest[0].float() * self.state_scale + self.state_offset if self.config.state else None
-        if state is not None:
-            state = torch.minimum(torch.maximum(state, -self.state_limit), self.state_limit)
+        state = self.normalised(rest[0]) if self.config.state else None
         return self.classify(self.see(self.resize(frames), state, rest[-1])[0])
+
+    def normalised(self, state: Tensor) -> Tensor:
+        """The robot's state [B, 8] in its own units -> as the transformer reads it."""
+        state = state.float() * self.state_scale + self.state_offset
+        return torch.minimum(torch.maximum(state, -self.state_limit), self.state_limit)
 
     def see(self, images: Tensor, state: Tensor | None, instruction: Tensor) -> tuple[Tensor, Tensor]:
         """Images that are rotated and resized already, [B, cameras, S, S, 3] in 0..255, and the normalised state [B, 8]

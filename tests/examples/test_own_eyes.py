@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.reference_policy import fit_vision_draft, train
-from examples.reference_policy.data import Batches, load_demonstrations
 from examples.reference_policy.fit_vision_draft import TINY, fitted
-from examples.reference_policy.loop import read_trained
-from examples.reference_policy.measure_draft import _auc, other_episodes
+from examples.reference_policy.measure_draft import _auc
 from examples.reference_policy.parts import join, split
 from rsd_trt.config import Dims
 from rsd_trt.models.vision_draft import VisionDraft
-from rsd_trt.presets import byte_tokenizer, preset
+from rsd_trt.presets import preset
 from rsd_trt.records import to_json
+from rsd_trt.training.loop import read_trained
 
 CHUNK = 4
 COMMON = ["--size", "tiny", "--chunk", str(CHUNK), "--device", "cpu", "--batch", "8", "--no-compile"]
@@ -57,15 +56,6 @@ def test_the_report_says_what_the_eyes_contribute(run: Path) -> None:
     stale = report["stale"]
     assert stale["pairs"] > 0 and stale["stale_by_age"].keys() == {"2"}  # frames are two steps apart, T is 4
     assert {"likelihood", "first", "path", "likelihood_blind", "oracle_path"} <= stale.keys()
-
-
-def test_blind_frames_are_of_other_episodes(demonstrations: Path) -> None:
-    data = load_demonstrations(demonstrations, torch.device("cpu"))
-    batches = Batches(data, preset("tiny", "tiny"), byte_tokenizer(), 0)
-    index = torch.arange(len(data.row))
-    others = other_episodes(batches, index)
-    assert (data.end[others] != data.end).all()
-    assert torch.equal(data.task[others], data.task)
 
 
 @pytest.mark.parametrize(

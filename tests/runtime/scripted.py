@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS, BundleConfig, Dims, HiddenDraftConfig, Limits, Mode, RsdConfig
 from rsd_trt.presets import preset
-from rsd_trt.runtime.forward import Guess, Main
+from rsd_trt.runtime.loop import Guess, Main
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.speculate import Actions, RandomAcceptance, Rule, Tokens
 

@@ -9,7 +9,7 @@ import pytest
 
 from rsd_trt.config import ARM_DIMS, Dims
 from rsd_trt.runtime.chunk import Chunk, Query
-from rsd_trt.runtime.forward import Guess
+from rsd_trt.runtime.loop import Guess
 from rsd_trt.runtime.speculate import Actions, Route
 
 OPEN, CLOSED = -1.0, 1.0

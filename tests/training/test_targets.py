@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.reference_policy.fit_codec import SCALE_RATIO
-from examples.reference_policy.targets import corrected_targets, decode_z, layer_losses, total_loss
 from rsd_trt.config import CodecConfig, Dims
 from rsd_trt.models.codec import Codec
+from rsd_trt.training.codec import SCALE_RATIO
+from rsd_trt.training.targets import corrected_targets, decode_z, layer_losses, total_loss
 
 DIMS = Dims()
 SHAPE = (DIMS.T, DIMS.D)

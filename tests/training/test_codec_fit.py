@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-from examples.reference_policy.fit_codec import LARGEST_ERROR, check_codec, codec_errors, fit_codec
 from rsd_trt.config import ARM_DIMS
 from rsd_trt.errors import UserError
 from rsd_trt.models.codec import Codec
 from rsd_trt.presets import preset
+from rsd_trt.training.codec import LARGEST_ERROR, Ranges, check_codec, codec_errors, fit_codec
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +47,24 @@ def test_a_bad_codec_is_refused(actions: torch.Tensor) -> None:
     assert codec_errors(untrained, actions).largest[-1] > LARGEST_ERROR
     with pytest.raises(UserError, match="the codec is off by up to"):
         check_codec(untrained, actions)
+
+
+@pytest.mark.parametrize("gripper", [(0.0, 1.0), (-1.0, 1.0)])
+def test_the_ranges_of_the_actions_are_the_codecs(gripper: tuple[float, float]) -> None:
+    random = torch.Generator().manual_seed(0)
+    wide = torch.tensor([0.2, 3.0, 1.0, 0.01, 0.5, 1.0])
+    actions = torch.cat([(torch.rand(2000, 6, generator=random) - 0.3) * wide, torch.zeros(2000, 1)], dim=1)
+    actions[:, ARM_DIMS] = torch.where(torch.rand(2000, generator=random) > 0.5, *gripper)
+    ranges = Ranges.of(actions)
+    codec = fit_codec(preset("tiny", "tiny"), ranges=ranges)
+    errors = check_codec(codec, actions, ranges)
+    assert errors.largest[0] > 5 * errors.largest[2] > 5 * errors.largest[-1]
+    off = (codec.decode(codec.encode(actions[:, None]))[:, 0] - actions).abs().amax(0)
+    assert (off[:ARM_DIMS] < LARGEST_ERROR * wide).all() and off[ARM_DIMS] < LARGEST_ERROR
+
+
+def test_sizes_that_no_codec_can_have_are_refused() -> None:
+    config = preset("tiny", "tiny")
+    for changes in ({"dims": replace(config.dims, D=6)}, {"codec": replace(config.codec, scale="plain")}):
+        with pytest.raises(UserError, match="no codec can be constructed"):
+            fit_codec(replace(config, **changes))

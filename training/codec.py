@@ -1,9 +1,10 @@
 """The codec: an autoencoder that spreads every action dimension over latents of its own.
 
-Latent j carries one action dimension d(j), z_j = RANGE * a_d + offset_j, and the decoder takes the mean over the
-latents of a dimension. That keeps what matters here: all of [-1, 1] decodes, an error of a latent is an error of
-one dimension and of no more than its own size, and the offsets put the latents' quantisation errors out of step, so
-that they cancel. The two networks are fitted to these functions; their hidden units are shared out among the latents.
+Latent j carries one action dimension d(j), z_j = RANGE * x_d + offset_j, where x is the action with its range brought
+to [-1, 1], and the decoder takes the mean over the latents of a dimension. That keeps what matters here: all of the
+range decodes, an error of a latent is an error of one dimension and of no more than its own size, and the offsets put
+the latents' quantisation errors out of step, so that they cancel. The two networks are fitted to these functions; their
+hidden units are shared out among the latents.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd_trt.config import ARM_DIMS, BundleConfig
+from rsd_trt.bundle import Bundle
+from rsd_trt.config import ACTION_DIMS, ARM_DIMS, BundleConfig
 from rsd_trt.errors import UserError
 from rsd_trt.models.codec import Codec
+from rsd_trt.training.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +32,10 @@ RANGE = 2 / 3  # of z: the largest actions, which are frequent, lie on a level o
 OFFSETS = {1: (0.0,), 2: (-0.0278, 0.0278), 3: (-0.086, 0.0, 0.049)}  # by the number of latents of a dimension
 ENCODER_UNITS = (1.5, 3.0, 1.0)  # slope, spread and middle of the biases that the hidden units start from
 DECODER_UNITS = (0.5, 3.0, 0.0)  # so smooth that four of them make a straight line to 1e-6
+NARROWEST = 1e-3  # half a range, in action units
 GRID = 401  # points that a function is fitted on
-LARGEST_ERROR = 1e-2  # of any of the data's actions, in action units
+LARGEST_ERROR = 1e-2  # of any of the data's actions, in halves of their range
+MARGIN = 0.05  # of a range, beyond the actions that were seen
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,43 @@ class CodecErrors:
     wrong_grippers: tuple[float, ...]  # share of the gripper signs that are wrong
 
 
-def fit_codec(config: BundleConfig, iterations: int = 300) -> Codec:
-    """A codec with static scales, the same on every machine but for rounding."""
+@dataclass(frozen=True)
+class Ranges:
+    """The middle and half the width of each action dimension's range [A], in the policy's units."""
+
+    middle: tuple[float, ...] = (0.0,) * ACTION_DIMS
+    half: tuple[float, ...] = (1.0,) * ACTION_DIMS
+
+    @classmethod
+    def of(cls, actions: Tensor) -> Ranges:
+        """Those of the actions [S, A], a little wider, so that most that were not seen lie within as well."""
+        low, high = actions.double().amin(0).cpu(), actions.double().amax(0).cpu()
+        half = ((high - low) / 2).clamp_min(NARROWEST) * (1 + MARGIN)
+        return cls(tuple(((high + low) / 2).tolist()), tuple(half.tolist()))
+
+
+UNIT = Ranges()  # of the environment's actions
+
+
+def fit_codec(config: BundleConfig, iterations: int = 300, ranges: Ranges = UNIT) -> Codec:
+    """A codec with static scales, the same on every machine but for rounding.
+
+    Raises:
+        UserError: it cannot be constructed with the configuration's sizes.
+    """
     dims = config.dims
+    units = config.codec.width // dims.D
+    if config.codec.scale != "static" or not dims.A <= dims.D <= max(OFFSETS) * dims.A or not units:
+        raise UserError(
+            f"no codec can be constructed with codec.scale {config.codec.scale}, codec.width {config.codec.width} and "
+            f"dims.D {dims.D}: the scale must be static, D {dims.A} to {max(OFFSETS) * dims.A}, the width at least D"
+        )
     codec = Codec(config.codec, dims)
-    assert codec.rfsq.scales is not None, "the reference policy's codec has static scales"
+    assert codec.rfsq.scales is not None
     codec.rfsq.scales.copy_(SCALE_RATIO ** torch.arange(dims.L))
     owner, offsets, copies = _share_out(dims.D, dims.A)
     grid = torch.linspace(-1, 1, GRID, dtype=torch.float64).expand(dims.D, -1)  # [D, G]
     z = RANGE * grid + offsets[:, None]
-    units = config.codec.width // dims.D
     encode = _Units(dims.D, units, ENCODER_UNITS)
     encode.solve(grid, z.atanh(), weight=1 - z.square())
     _polish(encode, grid, z, iterations)
@@ -63,18 +96,21 @@ def fit_codec(config: BundleConfig, iterations: int = 300) -> Codec:
         first, _, last = codec.decoder
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         _place(first, last, decode, torch.eye(dims.D), (torch.eye(dims.A)[owner] / copies[:, None]).T)
+        _stretch(codec, ranges)
     return codec.requires_grad_(False).eval()
 
 
-def check_codec(codec: Codec, actions: Tensor) -> CodecErrors:
-    """The codec's errors over the data's actions [S, A] and over as much uniform noise.
+def check_codec(codec: Codec, actions: Tensor, ranges: Ranges = UNIT) -> CodecErrors:
+    """The codec's errors over the data's actions [S, A] and over as much uniform noise in their ranges.
 
     Raises:
-        UserError: an action is off by more than `LARGEST_ERROR`, or a gripper's sign is wrong, with all layers.
+        UserError: an action is off by more than `LARGEST_ERROR`, or a gripper's side of the middle is wrong, with all
+            layers.
     """
     uniform = torch.rand(actions.shape, generator=torch.Generator().manual_seed(0)).to(actions) * 2 - 1
-    errors = codec_errors(codec, actions)
-    largest = max(errors.largest[-1], codec_errors(codec, uniform).largest[-1])
+    middle, half = (torch.tensor(values).to(actions) for values in (ranges.middle, ranges.half))
+    errors = codec_errors(codec, actions, ranges)
+    largest = max(errors.largest[-1], codec_errors(codec, uniform * half + middle, ranges).largest[-1])
     log.info("codec: %s, largest error over uniform noise too: %.2g", errors, largest)
     if largest > LARGEST_ERROR or errors.wrong_grippers[-1] > 0:
         raise UserError(
@@ -84,17 +120,40 @@ def check_codec(codec: Codec, actions: Tensor) -> CodecErrors:
     return errors
 
 
+def codec_for(bundle: Bundle, store: Store, device: torch.device) -> tuple[Codec, CodecErrors]:
+    """The bundle's codec, or one that is constructed from the ranges of the main head's actions; and its errors over
+    these, in halves of their ranges.
+
+    Raises:
+        UserError: it cannot be constructed, or not well enough.
+    """
+    chunks = torch.from_numpy(np.array(store.maps["chunk"])).flatten(0, 1)  # [S, A]
+    both = chunks[:1].repeat(2, 1)  # commands of the gripper, though the data may hold one alone
+    both[:, ARM_DIMS] = torch.tensor([-1.0, 1.0])
+    actions = bundle.transform().inverse(torch.cat([chunks, both]))
+    ranges = Ranges.of(actions)
+    if bundle.has("codec"):
+        codec = bundle.codec()
+        errors = codec_errors(codec, actions, ranges)
+    else:
+        codec = fit_codec(bundle.config, ranges=ranges)
+        errors = check_codec(codec, actions, ranges)
+    return codec.requires_grad_(False).eval().to(device), errors
+
+
 @torch.no_grad()
-def codec_errors(codec: Codec, actions: Tensor) -> CodecErrors:
-    """Reconstruction errors over actions [S, A]."""
+def codec_errors(codec: Codec, actions: Tensor, ranges: Ranges = UNIT) -> CodecErrors:
+    """Reconstruction errors over actions [S, A], in halves of their ranges."""
+    middle, half = (torch.tensor(values).to(actions) for values in (ranges.middle, ranges.half))
+    closed = actions[:, ARM_DIMS] > middle[ARM_DIMS]
     tokens = codec.encode(actions[:, None])  # [S, 1, D, L]
     largest, mean, wrong = [], [], []
     for n in range(1, tokens.shape[-1] + 1):
         decoded = codec.decode(tokens, n)[:, 0]
-        error = (decoded - actions).abs()
+        error = ((decoded - actions) / half).abs()
         largest.append(float(error.max()))
         mean.append(float(error.mean()))
-        wrong.append(float(((decoded[:, ARM_DIMS] > 0) != (actions[:, ARM_DIMS] > 0)).float().mean()))
+        wrong.append(float(((decoded[:, ARM_DIMS] > middle[ARM_DIMS]) != closed).float().mean()))
     return CodecErrors(tuple(largest), tuple(mean), tuple(wrong))
 
 
@@ -155,6 +214,17 @@ def _polish(encode: _Units, x: Tensor, z: Tensor, iterations: int) -> None:
 
     optimiser.step(closure)
     encode.requires_grad_(False)
+
+
+def _stretch(codec: Codec, ranges: Ranges) -> None:
+    """Folds the ranges into the first layer and the last: the codec was made for [-1, 1]."""
+    first, last = codec.encoder[0], codec.decoder[-1]
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+    middle, half = torch.tensor(ranges.middle), torch.tensor(ranges.half)
+    first.weight.div_(half)
+    first.bias.sub_(first.weight @ middle)
+    last.weight.mul_(half[:, None])
+    last.bias.copy_(last.bias * half + middle)
 
 
 def _place(first: nn.Linear, last: nn.Linear, units: _Units, inputs: Tensor, outputs: Tensor) -> None:

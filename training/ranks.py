@@ -1,6 +1,7 @@
 """Training on several GPUs: every process has all data and its own batches, and they average their gradients.
 
-RANK, WORLD_SIZE and RENDEZVOUS (a file that does not exist yet) in the environment say who takes part.
+RANK, WORLD_SIZE and RENDEZVOUS (a file that does not exist yet) in the environment say who takes part, and TRAIN_UNTIL
+(s since 1970) when this part of the training ends.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ def rank() -> int:
 def world() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def until() -> float:
+    """When the processes end their part, in s since 1970; infinite where nobody says."""
+    return float(os.environ.get("TRAIN_UNTIL", "inf"))
 
 
 def own_device(device: str) -> str:

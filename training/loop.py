@@ -6,18 +6,17 @@ import copy
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from examples.reference_policy import ranks
 from rsd_trt.errors import UserError
-from rsd_trt.files import replacing
+from rsd_trt.files import replacing, write_atomically
+from rsd_trt.training import ranks
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +37,29 @@ class LoopSettings:
     average: float = 0.999  # decay of the weights' moving average
     log_every: float = 15.0  # s
     save_every: float = 60.0  # s
+    until: float = math.inf  # s since 1970 at which this process ends its part early; a resume goes on
 
 
 class Loop:
     """Steps of AdamW with warm-up, cosine decay to zero, clipped gradients and averaged weights.
 
     The learning rate follows the share of the time or steps that is used up. Time spent before a resume counts.
-    TRAIN_UNTIL (s since 1970) in the environment ends this process's part early, and a resume goes on with the
-    schedule. Of several processes (`ranks`) all average their gradients, and the first logs and saves.
+    Of several processes (`ranks`) all average their gradients, and the first logs and saves.
     """
 
-    def __init__(self, name: str, run: Path, model: nn.Module, settings: LoopSettings) -> None:
-        self.until = float(os.environ.get("TRAIN_UNTIL", "inf"))
+    def __init__(
+        self,
+        name: str,
+        run: Path,
+        model: nn.Module,
+        settings: LoopSettings,
+        on_record: Callable[[Mapping[str, object]], None] | None = None,
+    ) -> None:
+        """on_record: is given each line of metrics."""
         if (settings.minutes is None) == (settings.steps is None):
             raise UserError("give either minutes or steps as the limit of the training")
         self.name, self.run, self.model, self.settings = name, run, model, settings
+        self._on_record = on_record
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.device = next(model.parameters()).device
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -115,7 +122,7 @@ class Loop:
             group["lr"] = self._rate()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        over = STOP if time.time() > self.until else 0.0
+        over = STOP if time.time() > self.settings.until else 0.0
         if ranks.world() > 1:
             gradients = [p.grad for p in self.trained if p.grad is not None]
             told, self._told = self._told, ranks.average(gradients, self._own_progress() + over)
@@ -138,6 +145,8 @@ class Loop:
         line = {"stage": self.name, "step": self.step, "seconds": round(self.elapsed, 1)} | values
         line |= {"gpu_percent": gpu_percent(self.device)} if values.get("kind") == "train" else {}
         line = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in line.items()}
+        if self._on_record is not None:
+            self._on_record(line)
         with (self.run / METRICS).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
         log.info(
@@ -167,7 +176,20 @@ class Loop:
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self._used = state["step"], state["elapsed"]
+        self._forget_later_metrics()
         log.info("%s goes on from step %d, after %.0f s", file, self.step, self._used)
+
+    def _forget_later_metrics(self) -> None:
+        """Drops what a killed process recorded behind its last checkpoint: those steps are made again."""
+        file = self.run / METRICS
+        if ranks.rank() or not file.is_file():
+            return
+        kept = []
+        for text in file.read_text("utf-8").splitlines(keepends=True):
+            line = json.loads(text) if text.endswith("\n") else None  # half a line
+            if line is not None and (line["stage"] != self.name or line["step"] <= self.step):
+                kept.append(text)
+        write_atomically(file, "".join(kept))
 
     def _rate(self) -> float:
         warm = min(1.0, (self.step + 1) / self.settings.warm_up)
@@ -192,7 +214,7 @@ def read_trained(run: Path, name: str) -> Trained:
     """
     file = run / f"{name}.pt"
     if not file.is_file():
-        raise UserError(f"{file} is missing. Train it: python -m examples.reference_policy.train {name} --run {run}")
+        raise UserError(f"{file} is missing: {name} is not trained yet")
     state = torch.load(file, map_location="cpu", weights_only=True)
     return Trained(state["average"], state["step"], state["elapsed"])
 

@@ -1,0 +1,70 @@
+"""A robot's control loop around the edge client: replace the camera, the state and the arm by your own.
+
+python -m examples.robot.robot ws://gpu-box:8000 --engines engines --task "pick up the bowl"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rsd_trt.errors import UserError
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.serve.edge import EdgePolicy
+
+HZ = 20  # control steps a second, as the policy was trained
+
+
+def look(cameras: int, side: int, task: str) -> Observation:
+    """Frames [cameras, side, side, 3] RGB as the cameras give them, and the robot's state: hand position 3 (m),
+    axis-angle 3 (rad), gripper joints 2 (m). Your drivers go here."""
+    return Observation(np.zeros((cameras, side, side, 3), np.uint8), np.zeros(8, np.float32), task)
+
+
+def move(action: np.ndarray) -> None:
+    """One step of the arm: dx dy dz droll dpitch dyaw gripper, each in [-1, 1]. Your controller goes here."""
+
+
+def stop(why: str) -> None:
+    """The robot stands still. Your brake goes here."""
+    print(f"stopped: {why}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("--engines", type=Path, default=Path("engines"), help="the draft's export, copied here")
+    parser.add_argument("--mode", default="rsd", help="baseline: without a draft")
+    parser.add_argument("--task", default="pick up the bowl")
+    parser.add_argument("--steps", type=int, default=200)
+    given = parser.parse_args(arguments)
+
+    def surprised(share: float) -> None:
+        stop(f"{share:.0%} of the recent checks were rejected: the scene is not what the policy knows")
+
+    with EdgePolicy(
+        given.url, given.engines, mode=given.mode, timeout_s=1.0, expected_rejections=0.3, on_alarm=surprised
+    ) as policy:
+        policy.prepare(given.task)
+        policy.reset()
+        step, due = 0, time.monotonic()
+        while step < given.steps:
+            try:
+                query = policy.query(look(len(policy.control.cameras), policy.control.camera_size, given.task))
+            except UserError as error:
+                stop(str(error))
+            for action in query.actions:
+                move(action)
+                step, due = step + 1, due + 1 / HZ
+                time.sleep(max(0.0, due - time.monotonic()))
+            print(f"step {step}: {query.route}, {len(query.actions)} actions, {query.ms:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""What a network costs: LIBERO episodes in which the world does not wait for an answer.
+
+    python -m examples.serving.network --tasks 0,1 --trials 8 --workers 16 --device cuda --out network.json
+    python -m examples.serving.network --perturb none --ways "rsd (edge)" --trials 8 --out undisturbed.json
+
+The simulator steps at 20 Hz. A query asked with the frames of step k is answered rtt + cost later, and its actions are
+used from step k + floor((rtt + cost) / 50 ms) on; until then the last action is held, or what is left is executed. The
+clock is a virtual one, so that costs are inputs: a full query of the reference policy, of 7B compiled and of 7B eager,
+a check in the server, and at the robot's side. What the policy answers is computed.
+
+Ways: `open loop n` asks for n actions when there are none; `async n` asks every n steps while the chunk runs, and skips
+what came too late; `rsd (server)` and `rsd (edge)` are the loop of the bundle, its checks on this or that side of the
+network. Reaction: steps from the move of the target to the first action that was computed from frames behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd_trt.config import DEFAULT_BUNDLE
+from rsd_trt.eval.libero.perturb import PerturbSpec
+from rsd_trt.runtime.chunk import Chunk, Query
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.policy import Policy
+
+DT_MS = 50.0
+MAX_STEPS = 220
+NS = (1, 2, 4, 8)
+WAYS = (*(f"open loop {n}" for n in NS), *(f"async {n}" for n in NS), "rsd (server)", "rsd (edge)")
+IDLE = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
+
+Step = tuple[NDArray[np.float32], int | None]  # an action, and the step whose frames it was computed from
+
+
+@dataclass(frozen=True)
+class Network:
+    """What queries take, ms."""
+
+    rtt: float
+    full: float
+    check: float  # in the server
+    edge_check: float
+
+    def steps(self, way: str, query: Query) -> int:
+        """After how many steps the answer is there."""
+        ms = self.rtt + self.full if query.full_query else 0.0
+        if way == "rsd (edge)":
+            ms += self.edge_check * query.checked
+        elif way == "rsd (server)":
+            ms = self.rtt + self.full * query.full_query + self.check * query.checked
+        return int(ms // DT_MS)
+
+    def key(self, way: str) -> tuple[int, ...]:
+        """What the network does to a way: equal keys, equal episodes."""
+        none: NDArray[np.float32] = np.zeros((0, 7), np.float32)
+        kinds = [(False, True), (True, True), (True, False)] if way.startswith("rsd") else [(False, True)]
+        return tuple(self.steps(way, Query(none, "full", checked=c, full_query=f)) for c, f in kinds)
+
+
+@dataclass
+class Robot:
+    """What stands between the policy and the world: what is under way, and what is to be executed."""
+
+    policy: Policy
+    way: str
+    network: Network
+    chunk: Chunk = field(default_factory=Chunk)
+    ahead: list[Step] = field(default_factory=list)
+    coming: tuple[int, list[Step]] | None = None  # at which step, and what
+    last: NDArray[np.float32] = field(default_factory=IDLE.copy)
+    seen: int | None = None  # the step of the last full query's frames
+    full_queries: int = 0
+    checks: int = 0
+    held: int = 0
+
+    @property
+    def asynchronous(self) -> int:
+        """n of the way `async n`, else 0."""
+        return int(self.way.split()[1]) if self.way.startswith("async") else 0
+
+    def looks(self, step: int) -> bool:
+        """Whether a query is asked at this step."""
+        idle = self.coming is None or self.coming[0] <= step
+        if self.asynchronous:
+            return idle and step % self.asynchronous == 0
+        return not self.ahead and self.coming is None
+
+    def act(self, step: int, observation: Observation | None) -> Step:
+        """The action of a step. observation: where it `looks`."""
+        self._arrive(step)
+        if observation is not None:
+            [query] = self.policy.answer([observation], [self.chunk])
+            if query.fault is not None:
+                raise RuntimeError(query.fault)
+            self.full_queries += query.full_query
+            self.checks += query.checked
+            if query.full_query:
+                self.seen = step
+            actions = query.actions
+            if self.asynchronous:
+                assert query.chunk is not None
+                actions = np.clip(query.chunk, -1, 1)
+            delay = self.network.steps(self.way, query)
+            self.coming = step + delay, [(action, self.seen) for action in actions][delay if self.asynchronous else 0 :]
+            self._arrive(step)
+        if not self.ahead:
+            self.held += 1
+            return self.last, None
+        action, seen = self.ahead.pop(0)
+        self.last = action
+        return action, seen
+
+    def _arrive(self, step: int) -> None:
+        if self.coming is not None and self.coming[0] <= step:
+            self.ahead, self.coming = self.coming[1], None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An episode to run."""
+
+    way: str
+    network: Network
+
+
+@dataclass(frozen=True)
+class Outcome:
+    success: bool
+    steps: int
+    reaction: int | None
+    full_queries: int
+    checks: int
+    held: int
+
+
+def episode(policies: dict[str, Policy], simulator, cell: Cell, task: int, trial: int, perturb: str) -> Outcome:  # type: ignore[no-untyped-def]
+    """One trial in real time's stead."""
+    robot = Robot(policies[policy_of(cell.way)], cell.way, cell.network)
+    simulator.reset(trial, render=True)
+    course = simulator.perturbed(PerturbSpec.parse(perturb).draw(task, trial)) if perturb != "none" else None
+    executed: list[Step] = []
+    success = False
+    while len(executed) < MAX_STEPS and not success:
+        step = len(executed)
+        action, seen = robot.act(step, simulator.observation() if robot.looks(step) else None)
+        if course is not None:
+            course.before_step(step, action)
+        success = simulator.step(action, render=robot.looks(step + 1))
+        executed.append((action, seen))
+    event = None if course is None else course.event
+    reaction = None
+    if event is not None:
+        answers = (i for i, (_, seen) in enumerate(executed) if seen is not None and seen > event.step)
+        reaction = next(answers, len(executed)) - event.step
+    return Outcome(success, len(executed), reaction, robot.full_queries, robot.checks, robot.held)
+
+
+_POLICIES: dict[str, Policy] = {}  # of a worker
+
+
+def policy_of(way: str) -> str:
+    """Ways on either side of the network, or in whatever order, ask the same policy."""
+    return "rsd" if way.startswith("rsd") else way.replace("async", "open loop")
+
+
+def prepare(bundle: Path, device: str, ways: Sequence[str]) -> None:
+    """A worker's policies: they share what they can."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    for way in ways:
+        name = policy_of(way)
+        if name not in _POLICIES:
+            n = None if name == "rsd" else int(name.split()[-1])
+            mode = "rsd" if name == "rsd" else "baseline"
+            _POLICIES[name] = Policy.load(bundle, mode, device=device, n_action_steps=n)  # type: ignore[arg-type]
+
+
+def run(job: tuple[int, int, tuple[Cell, ...], str, Path]) -> list[Outcome]:
+    """All cells on one initial state."""
+    from rsd_trt.bundle import Bundle
+    from rsd_trt.eval.libero.simulator import Simulator
+
+    task, trial, cells, perturb, bundle = job
+    simulator = Simulator("libero_spatial", task, Bundle.open(bundle).config.control)
+    try:
+        return [episode(_POLICIES, simulator, cell, task, trial, perturb) for cell in cells]
+    finally:
+        simulator.close()
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, object]:
+    reactions = [x.reaction for x in outcomes if x.reaction is not None]
+    steps = sum(x.steps for x in outcomes)
+    return {
+        "episodes": len(outcomes),
+        "solved": sum(x.success for x in outcomes),
+        "mean_steps": round(steps / len(outcomes), 1),
+        "reaction_p50": None if not reactions else float(np.percentile(reactions, 50)),
+        "reaction_p90": None if not reactions else float(np.percentile(reactions, 90)),
+        "full_queries_per_action": round(sum(x.full_queries for x in outcomes) / steps, 3),
+        "checks_per_action": round(sum(x.checks for x in outcomes) / steps, 3),
+        "held_share": round(sum(x.held for x in outcomes) / steps, 3),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tasks", default="0,1,2,6", help="of libero_spatial")
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--perturb", default="late:7", help="as rsd-trt eval has it; none: undisturbed")
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--rtt", default="0,50,100", help="ms")
+    parser.add_argument("--full", default="2.4,10.8,48", help="ms: reference policy, 7B compiled, 7B eager on an H200")
+    parser.add_argument("--check", type=float, default=0.3, help="ms, in the server")
+    parser.add_argument("--edge-check", type=float, default=15.0, help="ms, at the robot's side (rsd-trt edge)")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    networks = [
+        Network(rtt, full, given.check, given.edge_check)
+        for rtt in map(float, given.rtt.split(","))
+        for full in map(float, given.full.split(","))
+    ]
+    ways = given.ways.split(",")
+    unique: dict[tuple[object, ...], Cell] = {}
+    for way in ways:
+        for network in networks:
+            unique.setdefault((way, *network.key(way)), Cell(way, network))
+    cells = tuple(unique.values())
+    jobs = [
+        (task, trial, cells, given.perturb, given.bundle)
+        for task in map(int, given.tasks.split(","))
+        for trial in range(given.trials)
+    ]
+    found: dict[Cell, list[Outcome]] = defaultdict(list)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(given.workers, prepare, (given.bundle, given.device, ways), maxtasksperchild=None) as pool:
+        for outcomes in pool.imap_unordered(run, jobs):
+            for cell, outcome in zip(cells, outcomes, strict=True):
+                found[cell].append(outcome)
+            given.out.write_text(json.dumps(_rows(ways, networks, unique, found, given.perturb), indent=1))
+    print(f"{'way':14} {'rtt':>4} {'full':>5}  solved  steps  reaction p50/p90  full/action  held")
+    for row in _rows(ways, networks, unique, found, given.perturb):
+        print(
+            f"{row['way']:14} {row['rtt_ms']:4g} {row['full_ms']:5g} {row['solved']:3}/{row['episodes']:<3}"
+            f" {row['mean_steps']:6}  {row['reaction_p50']!s:>6} / {row['reaction_p90']!s:<6}"
+            f" {row['full_queries_per_action']:9} {row['held_share']:7}"
+        )
+
+
+def _rows(
+    ways: Sequence[str],
+    networks: Sequence[Network],
+    unique: dict[tuple[object, ...], Cell],
+    found: dict[Cell, list[Outcome]],
+    perturb: str,
+) -> list[dict[str, object]]:
+    rows = []
+    for way in ways:
+        for network in networks:
+            cell = unique[(way, *network.key(way))]
+            row = {"way": way, "rtt_ms": network.rtt, "full_ms": network.full, "perturb": perturb}
+            rows.append(row | {"steps_late": network.key(way)} | summary(found[cell]))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

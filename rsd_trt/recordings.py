@@ -1,0 +1,474 @@
+"""Recordings: what a policy's queries saw and said, by whole episodes, in a folder that any tool can write and read.
+
+    FOLDER/recordings.json               whose they are: one `Facts`
+    FOLDER/episodes/NAME.safetensors     an episode: tensors, and an `EpisodeFacts` as JSON in the metadata, `episode`
+
+An episode of Q queries, with C cameras and chunks of T steps, has the tensors
+
+    step         int32 [Q]           control steps that were executed before the query
+    instruction  int32 [Q]           index into the episode's instructions
+    state        float32 [Q, 8]      end-effector position (m), axis-angle (rad), gripper joints (m); NaN where unknown
+    frames       uint8 [bytes]       JPEG files (or any that Pillow reads) one behind the other, query by query, in the
+                                     order of the cameras; `size` pixels a side, RGB, turned as the cameras give them
+    frame_end    int64 [Q, C]        where each of them ends in `frames`
+    chunk        float32 [Q, T, 7]   the main head's chunk in environment units; NaN where the query asked no main head
+    tokens       uint8 [Q, T, D, L]  its tokens, where the head gives any (optional)
+    actions      float32 [N, 7]      what was committed, query behind query
+    committed    int32 [Q]           how many of them are each query's
+
+An episode's file is whole or absent. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, RECORD_GB, RECORD_SIZE, Count, Pixels
+from rsd_trt.errors import UserError, did_you_mean, missing_extra, reason, shown
+from rsd_trt.files import own, write_atomically
+from rsd_trt.records import Natural, Record, differing, from_text, read_record, to_json, to_text, write_record
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+    from rsd_trt.bundle import Bundle
+
+log = logging.getLogger(__name__)
+
+FACTS = "recordings.json"
+EPISODES = "episodes"
+SUFFIX = ".safetensors"
+QUALITY = 95  # of JPEG, without subsampling of colours: 8 kB a frame of 128 pixels, where raw it would be 49
+ENCODERS = 2  # threads
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+TYPES = {  # of the tensors, as safetensors names them
+    "step": "I32",
+    "instruction": "I32",
+    "state": "F32",
+    "frames": "U8",
+    "frame_end": "I64",
+    "chunk": "F32",
+    "tokens": "U8",
+    "actions": "F32",
+    "committed": "I32",
+}
+OPTIONAL = {"tokens"}
+
+Array = NDArray[Any]
+
+
+class Facts(Record, frozen=True):
+    """Whose recordings lie in a folder."""
+
+    bundle: str  # its name
+    fingerprint: str  # of all that makes the main head's chunks: `main_fingerprint`
+    cameras: Annotated[tuple[str, ...], Meta(min_length=1)]
+    size: Pixels  # of a frame, a side
+    chunk: Count  # T
+    format_version: Literal[1] = 1
+
+    @classmethod
+    def of(cls, bundle: Bundle, size: int = RECORD_SIZE) -> Facts:
+        """Those of a bundle that acts.
+
+        Raises:
+            UserError: frames would be larger than the cameras'.
+        """
+        control = bundle.config.control
+        if not 0 < size <= control.camera_size:
+            raise UserError(
+                f"frames of {size} pixels cannot be recorded: the bundle's cameras have {control.camera_size}",
+                f"Use: --record-size {control.camera_size}",
+            )
+        return cls(bundle.config.name, main_fingerprint(bundle), control.cameras, size, bundle.config.dims.T)
+
+
+class EpisodeFacts(Record, frozen=True):
+    """What an episode was."""
+
+    instructions: Annotated[tuple[str, ...], Meta(min_length=1)]
+    task: Natural | None = None
+    success: bool | None = None
+    steps: Natural | None = None  # that were executed; None: all that were committed
+
+
+def main_fingerprint(bundle: Bundle) -> str:
+    """sha256 of all that makes a bundle's main chunks: the weights of backbone, head and, where the head gives tokens,
+    codec, the tokenizer, and how the policy is driven. The draft and how far it is trusted do not count."""
+    from rsd_trt.prompts import TOKENIZER
+
+    config = to_json(bundle.config)
+    parts = ("backbone", "head", "codec") if bundle.config.head.gives_tokens else ("backbone", "head")
+    files = {name: bundle.digest(name) for name in (TOKENIZER, *(bundle.file(part).name for part in parts))}
+    facts = {name: config[name] for name in (*parts, "backbone_weights", "dims", "control")}
+    return hashlib.sha256(json.dumps([files, facts], sort_keys=True).encode()).hexdigest()
+
+
+class Recorder:
+    """Writes recordings into a folder, which may hold earlier ones of the same bundle.
+
+        recorder = Recorder(folder, Facts.of(bundle))
+        episode = recorder.episode(task=3)
+        episode.add(step, images, state, instruction, query.actions, query.chunk, query.tokens)
+        episode.save("spatial_task3_trial0", success=True)    # or forget it: nothing was written
+
+    Episodes may be open side by side. When `limit` is reached no more is written: that is said once in the log, and
+    `full` is true from then on.
+    """
+
+    def __init__(self, folder: Path, facts: Facts, limit: float = RECORD_GB) -> None:
+        """limit: GB that the folder may take.
+
+        Raises:
+            UserError: the folder holds other recordings, or cannot be written.
+        """
+        if find_spec("PIL") is None:
+            raise missing_extra("pillow", "train")
+        self.folder, self.facts, self.limit = folder, facts, limit
+        self.saved = 0  # episodes, by this recorder
+        self.full = False
+        try:
+            if (folder / FACTS).exists():
+                check_facts(folder, read_record(Facts, folder / FACTS), facts)
+            else:
+                (folder / EPISODES).mkdir(parents=True, exist_ok=True)
+                write_record(folder / FACTS, facts)
+            self._bytes = sum(file.stat().st_size for file in (folder / EPISODES).glob(f"*{SUFFIX}"))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+        self._encoders = ThreadPoolExecutor(ENCODERS, "encode")
+
+    def episode(self, task: int | None = None) -> EpisodeRecorder:
+        """A new episode, in memory until it is saved."""
+        return EpisodeRecorder(self, task)
+
+    def has(self, name: str) -> bool:
+        """Whether there is an episode of that name."""
+        return (self.folder / EPISODES / f"{name}{SUFFIX}").exists()
+
+    def write(self, name: str, data: bytes) -> bool:
+        """An episode's file -> whether it was written: it is not, where the folder would get too large.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not NAME.fullmatch(name):
+            raise UserError(f"an episode cannot be named {shown(name)}: letters, digits, '_', '-' and '.'")
+        if self.full:
+            return False
+        path = self.folder / EPISODES / f"{name}{SUFFIX}"
+        before = own(path).stat().st_size if path.exists() else 0
+        if self._bytes - before + len(data) > self.limit * 1e9:
+            self.full = True
+            log.warning(
+                "%s holds %.1f GB, and %g GB are the limit: nothing more is recorded",
+                self.folder,
+                self._bytes / 1e9,
+                self.limit,
+            )
+            return False
+        try:
+            write_atomically(path, data)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        self._bytes += len(data) - before
+        self.saved += 1
+        return True
+
+    def encode(self, images: NDArray[np.uint8]) -> Future[list[bytes]]:
+        """Frames [cameras, S, S, 3] as JPEG files; they are copied before this returns."""
+        return self._encoders.submit(_encoded, images.copy(), self.facts.size)
+
+
+@dataclass
+class EpisodeRecorder:
+    """An episode that is being recorded: made by `Recorder.episode`."""
+
+    recorder: Recorder
+    task: int | None = None
+    _queries: list[dict[str, Array]] = field(default_factory=list, repr=False)
+    _frames: list[Future[list[bytes]]] = field(default_factory=list, repr=False)
+    _instructions: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        """Queries so far."""
+        return len(self._queries)
+
+    def add(
+        self,
+        step: int,
+        images: NDArray[np.uint8],
+        state: NDArray[np.float32] | None,
+        instruction: str,
+        actions: NDArray[np.float32],
+        chunk: NDArray[np.float32] | None = None,
+        tokens: NDArray[np.int64] | None = None,
+    ) -> None:
+        """A query. images [cameras, S, S, 3] and state [8] as an `Observation` has them, zeros for none; actions
+        [n, 7]: what it committed; chunk [T, 7] and tokens [T, D, L] of the main head, where it was asked.
+
+        Raises:
+            UserError: frames, state, actions or chunk of another shape or type, or numbers that are not finite.
+        """
+        facts = self.recorder.facts
+        cameras, side = len(facts.cameras), images.shape[1] if images.ndim == 4 else 0
+        if images.dtype != np.uint8 or images.shape != (cameras, side, side, 3) or side < facts.size:
+            raise UserError(
+                f"frames of {images.dtype} {list(images.shape)} cannot be recorded: uint8 [{cameras}, S, S, 3] with S "
+                f"of at least {facts.size}"
+            )
+        nothing = np.full((facts.chunk, ACTION_DIMS), np.nan, np.float32)
+        query: dict[str, Array] = {
+            "step": np.array(step, np.int32),
+            "instruction": np.array(self._instructions.setdefault(instruction, len(self._instructions)), np.int32),
+            "state": np.full(PROPRIO_DIM, np.nan, np.float32) if state is None else np.array(state, np.float32),
+            "chunk": nothing if chunk is None else np.array(chunk, np.float32),
+            "actions": np.array(actions, np.float32),
+        }
+        shapes = {"state": (PROPRIO_DIM,), "chunk": nothing.shape, "actions": (len(actions), ACTION_DIMS)}
+        for name, shape in shapes.items():
+            value = query[name]
+            if value.shape != shape:
+                raise UserError(f"{name} {list(value.shape)} cannot be recorded, it must be {list(shape)}")
+            unknown = (name == "chunk" and chunk is None) or (name == "state" and state is None)
+            if not unknown and not np.isfinite(value).all():
+                raise UserError(f"{name} of step {step} is not finite and cannot be recorded")
+        if tokens is not None:
+            query["tokens"] = np.array(tokens, np.uint8)
+        self._frames.append(self.recorder.encode(images))
+        self._queries.append(query)
+
+    def save(self, name: str, success: bool | None = None, steps: int | None = None) -> bool:
+        """Writes the episode, in the place of an earlier one of that name -> whether it was: an episode without a query
+        is not, nor one that is beyond the recorder's limit. steps: that were executed, where the last query's actions
+        were not all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not self._queries or self.recorder.full:
+            return False
+        from safetensors.numpy import save
+
+        files = [encoded for future in self._frames for encoded in future.result()]
+        stacked = {key: np.stack([q[key] for q in self._queries]) for key in ("step", "instruction", "state", "chunk")}
+        tensors: dict[str, Array] = {
+            **stacked,
+            "frames": np.frombuffer(b"".join(files), np.uint8),
+            "frame_end": np.cumsum([len(file) for file in files], dtype=np.int64).reshape(len(self._queries), -1),
+            "actions": np.concatenate([query["actions"] for query in self._queries]),
+            "committed": np.array([len(query["actions"]) for query in self._queries], np.int32),
+        }
+        given = [query["tokens"] for query in self._queries if "tokens" in query]
+        if given:
+            none = np.zeros_like(given[0])
+            tensors["tokens"] = np.stack([query.get("tokens", none) for query in self._queries])
+        facts = EpisodeFacts(tuple(self._instructions), self.task, success, steps)
+        return self.recorder.write(name, save(tensors, {"episode": to_text(facts, indent=0)}))
+
+
+class Recordings:
+    """A folder of recordings, read lazily: headers when it is opened, and of an episode what is asked for.
+
+    facts: whose they are. episodes: in the order of their names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError: there are none, or an episode is damaged or does not fit the folder's facts."""
+        self.folder = folder
+        try:
+            self.facts = read_record(Facts, folder / FACTS)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{folder} holds no recordings: it has no {FACTS}", "Make some: rsd-trt eval --record"
+            ) from None
+        files = sorted((folder / EPISODES).glob(f"[!.]*{SUFFIX}"))
+        self.episodes = [RecordedEpisode.open(file, self.facts) for file in files]
+
+    def __len__(self) -> int:
+        """Queries in all."""
+        return sum(map(len, self.episodes))
+
+    def check(self, facts: Facts) -> None:
+        """Raises UserError if they are not those of `facts`; the size of their frames does not count."""
+        check_facts(self.folder, self.facts, facts, ("size",))
+
+
+@dataclass(frozen=True)
+class RecordedEpisode:
+    """An episode's file, of which the header was read.
+
+    shapes: of its tensors. Arrays that it gives are the caller's.
+    """
+
+    path: Path
+    facts: EpisodeFacts
+    of: Facts
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def open(cls, path: Path, of: Facts) -> RecordedEpisode:
+        """Raises UserError: it is damaged, or not as the format says."""
+        from safetensors import SafetensorError
+
+        try:
+            with _opened(path) as file:
+                metadata = file.metadata() or {}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                types = {name: str(part.get_dtype()) for name, part in slices.items()}
+                shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {reason(error)}", "Remove it, or record it anew") from None
+        if "episode" not in metadata:
+            raise UserError(f"{path} is no recorded episode: its metadata has no `episode`")
+        episode = cls(path, from_text(EpisodeFacts, metadata["episode"], str(path)), of, shapes)
+        episode._check(types)
+        return episode
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def __len__(self) -> int:
+        """Queries."""
+        return self.shapes["step"][0]
+
+    def read(self, *names: str) -> dict[str, Array]:
+        """Whole tensors of the file, by name; without names all but the frames.
+
+        Raises:
+            UserError: a state or an action is not finite, or an index is out of range.
+        """
+        wanted = names or tuple(name for name in self.shapes if name not in ("frames", "frame_end"))
+        with _opened(self.path) as file:
+            found: dict[str, Array] = {name: file.get_tensor(name) for name in wanted}
+        for name in {"state", "actions", "chunk"} & set(found):
+            rows = found[name].reshape(len(found[name]), -1)
+            unknown = np.isnan(rows).all(1) if name != "actions" else np.zeros(len(rows), np.bool_)
+            if not np.isfinite(rows[~unknown]).all():
+                raise UserError(f"{self.path}: {name} holds numbers that are not finite")
+        if "instruction" in found and not (found["instruction"] >= 0).all():
+            raise UserError(f"{self.path}: an index of an instruction is negative")
+        if "instruction" in found and (found["instruction"] >= len(self.facts.instructions)).any():
+            raise UserError(f"{self.path}: {len(self.facts.instructions)} instructions, and an index beyond them")
+        return found
+
+    def frames(self, first: int = 0, last: int | None = None) -> NDArray[np.uint8]:
+        """The frames of queries first..last-1, [n, cameras, size, size, 3].
+
+        Raises:
+            UserError: one cannot be decoded, or is of another size.
+        """
+        count, cameras, size = len(self), len(self.of.cameras), self.of.size
+        last = count if last is None else min(last, count)
+        out = np.zeros((max(0, last - first), cameras, size, size, 3), np.uint8)
+        ends = self._ends
+        begin = int(ends[first * cameras])
+        with _opened(self.path) as file:
+            data = memoryview(file.get_slice("frames")[begin : int(ends[last * cameras])])
+        for i in range(len(out)):
+            for camera in range(cameras):
+                place = (first + i) * cameras + camera
+                file_bytes = data[int(ends[place]) - begin : int(ends[place + 1]) - begin]
+                out[i, camera] = self._decoded(file_bytes, first + i)
+        return out
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """0, and where each frame's file ends."""
+        with _opened(self.path) as file:
+            ends = np.concatenate([[0], file.get_tensor("frame_end").ravel()])
+        if (np.diff(ends) < 0).any() or ends[-1] > self.shapes["frames"][0]:
+            raise UserError(f"{self.path}: frame_end does not fit the {self.shapes['frames'][0]} bytes of frames")
+        return ends
+
+    def _decoded(self, data: memoryview, query: int) -> NDArray[np.uint8]:
+        try:
+            from PIL import Image
+        except ImportError:
+            raise missing_extra("pillow", "train") from None
+        size = self.of.size
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                if image.size != (size, size):
+                    found = "x".join(map(str, image.size))
+                    raise UserError(f"{self.path}: a frame of query {query} has {found} pixels, not {size}x{size}")
+                return np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self.path}: a frame of query {query} cannot be decoded: {reason(error)}") from None
+
+    def _check(self, types: Mapping[str, str]) -> None:
+        """Raises UserError: a tensor is missing, or of another shape or type."""
+        for name in self.shapes:
+            if name not in TYPES:
+                raise UserError(f"{self.path} has an unknown tensor {shown(name)}{did_you_mean(name[:80], TYPES)}")
+        for name, kind in TYPES.items():
+            if name not in self.shapes and name not in OPTIONAL:
+                raise UserError(f"{self.path}: the tensor {name} is missing")
+            if name in types and types[name] != kind:
+                raise UserError(f"{self.path}: {name} is {types[name]}, not {kind}")
+        queries = self.shapes["step"][0] if self.shapes["step"] else 0
+        wanted: dict[str, Sequence[int]] = {
+            "step": [queries],
+            "instruction": [queries],
+            "state": [queries, PROPRIO_DIM],
+            "frame_end": [queries, len(self.of.cameras)],
+            "chunk": [queries, self.of.chunk, ACTION_DIMS],
+            "committed": [queries],
+        }
+        for name, shape in wanted.items():
+            if list(self.shapes[name]) != list(shape):
+                raise UserError(f"{self.path}: {name} is {list(self.shapes[name])}, not {list(shape)}")
+        flat = len(self.shapes["frames"]) == 1 and self.shapes["actions"][1:] == (ACTION_DIMS,)
+        if not flat or ("tokens" in self.shapes and self.shapes["tokens"][:2] != (queries, self.of.chunk)):
+            raise UserError(f"{self.path}: its tensors are of shapes {shown(dict(self.shapes))}")
+
+
+def check_facts(folder: Path, found: Facts, wanted: Facts, but: Sequence[str] = ()) -> None:
+    """Raises UserError if recordings `found` in a folder are not those of the bundle that is `wanted`, fields of `but`
+    apart."""
+    for key, there, here in differing(to_json(found), to_json(wanted)):
+        if key in but or key == "bundle":
+            continue
+        if key == "fingerprint":
+            raise UserError(
+                f"{folder} is of bundle {shown(found.bundle)} ({there!s:.12}), not of {wanted.bundle} ({here!s:.12})",
+                "Use the bundle that was recorded, or another folder",
+            )
+        raise UserError(f"{folder}: {key} is {shown(there)} there, and {shown(here)} here", "Use another folder")
+
+
+def _opened(path: Path) -> safe_open:
+    from safetensors import safe_open
+
+    return safe_open(own(path), framework="numpy")
+
+
+def _encoded(images: NDArray[np.uint8], size: int) -> list[bytes]:
+    """Frames [cameras, S, S, 3] -> JPEG files of `size` pixels a side."""
+    from PIL import Image
+
+    files = []
+    for frame in images:
+        image = Image.fromarray(frame)
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=QUALITY, subsampling=0)
+        files.append(stream.getvalue())
+    return files

@@ -1,0 +1,183 @@
+"""Messages with arrays in them, as robots' clients write them: msgpack of openpi and vla-eval, JSON of json_numpy.
+
+Whatever comes in is hostile until it was looked at: sizes, depth, types and shapes are checked before anything is made
+of them, and nothing that could run is ever read (no pickle, no object arrays).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd_trt.errors import UserError, missing_extra, shown
+
+Array = NDArray[Any]
+
+MAX_DEPTH = 8  # of maps and lists inside one another
+MAX_ITEMS = 4096  # of a map or a list
+MAX_TEXT = 4096  # characters of a string that is no array
+MAX_DIMS = 6
+MAX_SIDE = 4096  # pixels of a compressed image
+DTYPE = re.compile(r"[<>|=]?(?:[biu]1|[iuf][248]|b1|\?)")
+
+
+class BadMessage(UserError):
+    """What came in is not a message: one line for whoever sent it."""
+
+
+def unpack(data: bytes) -> object:
+    """A msgpack frame as plain values, with the maps of arrays as they are: `arrays` makes them.
+
+    Raises:
+        BadMessage: it is none.
+    """
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+            max_str_len=MAX_TEXT * 4,
+            max_ext_len=0,
+        )
+    except Exception as error:  # the library's share no base class, and a damaged frame is the sender's fault
+        raise BadMessage(f"the frame of {len(data)} bytes is no msgpack message ({type(error).__name__})") from None
+
+
+def pack(value: object, keys: type[bytes] | type[str] = bytes) -> bytes:
+    """Plain values and arrays as a msgpack frame. keys: openpi's decoder looks for bytes, vla-eval's for strings."""
+
+    def written(x: object) -> object:
+        if isinstance(x, np.ndarray):
+            names = ("__ndarray__", "data", "dtype", "shape")
+            values = (True, x.tobytes(), x.dtype.str, x.shape)
+            return {name.encode() if keys is bytes else name: y for name, y in zip(names, values, strict=True)}
+        if isinstance(x, np.generic):
+            return x.item()
+        raise TypeError(f"{type(x).__name__} cannot be sent")
+
+    packed: bytes = msgpack.packb(value, default=written)
+    return packed
+
+
+def parse(data: bytes | str) -> object:
+    """JSON as plain values.
+
+    Raises:
+        BadMessage: it is none, or too deep.
+    """
+    try:
+        return msgspec.json.decode(data)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise BadMessage(f"the body is no JSON: {shown(str(error))}") from None
+
+
+def to_json(value: object) -> bytes:
+    """Plain values and arrays as JSON, arrays as json_numpy writes them."""
+
+    def written(x: object) -> object:
+        if isinstance(x, np.ndarray):
+            data = base64.b64encode(x.tobytes()).decode()
+            return {"__numpy__": data, "dtype": x.dtype.str, "shape": list(x.shape)}
+        raise TypeError(f"{type(x).__name__} cannot be sent")
+
+    return msgspec.json.encode(value, enc_hook=written)
+
+
+def arrays(value: object, depth: int = 0) -> object:
+    """Plain values with every map that stands for an array, a number of NumPy's or an image made into one.
+
+    Raises:
+        BadMessage: it is too deep, or an array is not what its map says.
+    """
+    if depth > MAX_DEPTH:
+        raise BadMessage(f"the message has more than {MAX_DEPTH} maps and lists inside one another")
+    if isinstance(value, dict):
+        if "__ndarray__" in value or b"__ndarray__" in value:
+            return _array(*_fields(value, "data", "dtype", "shape"))
+        if "__numpy__" in value:
+            return _array(_base64(value["__numpy__"]), *_fields(value, "dtype", "shape"))
+        if "__image__" in value:
+            return _image(value)
+        if b"__npgeneric__" in value:
+            return _number(*_fields(value, "data", "dtype"))
+        if not all(isinstance(key, str) for key in value):
+            raise BadMessage("the message has a key that is no text")
+        return {key: arrays(x, depth + 1) for key, x in value.items()}
+    if isinstance(value, list):
+        return [arrays(x, depth + 1) for x in value]
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise BadMessage(f"the message has a text of {len(value)} characters, {MAX_TEXT} are allowed")
+    if value is None or isinstance(value, (str, bool, int, float, bytes)):
+        return value
+    raise BadMessage(f"the message has a value of type {type(value).__name__}")
+
+
+def _fields(value: Mapping[Any, object], *names: str) -> list[object]:
+    """The values of a map's keys, which may be text or bytes."""
+    found = [value.get(name, value.get(name.encode())) for name in names]
+    if any(x is None for x in found):
+        raise BadMessage(f"an array lacks one of {', '.join(names)}")
+    return found
+
+
+def _array(data: object, dtype: object, shape: object) -> Array:
+    """[shape], a view of `data` that cannot be written to."""
+    if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
+        raise BadMessage(f"an array has the dtype {shown(dtype)}: bool, int, uint and float are read")
+    if not isinstance(shape, (list, tuple)) or len(shape) > MAX_DIMS:
+        raise BadMessage(f"an array has the shape {shown(shape)}, no list of at most {MAX_DIMS} sizes")
+    if not all(type(size) is int and 0 <= size <= 1 << 31 for size in shape):
+        raise BadMessage(f"an array has the shape {shown(shape)}")
+    kind = np.dtype(dtype)
+    if not isinstance(data, bytes) or len(data) != math.prod(shape) * kind.itemsize:
+        there = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+        raise BadMessage(f"an array {list(shape)} of {dtype} has {there}, not {math.prod(shape) * kind.itemsize} bytes")
+    return np.frombuffer(data, kind).reshape(shape)
+
+
+def _base64(text: object) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)  # type: ignore[arg-type]
+    except (ValueError, TypeError, binascii.Error):
+        raise BadMessage("an array's data are no base64") from None
+
+
+def _number(data: object, dtype: object) -> int | float | bool:
+    """openpi's way of writing a NumPy scalar."""
+    if not isinstance(data, (int, float, bool)) or not isinstance(dtype, str):
+        raise BadMessage(f"a number is {shown(data)} of dtype {shown(dtype)}")
+    return data
+
+
+def _image(value: Mapping[Any, object]) -> Array:
+    """vla-eval's way of writing an image: PNG or JPEG, looked at before it is decoded, or raw."""
+    if value.get("format") == "raw":
+        return _array(*_fields(value, "data", "dtype", "shape"))
+    data, kind = value.get("data"), value.get("format")
+    if kind not in ("png", "jpeg") or not isinstance(data, bytes):
+        raise BadMessage(f"an image has the format {shown(kind)}, not png, jpeg or raw")
+    try:
+        from PIL import Image
+    except ImportError:
+        raise missing_extra("pillow", "serve") from None
+    try:
+        with Image.open(io.BytesIO(data), formats=(kind.upper(),)) as image:
+            if max(image.size) > MAX_SIDE or image.mode not in ("RGB", "L", "RGBA"):
+                raise BadMessage(f"an image is {image.mode} {image.size}: RGB of at most {MAX_SIDE} a side is read")
+            return np.asarray(image)
+    except BadMessage:
+        raise
+    except Exception as error:  # Pillow's errors on damaged files are of many kinds
+        raise BadMessage(f"an image cannot be read as {kind} ({type(error).__name__})") from None

@@ -1,0 +1,249 @@
+"""The client at the robot's side decides as a policy in process does, with its main model wherever."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec import structs
+from serving import SIDE, STUB_CONTROL, STUB_DIMS, STUB_RSD, Stub, bundle_service, running, stub_service
+from websockets.sync.server import ServerConnection, serve
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.errors import PolicyFault, UserError
+from rsd_trt.recordings import Recordings
+from rsd_trt.runtime.chunk import Chunk
+from rsd_trt.runtime.loop import Loop
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.serve.arrays import arrays, pack, unpack
+from rsd_trt.runtime.serve.edge import EdgePolicy, Known, Unreachable
+
+Observe = Callable[..., Observation]
+
+
+def scenes(observe: Observe, bundle: Bundle, count: int) -> Iterator[Observation]:
+    """A scene stays for a few queries, an instruction for a few scenes."""
+    for i in range(count):
+        yield observe(bundle.config.control, i // 4, f"task {i // 30}")
+
+
+def test_the_client_decides_as_the_policy_in_process(lenient: Bundle, engines: Path, observe: Observe) -> None:
+    policy = Policy.load(lenient, backend="ort", device="cpu", engines=engines)
+    routes = set()
+    with running(bundle_service(lenient, backend="ort", engines=engines)) as port:
+        with EdgePolicy(f"ws://127.0.0.1:{port}", engines) as edge:
+            for observation in scenes(observe, lenient, 120):
+                [expected] = policy.act_batch([observation], [0])
+                query = edge.query(observation)
+                np.testing.assert_array_equal(query.actions, expected.actions)
+                for name in ("route", "prefix", "score", "clipped", "full_query", "token_agreement"):
+                    assert getattr(query, name) == getattr(expected, name)
+                routes.add(query.route)
+            full = len(edge.timing.full)
+        assert routes >= {"start", "accepted", "rejected", "instruction", "exhausted"}
+        assert full == len(edge.timing.server) < 100
+        with EdgePolicy(f"ws://127.0.0.1:{port}", engines, mode="baseline", n_action_steps=5) as edge:
+            assert edge.act(observation).shape == (5, 7)
+
+
+def test_it_runs_without_torch(lenient: Bundle, engines: Path, observe: Observe, tmp_path: Path) -> None:
+    code = f"""
+import json, sys
+
+class Torchless:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "starlette", "uvicorn"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Torchless())
+import numpy as np
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.serve.edge import EdgePolicy
+
+given = np.load({str(tmp_path / "seen.npz")!r})
+with EdgePolicy(sys.argv[1], {str(engines)!r}) as edge:
+    acts = [edge.query(Observation(x, y, "go")) for x, y in zip(given["images"], given["states"])]
+print(json.dumps([[query.route, query.actions.tolist()] for query in acts]))
+"""
+    seen = [observe(lenient.config.control, i // 3, "go") for i in range(8)]
+    np.savez(tmp_path / "seen.npz", images=[x.images for x in seen], states=[x.proprio for x in seen])
+    policy = Policy.load(lenient, backend="ort", device="cpu", engines=engines)
+    with running(bundle_service(lenient, backend="ort", engines=engines)) as port:
+        command = [sys.executable, "-c", code, f"ws://127.0.0.1:{port}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    expected = [policy.act_batch([x], [0])[0] for x in seen]
+    assert json.loads(done.stdout) == [[query.route, query.actions.tolist()] for query in expected]
+
+
+@contextlib.contextmanager
+def plain_server(chunk: Callable[[dict[str, object]], object]) -> Iterator[str]:
+    """Somebody else's openpi server: no metadata to speak of, and chunks of actions. Its address."""
+
+    def answer(line: ServerConnection) -> None:
+        line.send(pack({}))
+        for frame in line:
+            assert isinstance(frame, bytes)
+            reply = chunk(arrays(unpack(frame)))  # type: ignore[arg-type]
+            line.send(reply if isinstance(reply, str) else pack({"actions": reply}))
+
+    with serve(answer, "127.0.0.1", 0, max_size=None, compression=None) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        server.shutdown()
+
+
+def test_any_openpi_server_can_be_the_main_model(
+    lenient: Bundle, engines: Path, observe: Observe, tmp_path: Path
+) -> None:
+    """Chunks of ten steps, made of the first pixel: the draft of the bundle checks them."""
+    policy = Policy.load(lenient, backend="ort", device="cpu", engines=engines)
+    config = lenient.config
+
+    def chunk(request: dict[str, object]) -> np.ndarray:
+        image = request["observation/image"]
+        assert isinstance(image, np.ndarray)
+        values = np.random.default_rng(image[-1, -1]).uniform(-0.4, 0.4, (10, 7))
+        values[:, 6] = 1
+        return values
+
+    known = Known(
+        config.name,
+        config.dims,
+        config.rsd,
+        config.control,
+        propose=lenient.component_fingerprint("propose"),
+        rows=policy.instruction_rows,
+    )
+
+    def main(observations, condition):  # type: ignore[no-untyped-def]
+        from rsd_trt.runtime.loop import Main
+
+        values = chunk({"observation/image": observations[0].images[0, ::-1, ::-1]})[: config.dims.T]
+        return Main(None, values.astype(np.float32)[None], np.ones(1, bool))
+
+    loop, alive, routes = (
+        Loop(config.dims, config.rsd, config.control.limits, "rsd", policy._forward.check, main),
+        Chunk(),
+        set(),
+    )
+    with plain_server(chunk) as url:
+        with EdgePolicy(url, engines, known=known, record=tmp_path / "seen") as edge:
+            for observation in scenes(observe, lenient, 60):
+                [expected] = loop.query([observation], [alive])
+                query = edge.query(observation)
+                assert query.route == expected.route
+                np.testing.assert_array_equal(query.actions, expected.actions)
+                routes.add(query.route)
+            with pytest.raises(UserError, match="cannot say what the draft reads"):
+                edge._known = replace(known, rows=None)
+                edge.prepare("another")
+        with pytest.raises(UserError, match="needs the main model's tokens"):
+            rule = structs.replace(config.rsd, rule="tokens")
+            EdgePolicy(url, engines, known=replace(known, rsd=rule))
+    assert {"start", "accepted", "rejected"} <= routes
+    [episode] = Recordings(tmp_path / "seen").episodes
+    assert len(episode) == 60  # what `distill` learns from
+    with (
+        plain_server(lambda request: "Traceback\nValueError: no") as url,
+        EdgePolicy(url, mode="baseline") as edge,
+        pytest.raises(UserError, match="the server says: ValueError: no"),
+    ):
+        edge.act(observation)
+    with (
+        plain_server(lambda request: np.full((8, 7), np.nan)) as url,
+        EdgePolicy(url, mode="baseline") as edge,
+        pytest.raises(PolicyFault),
+    ):
+        edge.act(observation)
+    with (
+        plain_server(lambda request: np.zeros((8, 6))) as url,
+        EdgePolicy(url, mode="baseline") as edge,
+        pytest.raises(UserError, match=r"answered with actions \[8, 6\]"),
+    ):
+        edge.act(observation)
+
+
+def see(first: int, second: int = 0) -> Observation:
+    images = np.zeros((2, SIDE, SIDE, 3), np.uint8)
+    images[0, 0, 0], images[0, 0, 1] = first, second
+    return Observation(images, np.zeros(8, np.float32), "go")
+
+
+def with_draft(edge: EdgePolicy, stub: Stub) -> EdgePolicy:
+    """The stub's draft in the place of an export."""
+    edge._loop = Loop(STUB_DIMS, STUB_RSD, STUB_CONTROL.limits, "rsd", stub.check, edge._full)
+    return edge
+
+
+def test_an_accepted_chunk_goes_on_while_the_network_is_away() -> None:
+    stub = Stub()
+    with running(stub_service(stub)) as port:
+        edge = with_draft(EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline", timeout_s=1), stub)
+        assert edge.query(see(0)).route == "start"
+    assert [edge.query(see(first)).route for first in (20, 40)] == ["accepted", "accepted"]
+    with pytest.raises(Unreachable, match=rf"a full query is due, and ws://127.0.0.1:{port} "):
+        edge.act(see(60, 255))
+    assert edge.query(see(60)).route == "accepted"  # the chunk is as it was
+    with pytest.raises(Unreachable):
+        edge.act(see(80))  # nothing is left
+    with running(stub_service(stub)) as other:
+        edge._line.url = f"ws://127.0.0.1:{other}"
+        assert edge.query(see(80)).route == "exhausted"
+        edge.close()
+
+
+def test_late_replies_are_dropped() -> None:
+    stub = Stub()
+    with running(stub_service(stub)) as port:
+        edge = with_draft(EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline", timeout_s=0.3), stub)
+        stub.hold.clear()
+        with pytest.raises(Unreachable, match="did not answer within"):
+            edge.act(see(10))
+        stub.hold.set()
+        time.sleep(0.2)
+        np.testing.assert_allclose(edge.act(see(50))[:, 0], [0.05, 0.06], atol=1e-6)
+        edge.close()
+
+
+def test_another_policy_behind_the_same_address_is_refused() -> None:
+    with running(stub_service()) as port:
+        edge = EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline")
+        edge.act(see(0))
+        edge._line.close()
+        edge._line.metadata["fingerprint"] = "0" * 64
+        with pytest.raises(UserError, match="serves stub, and served 000000000000 before"):
+            edge.act(see(0))
+
+
+def test_the_alarm_has_a_hook() -> None:
+    stub, told = Stub(), []
+    with running(stub_service(stub)) as port:
+        url = f"ws://127.0.0.1:{port}"
+        edge = EdgePolicy(url, mode="baseline", expected_rejections=0.05, on_alarm=told.append)
+        with_draft(edge, stub).act(see(0))
+        for _ in range(8):
+            edge.act(see(0, 255))
+        edge.close()
+    assert told
+    assert set(told) == {1.0}
+
+
+def test_a_draft_that_is_not_the_servers_is_refused(lenient: Bundle, engines: Path, bundle: Bundle) -> None:
+    with running(bundle_service(bundle)) as port:
+        with pytest.raises(UserError, match=r"was built from weights .* Make it anew"):
+            EdgePolicy(f"ws://127.0.0.1:{port}", engines)
+        with pytest.raises(UserError, match="has no exports"):
+            EdgePolicy(f"ws://127.0.0.1:{port}", "nothing")
+    with pytest.raises(Unreachable, match="cannot be reached"):
+        EdgePolicy(f"ws://127.0.0.1:{port}", engines)

@@ -1,0 +1,513 @@
+"""The server: what it answers is what the policy would, whoever else asks, and whatever else is sent."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from serving import SIDE, Client, Stub, as_request, bundle_service, request, running, stub_service
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from rsd_trt.bundle import Bundle
+from rsd_trt.recordings import Facts, Recorder, Recordings
+from rsd_trt.runtime.chunk import Chunk
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.preprocess import resize
+from rsd_trt.runtime.serve.arrays import arrays, pack, parse, to_json, unpack
+from rsd_trt.runtime.serve.launch import ServedPolicy, open_service
+from rsd_trt.runtime.serve.service import ServeOptions
+from rsd_trt.runtime.serve.sessions import Alarm
+
+Observe = Callable[..., Observation]
+
+
+@pytest.fixture(scope="module")
+def scene(observe: Observe) -> Observe:
+    """`observe` with a hand that stays where it is: a random jump would be a new episode."""
+
+    def make(*arguments: object) -> Observation:
+        observation = observe(*arguments)
+        observation.proprio[:3] = 0
+        return observation
+
+    return make
+
+
+def post(port: int, body: bytes) -> tuple[int, bytes]:
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}/act", body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(asked, timeout=20) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def first(reply: dict[str, object]) -> list[float]:
+    """The first arm dimension of a reply's actions."""
+    actions = reply["actions"]
+    assert isinstance(actions, np.ndarray)
+    return [round(float(x), 4) for x in actions[:, 0]]
+
+
+def test_served_is_in_process(lenient: Bundle, scene: Observe) -> None:
+    """Bit for bit, over 500 steps, with two clients in turns."""
+    policy = Policy.load(lenient, device="cpu")
+    control, n = lenient.config.control, lenient.config.rsd.n_action_steps
+    chunks = [Chunk(fixed=n), Chunk(fixed=n)]
+    steps, outcomes = [0, 0], set()
+    with running(bundle_service(lenient)) as port:
+        clients = [Client(port), Client(port)]
+        assert clients[0].metadata["n_action_steps"] == n  # type: ignore[index]
+        while min(steps) < 250:
+            who = steps[0] > steps[1]
+            seed = steps[who] // 9 * 2 + who  # a scene stays for some queries
+            observation = scene(control, seed, f"task {seed % 3}")
+            reply = clients[who].infer(as_request(observation, control))
+            [expected] = policy.answer([observation], [chunks[who]])
+            np.testing.assert_array_equal(reply["actions"], expected.actions)  # type: ignore[arg-type]
+            assert (reply["outcome"], reply["prefix"]) == (expected.route, expected.prefix)
+            assert len(expected.actions) == n
+            steps[who] += n
+            outcomes.add(expected.route)
+    assert {"accepted", "rejected", "start", "exhausted"} <= outcomes
+
+
+def test_vla_eval_gets_one_action_at_a_time(lenient: Bundle, scene: Observe) -> None:
+    """The loop with the bundle's own numbers of steps: what `Policy.act` commits."""
+    policy = Policy.load(lenient, device="cpu")
+    control = lenient.config.control
+    with running(bundle_service(lenient)) as port, connect(f"ws://127.0.0.1:{port}/vla-eval") as line:
+
+        def say(kind: str, payload: object, seq: int) -> None:
+            line.send(pack({"type": kind, "payload": payload, "seq": seq, "timestamp": 0.0}, keys=str))
+
+        def hear() -> dict[str, object]:
+            return arrays(unpack(line.recv(20)))  # type: ignore[arg-type, return-value]
+
+        say("hello", {"harness_version": "0.8.0", "protocol_version": 1}, 1)
+        hello = hear()
+        assert (hello["type"], hello["seq"]) == ("hello", 1)
+        assert hello["payload"]["observation_params"]["send_wrist_image"] is True  # type: ignore[index]
+        say("episode_start", {"task": {"name": "x"}}, 2)
+        policy.reset(0)
+        expected: list[np.ndarray] = []
+        for step in range(40):
+            observation = scene(control, step // 9)
+            if not expected:
+                expected = list(policy.act(observation))
+            frames = as_request(observation, control)
+            images = {"agentview": png(frames["observation/image"]), "wrist": png(frames["observation/wrist_image"])}
+            payload = {"images": images, "states": observation.proprio, "task_description": observation.instruction}
+            say("observation", payload, step + 3)
+            answer = hear()
+            assert (answer["type"], answer["seq"]) == ("action", step + 3), answer
+            np.testing.assert_array_equal(answer["payload"]["actions"], expected.pop(0))  # type: ignore[index]
+        say("episode_end", {}, 50)
+        say("observation", {"images": {}, "task_description": "x"}, 51)
+        error = hear()
+        assert (error["type"], error["seq"]) == ("error", 51)
+        assert "is missing" in error["payload"]["error"]  # type: ignore[index]
+
+
+def png(image: object) -> dict[str, object]:
+    assert isinstance(image, np.ndarray)
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return {"__image__": True, "format": "png", "data": stream.getvalue(), "shape": list(image.shape)}
+
+
+def test_act_is_open_loop_without_a_session(lenient: Bundle, scene: Observe) -> None:
+    policy = Policy.load(lenient, mode="baseline", device="cpu")
+    control = lenient.config.control
+    observation = scene(control, 5)
+    frames = as_request(observation, control)
+    body = {
+        "full_image": frames["observation/image"],
+        "wrist_image": frames["observation/wrist_image"],
+        "state": observation.proprio,
+        "instruction": observation.instruction,
+    }
+    policy.reset(0)
+    expected = policy.act(observation)
+    expected[:, 6] = (1 - expected[:, 6]) / 2
+    with running(bundle_service(lenient)) as port:
+        for _ in range(2):
+            status, answer = post(port, to_json(body))
+            assert status == 200
+            np.testing.assert_array_equal(arrays(parse(answer)), expected)  # a list of arrays [7]
+        encoded = post(port, json.dumps({"encoded": to_json(body).decode()}).encode())[1]
+        np.testing.assert_array_equal(arrays(parse(json.loads(encoded))), expected)
+        one = {"image": body["full_image"], **{key: body[key] for key in ("wrist_image", "state", "instruction")}}
+        np.testing.assert_array_equal(arrays(parse(post(port, to_json(one))[1])), expected[0])
+        status, answer = post(port, to_json({"image": body["full_image"], "instruction": "x"}))
+        assert status == 400
+        assert json.loads(answer).startswith("error: wrist_image is missing")
+
+
+def test_a_client_says_what_was_executed() -> None:
+    with running(stub_service(n=3)) as port:
+        client = Client(port)
+        assert first(client.infer(request())) == [0.0, 0.01, 0.02]
+        assert first(client.infer(request(20, executed=2))) == [0.02, 0.03, 0.04]  # agrees from the second step on
+        assert first(client.infer(request(50, executed=3))) == [0.05, 0.06, 0.07]
+        fresh = client.infer(request(executed=0))
+        assert (fresh["outcome"], first(fresh)) == ("rejected", [0.0, 0.01, 0.02])
+        assert client.infer(request(executed=0))["outcome"] == "start"  # nothing of the chunk was executed
+        assert client.send(request(executed=4)) == "executed is 4, and the last reply had 3 actions"
+        assert "executed is True" in client.send(request(executed=True))
+
+
+def test_replies_hold_n_actions_whatever_is_left() -> None:
+    with running(stub_service(n=3)) as port:
+        client = Client(port)
+        replies = [client.infer(request(step % 90)) for step in (0, 30, 60, 90)]
+        assert [reply["outcome"] for reply in replies] == ["start", "accepted", "exhausted", "rejected"]
+        assert {len(first(reply)) for reply in replies} == {3}
+
+
+def test_a_new_episode() -> None:
+    with running(stub_service()) as port:
+        client = Client(port)
+
+        def outcome(**more: object) -> object:
+            return client.infer(request(**more))["outcome"]  # type: ignore[arg-type]
+
+        assert outcome() == "start"
+        assert outcome(prompt="stop") == "instruction"
+        assert client.infer({"endpoint": "reset"})["status"] == "reset successful"
+        assert outcome(prompt="stop") == "start"
+        near, far = request(20, prompt="stop"), request(40, prompt="stop")
+        near["observation/state"] = np.array([0.08, 0, 0, 0, 0, 0, 0, 0])
+        assert client.infer(near)["outcome"] == "accepted"
+        far["observation/state"] = np.array([0.2, 0, 0, 0, 0, 0, 0, 0])  # 12 cm in 2 steps
+        assert client.infer(far)["outcome"] == "start"
+        assert client.infer(far | {"session_id": "b"})["outcome"] == "start"
+        assert Client(port).infer(far)["outcome"] == "start"
+
+
+def test_sessions_are_limited_and_end_with_their_connection() -> None:
+    service = stub_service(sessions=2)
+    with running(service) as port:
+        one, two = Client(port), Client(port)
+        with pytest.raises(InvalidStatus) as refused:
+            Client(port)
+        assert refused.value.response.status_code == 503
+        assert b"2 sessions are open" in refused.value.response.body
+        assert one.infer(request(session_id="a"))["outcome"] == "start"
+        assert one.infer(request(20, session_id="a"))["outcome"] == "accepted"
+        assert one.infer(request(session_id="b"))["outcome"] == "start"  # in the place of a
+        assert one.infer(request(session_id="a"))["outcome"] == "start"
+        two.close()
+        wait_until(lambda: len(service.sessions) == 1)
+        three = Client(port)
+        assert three.infer(request(session_id="x"))["outcome"] == "start"
+        one.close()
+        three.close()
+        wait_until(lambda: len(service.sessions) == 0)
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_many_clients_share_forwards_and_keep_their_chunks() -> None:
+    stub = Stub()
+    service = stub_service(stub, sessions=8)
+    with running(service) as port:
+        clients = [Client(port) for _ in range(4)]
+        clients[0].infer(request())  # the instruction is warm
+        stub.hold.clear()
+        answers: dict[int, dict[str, object]] = {}
+        threads = [
+            threading.Thread(target=lambda i=i: answers.update({i: clients[i].infer(request(10 * i, 255))}))  # type: ignore[misc]
+            for i in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: service.worker.working == 4)
+        stub.hold.set()
+        for thread in threads:
+            thread.join(20)
+        assert max(stub.full_queries) >= 2  # those that waited shared one
+        for i, answer in answers.items():
+            assert first(answer) == [0.01 * i, 0.01 * i + 0.01]
+        for i, client in enumerate(clients):
+            assert first(client.infer(request(10 * i + 20))) == [round(0.01 * i + 0.02, 4), round(0.01 * i + 0.03, 4)]
+
+
+def test_deadlines() -> None:
+    stub = Stub("baseline")
+    service = stub_service(stub, n=3, mode="baseline", deadline_ms=80)
+    with running(service) as port:
+        client = Client(port)
+        assert first(client.infer(request())) == [0.0, 0.01, 0.02]
+        stub.hold.clear()
+        late = client.infer(request(250))
+        assert (late["late"], first(late)) == (True, [0.03, 0.04, 0.05])  # the next of the old chunk
+        nothing = client.send(request(250))
+        assert isinstance(nothing, str)
+        assert "took longer than 80 ms" in nothing
+        assert "nothing is left" in nothing
+        stub.hold.set()
+        time.sleep(0.1)
+        assert first(client.infer(request(100))) == [0.1, 0.11, 0.12]  # of its own frame, not of a late answer
+    assert "rsd_late_total 2.0" in service.metrics.page().decode()
+
+
+def test_after_a_rejected_check_a_late_answer_is_an_error() -> None:
+    stub = Stub()
+    with running(stub_service(stub, deadline_ms=80)) as port:
+        client = Client(port)
+        client.infer(request())
+        stub.hold.clear()
+        told = client.send(request(250, 255))
+        assert isinstance(told, str)
+        assert "a check had to be made" in told
+        stub.hold.set()
+        assert client.infer(request(20))["outcome"] == "accepted"  # the old chunk is as it was
+
+
+def test_the_alarm_compares_with_what_was_expected() -> None:
+    alarm = Alarm(expected=0.3)
+    for _ in range(20):
+        alarm.recent.append(False)
+    assert (alarm.share, alarm.raised) == (0.0, False)
+    for rejected in range(20):
+        alarm.recent.append(True)
+        assert alarm.raised == (rejected + 1 >= 14)  # 14 of 20 come by chance in 0.03% of windows at 0.3
+    assert not Alarm(None, alarm.recent).raised
+    with running(stub_service(expected_rejections=0.05)) as port:
+        client = Client(port)
+        client.infer(request())
+        replies = [client.infer(request(0, 255)) for _ in range(8)]
+        assert (replies[0]["alarm"], replies[-1]["alarm"], replies[-1]["rejected_share"]) == (False, True, 1.0)
+
+
+def test_a_new_instruction_is_warmed_up_once() -> None:
+    stub = Stub()
+    with running(stub_service(stub, instructions=("known",))) as port:
+        assert stub.warmed == ["known"]
+        client = Client(port)
+        for prompt in ("known", "new", "known", "new"):
+            client.infer(request(prompt=prompt))
+        assert stub.warmed == ["known", "new"]
+
+
+def test_faults_and_bugs_are_told_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    service = stub_service()
+    with running(service) as port:
+        client = Client(port)
+        assert "not finite" in client.send(request(prompt="nan"))
+        told = client.send(request(prompt="break"))
+        assert told == "the policy broke on this query: RuntimeError: secret of the server"
+        assert "Traceback" in caplog.text  # in the log
+        assert client.infer(request())["outcome"] == "start"
+        asked = client.infer(request(prompt="nan", endpoint="full"))
+        assert (asked["type"], "not finite" in str(asked["message"])) == ("error", True)
+        status, metrics = get(port, "/metrics")
+    assert status == 200
+    for line in ('rsd_errors_total{kind="fault"} 2.0', 'rsd_errors_total{kind="broken"} 1.0', "rsd_sessions 1.0"):
+        assert line in metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"observation/image": None}, "observation/image is missing"),
+        ({"observation/image": np.zeros((SIDE, SIDE), np.uint8)}, "not a frame [height, width, 3]"),
+        ({"observation/image": np.zeros((SIDE + 1, SIDE, 3), np.uint8)}, "start the server with --resize"),
+        ({"observation/image": np.zeros((0, 0, 3), np.uint8)}, "pixels a side"),
+        ({"observation/image": np.full((SIDE, SIDE, 3), 7.0)}, "floats outside of 0..1"),
+        ({"observation/image": np.full((SIDE, SIDE, 3), np.nan)}, "floats outside of 0..1"),
+        ({"observation/image": np.zeros((SIDE, SIDE, 3), np.int64)}, "not uint8"),
+        ({"observation/state": np.zeros(7)}, "the policy takes 8 numbers"),
+        ({"observation/state": np.full(8, np.inf)}, "not finite"),
+        ({"observation/state": ["a"] * 8}, "the policy takes 8 numbers"),
+        ({"prompt": 3}, "the instruction is 3"),
+        ({"prompt": ""}, "the instruction is ''"),
+        ({"prompt": "x" * 2000}, "1..1000 characters"),
+        ({"endpoint": "shutdown"}, "the endpoint 'shutdown' is unknown"),
+        ({"session_id": 3}, "session_id is 3"),
+    ],
+)
+def test_what_an_observation_must_be(change: dict[str, object], told: str) -> None:
+    service = stub_service()
+    service.worker.ready.set()
+    from rsd_trt.errors import UserError
+    from rsd_trt.runtime.serve.protocols import Openpi
+
+    class Socket:
+        pass
+
+    import asyncio
+
+    service.sessions.connect(socket := Socket())
+    with pytest.raises(UserError) as refused:
+        asyncio.run(Openpi(service, socket)._answer(request() | change))  # type: ignore[arg-type]
+    assert told in str(refused.value)
+
+
+def test_frames_are_taken_in_every_usual_form() -> None:
+    from rsd_trt.runtime.serve.interface import Interface
+
+    interface = stub_service().interface
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    base = request()
+
+    def seen(interface: Interface, frame: np.ndarray) -> np.ndarray:
+        return interface.openpi(base | {"observation/image": frame}).images[0]
+
+    np.testing.assert_array_equal(seen(interface, image), image)
+    np.testing.assert_array_equal(seen(interface, image.transpose(2, 0, 1)), image)
+    np.testing.assert_array_equal(seen(interface, image[::-1][::-1]), image)
+    np.testing.assert_array_equal(seen(interface, image / np.float32(255) + np.float32(1e-4)), image)
+    from dataclasses import replace
+
+    upright = replace(interface, frames="upright")
+    np.testing.assert_array_equal(seen(upright, image), image[::-1, ::-1])
+    large = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.NEAREST))
+    fitted = seen(replace(interface, resize=True), large)
+    expected = resize(torch.from_numpy(large.copy()).permute(2, 0, 1)[None].float(), SIDE)[0].permute(1, 2, 0)
+    np.testing.assert_array_equal(fitted, expected)
+
+
+def test_keys_and_web_pages() -> None:
+    with running(stub_service(api_key="secret")) as port:
+        for headers in ({}, {"Authorization": "Api-Key wrong"}, {"Origin": "https://example.com"}):
+            with pytest.raises(InvalidStatus) as refused:
+                Client(port, headers=headers)
+            assert refused.value.response.status_code in (401, 403)
+        assert Client(port, headers={"Authorization": "Api-Key secret"}).infer(request())["outcome"] == "start"
+        assert get(port, "/healthz") == (200, "OK\n")
+        assert get(port, "/metrics")[0] == post(port, b"{}")[0] == 401
+
+
+def test_ready_is_not_alive(tmp_path: Path) -> None:
+    service = stub_service()
+    gate, policy = threading.Event(), Stub()
+
+    def load() -> Stub:
+        gate.wait(20)
+        return policy
+
+    service.load = load
+    thread = threading.Timer(0.5, gate.set)
+    listening_seen: list[tuple[int, int]] = []
+
+    def look(port: int) -> None:
+        wait_until(lambda: get(port, "/healthz")[0] == 200)
+        listening_seen.append((get(port, "/readyz")[0], get(port, "/health")[0]))
+        with pytest.raises(InvalidStatus):
+            Client(port)
+        thread.start()
+
+    from rsd_trt.runtime.serve import server
+
+    original = server.listen
+
+    def listen(options: ServeOptions):  # type: ignore[no-untyped-def]
+        listening = original(options)
+        threading.Thread(target=look, args=(listening.getsockname()[1],), daemon=True).start()
+        return listening
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rsd_trt.runtime.serve.server.listen", listen)
+        with running(service) as port:
+            assert listening_seen == [(503, 503)]
+            assert (get(port, "/readyz")[0], get(port, "/health")) == (200, (200, '{"status":"ok"}'))
+
+
+def test_idle_connections_are_closed() -> None:
+    with running(stub_service(idle_s=0.2)) as port:
+        client = Client(port)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.socket.recv(10)
+        assert closed.value.rcvd is not None
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1000, "idle")
+
+
+def test_too_large_messages_are_refused() -> None:
+    with running(stub_service(max_message=4096)) as port:
+        client = Client(port)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.send(b"\xc4" + bytes(5000))
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1009
+        assert b"larger than 4096 bytes" in post(port, b" " * 5000)[1]
+        assert Client(port).infer(request())["outcome"] == "start"
+
+
+def test_what_was_served_is_recorded_and_can_be_replayed(bundle: Bundle, scene: Observe, tmp_path: Path) -> None:
+    control = bundle.config.control
+    served = ServedPolicy(bundle=bundle.path, device="cpu", n_action_steps=2)
+    service = open_service(served, ServeOptions(port=0, record=tmp_path / "seen"))
+    with running(service) as port:
+        client = Client(port)
+        told = [client.infer(as_request(scene(control, seed), control))["actions"] for seed in range(3)]
+        client.infer({"endpoint": "reset"})
+        client.close()
+    recordings = Recordings(tmp_path / "seen")
+    [episode] = recordings.episodes
+    np.testing.assert_array_equal(episode.read("actions")["actions"], np.concatenate(told))  # type: ignore[arg-type]
+    assert episode.read("step")["step"].tolist() == [0, 2, 4]
+    replay = open_service(ServedPolicy(replay=tmp_path / "seen", n_action_steps=3), ServeOptions(port=0))
+    with running(replay) as port:
+        client = Client(port)
+        anything = as_request(scene(control), control)
+        parts = [client.infer(anything)["actions"] for _ in range(2)]
+        np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(told))  # type: ignore[arg-type]
+        assert client.send(anything) == "the recorded episode is over"
+
+
+def test_a_thousand_connections_leave_nothing_behind() -> None:
+    service = stub_service(sessions=64)
+    with running(service) as port:
+        for i in range(1000):
+            client = Client(port)
+            if i % 10 == 0:
+                client.infer(request())
+            if i % 3 == 0:
+                client.socket.socket.shutdown(socket.SHUT_RDWR)  # without a word
+            client.close()
+        wait_until(lambda: len(service.sessions) == 0)
+        assert threading.active_count() < 40
+        assert Client(port).infer(request())["outcome"] == "start"
+
+
+def test_base64_is_what_json_numpy_writes() -> None:
+    value = np.arange(6, dtype=np.float64).reshape(2, 3)
+    text = json.dumps({"__numpy__": base64.b64encode(value.tobytes()).decode(), "dtype": "<f8", "shape": [2, 3]})
+    np.testing.assert_array_equal(arrays(parse(text)), value)
+    assert json.loads(to_json(value)) == json.loads(text)
+
+
+def test_a_recorder_needs_the_same_policy(bundle: Bundle, tmp_path: Path) -> None:
+    Recorder(tmp_path / "seen", Facts("other", "0" * 64, bundle.config.control.cameras, 32, 8))
+    served = ServedPolicy(bundle=bundle.path, device="cpu")
+    with pytest.raises(Exception, match="Use the bundle that was recorded"):
+        open_service(served, ServeOptions(port=0, record=tmp_path / "seen"))

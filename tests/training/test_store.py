@@ -1,0 +1,92 @@
+"""Frames and labels on disk: whole episodes, whatever kills the process."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec import structs
+
+from rsd_trt.errors import UserError
+from rsd_trt.training import store as module
+from rsd_trt.training.store import Array, Store, StoreFacts
+
+FACTS = StoreFacts({"recordings": "/r"}, "f" * 64, ("a", "b"), side=4, steps=3, tokens=(2, 5))
+
+
+def columns(frames: int, seed: int) -> dict[str, Array]:
+    random = np.random.default_rng(seed)
+    return {
+        "images": random.integers(0, 256, (frames, 2, 4, 4, 3), dtype=np.uint8),
+        "state": random.normal(size=(frames, 8)).astype(np.float32),
+        "word": np.arange(frames, dtype=np.int32) % 2,
+        "chunk": random.normal(size=(frames, 3, 7)).astype(np.float32),
+        "tokens": random.integers(0, 7, (frames, 3, 2, 5), dtype=np.uint8),
+    }
+
+
+def filled(folder: Path) -> Store:
+    store = Store(folder, FACTS)
+    store.append("a", ("one", "two"), 1.0, columns(3, 0))
+    store.append("nothing", (), 0.0, columns(0, 0))
+    store.append("b", ("two", "three"), 2.0, columns(2, 1))
+    return store
+
+
+def test_what_is_appended_is_mapped(tmp_path: Path) -> None:
+    filled(tmp_path)
+    store = Store(tmp_path, FACTS)
+    for name, values in columns(3, 0).items():
+        assert np.array_equal(store.maps[name][:3], values)
+        assert np.array_equal(store.maps[name][3:], columns(2, 1)[name])
+    assert isinstance(store.maps["images"], np.memmap)
+    assert store.episode_of.tolist() == [0, 0, 0, 2, 2]
+    assert [store.instructions[i] for i in store.instruction_of] == ["one", "two", "one", "two", "three"]
+    assert store.missing([("a", 3), ("c", 1), ("nothing", 9)]) == [1]
+
+
+def half_a_line(folder: Path) -> None:
+    with (folder / "episodes.jsonl").open("a") as stream:
+        stream.write('{"name": "c", "fra')
+
+
+def no_line(folder: Path) -> None:
+    with (folder / "images.bin").open("ab") as stream:
+        stream.write(b"x" * 50)
+
+
+@pytest.mark.parametrize("kill", [half_a_line, no_line])
+def test_what_a_killed_process_left_is_dropped(kill: Callable[[Path], None], tmp_path: Path) -> None:
+    filled(tmp_path)
+    kill(tmp_path)
+    store = Store(tmp_path, FACTS)
+    assert [episode.name for episode in store.episodes] == ["a", "nothing", "b"]
+    store.append("c", ("one", "two"), 0.0, columns(4, 2))
+    again = Store(tmp_path, FACTS)
+    assert [episode.frames for episode in again.episodes] == [3, 0, 2, 4]
+    assert np.array_equal(again.maps["images"][5:], columns(4, 2)["images"])
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = filled(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            store.append("c", ("one",), 0.0, columns(4, 2))
+    store.append("c", ("one", "two"), 0.0, columns(1, 3))
+    assert np.array_equal(Store(tmp_path, FACTS).maps["chunk"][5:], columns(1, 3)["chunk"])
+
+
+def test_other_frames_are_refused(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with pytest.raises(UserError, match=r"side is 4 there, 8 here\. Start over: --fresh"):
+        Store(tmp_path, structs.replace(FACTS, side=8))
+    (tmp_path / "state.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"state\.bin has 0 bytes, not 160: it is damaged"):
+        Store(tmp_path, FACTS)

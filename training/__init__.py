@@ -1,0 +1,1 @@
+"""Stage 4: distil a draft for a policy, from recordings or a data set of frames."""

@@ -1,0 +1,178 @@
+"""Batches for the draft: drawn from a store, on the training device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsd_trt.config import ARM_DIMS
+from rsd_trt.models.codec import Codec
+from rsd_trt.models.components import ActionTransform
+from rsd_trt.training.augment import augment, augment_state
+from rsd_trt.training.store import Store
+
+SWITCH_WEIGHT = 2.0  # how much oftener frames before a gripper switch are drawn
+RESIDENT_SHARE = 0.4  # of the device's free memory that the images may take; else they come from the disk
+AHEAD = 4  # batches that are read ahead
+READERS = 4  # threads
+STEP_SEEDS = 1_000_003  # between the seeds of two trainings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the draft reads, and what it should say, for B frames."""
+
+    images: Tensor  # [B, cameras, S, S, 3] in 0..255
+    state: Tensor  # [B, 8], normalised
+    words: Tensor  # [B, P, E]
+    z: Tensor  # [B, T, D], what the main head's chunk is in the codec's latents
+
+
+class Batches:
+    """Frames of a store, by index.
+
+    What a step draws, and how it is changed, depends on the seed and on the step alone: a resumed training sees what an
+    uninterrupted one does. Images stay on the device where there is room; else threads read them ahead.
+
+    train, held_out: the frames' indices. z is what the tokens decode to, or where the head gives none the codec's
+    encoding of the chunk.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        held_out: NDArray[np.bool_],
+        codec: Codec,
+        transform: ActionTransform,
+        words: Tensor,
+        normalise: Callable[[Tensor], Tensor],
+        device: torch.device,
+        seed: int,
+        teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """held_out [F]: whose episodes are. words [instructions, P, E]. normalise: the state, as the draft reads it.
+        teacher: makes z of augmented images, their states and instructions; None: z is that of the frame as it was."""
+        self.store, self.device, self.seed, self.words = store, device, seed, words
+        self._codec, self._transform, self._normalised = codec, transform, normalise
+        self._teacher = teacher
+        self.held_out, self.train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
+        self.episode, self.instruction = store.episode_of, store.instruction_of
+        self._weights = torch.from_numpy(self._draw_weights())
+        maps = store.maps
+        room = torch.cuda.mem_get_info(device)[0] * RESIDENT_SHARE if device.type == "cuda" else 0
+        self.resident = maps["images"].nbytes < room
+        self._images = torch.from_numpy(np.array(maps["images"])).to(device) if self.resident else None
+
+    def batches(self, first: int, count: int) -> Iterator[Batch]:
+        """Batches of `count` augmented frames for the steps from `first` on, without end."""
+        with ThreadPoolExecutor(READERS) as pool:
+            coming: deque[Future[dict[str, Tensor]]] = deque()
+            step = first
+            while True:
+                while len(coming) < AHEAD:
+                    coming.append(pool.submit(self._read, self._drawn(step + len(coming), count)))
+                yield self._augmented(step, self._there(coming.popleft().result()))
+                step += 1
+
+    def plain(self, index: NDArray[np.int64], images_of: NDArray[np.int64] | None = None) -> Batch:
+        """The frames `index` [B] as they are; images_of: with the images of these ones instead."""
+        batch = self._there(self._read(index))
+        if images_of is not None:
+            batch["images"] = self._there(self._read(images_of))["images"]
+        return self._made(batch, batch["images"].float(), self._normalised(batch["state"]))
+
+    def chunk(self, index: NDArray[np.int64]) -> Tensor:
+        """The main head's chunks [B, T, A] of the frames `index`, in environment units."""
+        return torch.from_numpy(self.store.maps["chunk"][index]).to(self.device)
+
+    def _drawn(self, step: int, count: int) -> NDArray[np.int64]:
+        """Every instruction as often, and oftener where the gripper is about to switch."""
+        generator = torch.Generator().manual_seed(self.seed * STEP_SEEDS + step)
+        drawn = torch.multinomial(self._weights, count, replacement=True, generator=generator)
+        return self.train[drawn.numpy()]
+
+    def _read(self, index: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The frames' columns on the host, page-locked where they go to a GPU."""
+        found = {"index": torch.from_numpy(index), "word": torch.from_numpy(self.instruction[index])}
+        for key, values in self.store.maps.items():
+            if key == "word" or (key == "images" and self._images is not None):
+                continue
+            found[key] = torch.from_numpy(np.take(values, index, axis=0))
+        if self.device.type == "cuda":
+            found = {key: value.pin_memory() for key, value in found.items()}
+        return found
+
+    def _there(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same on the device."""
+        found = {key: value.to(self.device, non_blocking=True) for key, value in columns.items()}
+        if self._images is not None:
+            found["images"] = self._images[found["index"]]
+        return found
+
+    def _augmented(self, step: int, columns: dict[str, Tensor]) -> Batch:
+        generator = torch.Generator(self.device).manual_seed(self.seed * STEP_SEEDS + step)
+        images = augment(columns["images"], generator)
+        state = augment_state(self._normalised(columns["state"]), generator)
+        if self._teacher is None:
+            return self._made(columns, images, state)
+        return Batch(images, state, self.words[columns["word"]], self._teacher(images, state, columns["word"]))
+
+    @torch.no_grad()
+    def _made(self, columns: dict[str, Tensor], images: Tensor, state: Tensor) -> Batch:
+        if "tokens" in columns:
+            z = self._codec.rfsq.lookup(columns["tokens"].long())
+        else:
+            z = self._codec.encoder(self._transform.inverse(columns["chunk"]))
+        return Batch(images, state, self.words[columns["word"]], z)
+
+    def _draw_weights(self) -> NDArray[np.float64]:
+        instruction = self.instruction[self.train]
+        counts = np.bincount(instruction, minlength=len(self.store.instructions))
+        closed = self.store.maps["chunk"][:, :, ARM_DIMS][self.train] > 0  # [F, T]
+        switches = (closed != closed[:, :1]).any(1)
+        return np.where(switches, SWITCH_WEIGHT, 1.0) / counts[instruction]
+
+
+def hold_out(store: Store, share: float, least: int, seed: int) -> NDArray[np.bool_]:
+    """Which frames [F] are of held-out episodes: a share of each instruction's, at least `least` in all, by chance."""
+    order = np.random.default_rng(seed).permutation(len(store.episodes)).tolist()
+    order = [i for i in order if store.episodes[i].frames]
+    by_name: dict[str, list[int]] = {}
+    for i in order:
+        by_name.setdefault(store.episodes[i].instructions[0], []).append(i)
+    chosen = [i for group in by_name.values() for i in group[: int(len(group) * share)]]
+    rest = [i for i in order if i not in set(chosen)]
+    chosen += rest[: max(0, least - len(chosen))]
+    return np.isin(store.episode_of, chosen)
+
+
+def other_episodes(
+    episode: NDArray[np.int64], task: NDArray[np.int64], index: NDArray[np.int64], seed: int = 0
+) -> NDArray[np.int64]:
+    """For each of the frames `index` [F] one of another episode among them, of the same task where there is one.
+
+    episode, task: of all frames.
+    """
+    random = np.random.default_rng(seed)
+    pools: dict[int, NDArray[np.int64]] = {
+        int(t): random.permutation(index[task[index] == t]) for t in np.unique(task[index])
+    }
+    everything = random.permutation(index)
+    chosen = np.empty_like(index)
+    for i, frame in enumerate(index):
+        for pool in (pools[int(task[frame])], everything):
+            start = int(random.integers(len(pool)))
+            strange = np.flatnonzero(episode[pool] != episode[frame])
+            if len(strange):
+                chosen[i] = pool[strange[start % len(strange)]]
+                break
+        else:
+            chosen[i] = frame
+    return chosen

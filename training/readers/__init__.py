@@ -1,0 +1,1 @@
+"""A module for each kind of data that frames are read from."""
