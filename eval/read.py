@@ -8,10 +8,11 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import replace
 
 from rsd_trt.errors import UserError, named, shown
-from rsd_trt.eval.results import Results
+from rsd_trt.eval.results import Results, run_name
 from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.summary import summarise
 from rsd_trt.records import from_text, parse, to_json
@@ -29,6 +30,12 @@ RECORDED = (
 RELATIVE = 1e-6  # difference of two figures that are still the same: sums depend on the order
 
 
+class _Written(msgspec.Struct):
+    """A results file, in its settings as they were written."""
+
+    settings: msgspec.Raw
+
+
 def read_run(path: Path) -> Results:
     """A results file whose figures follow from its episodes.
 
@@ -36,8 +43,10 @@ def read_run(path: Path) -> Results:
         UserError: it cannot be read, holds an episode twice or one that was not asked for, mixes runs, or its
             figures are not those of its episodes.
     """
-    results = read_results(path)
+    text = _text(path)
+    results = _results(text, path)
     settings = results.settings
+    run = run_name(msgspec.json.decode(msgspec.json.decode(text, type=_Written).settings))
     repeated = [key for key, count in Counter(episode.key for episode in results.episodes).items() if count > 1]
     if repeated:
         raise UserError(f"{path} holds task {repeated[0][0]}, trial {repeated[0][1]} twice. Evaluate again")
@@ -47,10 +56,10 @@ def read_run(path: Path) -> Results:
                 f"{path} holds task {episode.task_id}, trial {episode.trial}, which its settings do not ask for "
                 f"(tasks {list(settings.tasks)}, {counted(settings.trials, 'trial')}). Evaluate again"
             )
-        if episode.run != settings.run:
+        if episode.run != run:
             raise UserError(
                 f"{path} mixes runs: task {episode.task_id}, trial {episode.trial} is of run "
-                f"{episode.run or '(none)'}, its settings are of {settings.run}. Evaluate again"
+                f"{episode.run or '(none)'}, its settings are of {run}. Evaluate again"
             )
     tasks = {task.task_id: task.task_description for task in results.task_results}
     if set(tasks) != set(settings.tasks):
@@ -69,6 +78,10 @@ def read_results(path: Path) -> Results:
     Raises:
         UserError: it is absent, not a results file, of another version, or damaged.
     """
+    return _results(_text(path), path)
+
+
+def _text(path: Path) -> bytes:
     try:
         compressed = path.suffix == ".gz"
         most = min(MAX_BYTES, max(ALWAYS, MAX_RATIO * path.stat().st_size)) if compressed else MAX_BYTES
@@ -83,6 +96,10 @@ def read_results(path: Path) -> Results:
         raise UserError(f"{path} is a run's log of episodes", f"Give its results: {path.with_name(whole)}")
     if len(text) > most:
         raise UserError(f"{path} holds more than {most:,} bytes: no results file does")
+    return text
+
+
+def _results(text: bytes, path: Path) -> Results:
     try:
         return from_text(Results, text, str(path))
     except UserError:

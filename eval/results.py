@@ -261,7 +261,13 @@ class Settings(Record, frozen=True):
     @property
     def run(self) -> str:
         """The name that the run's episodes carry."""
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:12]
+        return run_name(self)
+
+
+def run_name(settings: object) -> str:
+    """The name that the episodes of a run with these settings carry: of the record, or of its JSON as it was written,
+    which a later version may read with more fields."""
+    return hashlib.sha256(msgspec.json.encode(settings, order="sorted")).hexdigest()[:12]
 
 
 class RsdStats(Record, frozen=True):

@@ -42,7 +42,7 @@ class VisionCheck:
             for name, written in made.written.items():
                 written[i] = getattr(observation, WRITTEN[name])
             if made.instructions[i] != observation.instruction:
-                made.rows[i].copy_(self._rows(observation.instruction))
+                made.inputs["instruction"][i].copy_(self._rows(observation.instruction))
                 made.instructions[i] = observation.instruction
         made.launch()
         return {name: value[:batch] for name, value in made.seen().items()}
@@ -57,7 +57,7 @@ class _Buffers:
             launch: Launch = partial(session.compute, buffers)
         else:
             buffers, launch = session.bound(batch)
-        self.rows = buffers.inputs["instruction"]
+        self.inputs = buffers.inputs  # which a captured graph reads, and does not keep
         self.seen: Callable[[], Mapping[str, NDArray[Any]]]
         self.instructions: list[str | None] = [None] * batch
         ours = {name: tensor for name, tensor in buffers.inputs.items() if name in WRITTEN}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rsd_trt.bundle import Bundle, save
 from rsd_trt.config import Backend, BundleConfig, HeadConfig, HiddenDraftConfig
 from rsd_trt.errors import UserError
+from rsd_trt.models.signature import Signature
 from rsd_trt.models.vision_draft import instruction_rows
 from rsd_trt.presets import byte_tokenizer, preset
+from rsd_trt.runtime import check
 from rsd_trt.runtime.backends import Launcher, open_forward
 from rsd_trt.runtime.forward import Forward
 from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.session import Buffers, GraphSession
 
 CPU = torch.device("cpu")
 WORDS = ("pick up the bowl", "lift")
@@ -109,6 +115,29 @@ def test_a_check_on_onnxruntime_runs_no_operation_of_pytorch(
         with Operations() as operations:
             forward.check([observe(control, seed, words)])
         assert operations.seen <= allowed  # another instruction's rows are copied into the bound buffer
+
+
+def test_a_captured_check_keeps_what_it_reads(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph keeps nothing alive: memory that is freed goes to other tensors, and both write to it."""
+    read: list[weakref.ref[Tensor]] = []
+
+    def capture(launch: Callable[[], None], device: torch.device) -> SimpleNamespace:
+        launch()
+        return SimpleNamespace(replay=lambda: None)  # forgets what it captured
+
+    def allocate(signature: Signature, batch: int, device: torch.device) -> Buffers:
+        made = real(signature, batch, CPU)
+        read.extend(weakref.ref(tensor) for tensor in made.inputs.values())
+        return made
+
+    real = Buffers.allocate
+    monkeypatch.setattr(check, "capture", capture)
+    monkeypatch.setattr(check, "_pinned", torch.zeros_like)
+    monkeypatch.setattr(Buffers, "allocate", allocate)
+    session = GraphSession(bundle.component("propose"), CPU)
+    made = check._Buffers(session, 1, SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    gc.collect()
+    assert read and all(tensor() is not None for tensor in read), made
 
 
 def test_a_hidden_draft_is_a_backbone_pass_and_a_rejected_check_adds_the_head_alone(
