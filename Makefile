@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 RSD_TRT := .venv/bin/rsd-trt
-DEMO := --backend ort --tasks 0,1 --trials 1 --n-action-steps 1 --out results/demo --fresh
+DEMO := --tasks 0,1 --trials 1 --perturb late:7 --video --out results/demo --fresh
 
 PROOF := results/tensorrt
 JOIN := import json; print(json.dumps({name: json.load(open(f"$(PROOF)/{name}.json")) for name in ("export", "verify", "profile")}))
@@ -18,10 +18,10 @@ setup: .venv/installed ## Make .venv with everything that demo and test need
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,ray,report,serve,train,dev]'
 	@touch $@
 
-demo: setup ## The reference policy in LIBERO, baseline and RSD, with a report
-	$(RSD_TRT) export --target onnx
+demo: setup ## The shipped policy in LIBERO while something moves: both modes, a video and a report
 	$(RSD_TRT) eval --mode baseline,rsd $(DEMO)
 	$(RSD_TRT) report results/demo/*_results.json -o results/demo/report
+	@.venv/bin/python -m examples.demo results/demo
 
 export: setup ## Export the reference policy to ONNX and engines
 	$(RSD_TRT) export

@@ -50,11 +50,12 @@ def read_run(path: Path) -> Results:
     repeated = [key for key, count in Counter(episode.key for episode in results.episodes).items() if count > 1]
     if repeated:
         raise UserError(f"{path} holds task {repeated[0][0]}, trial {repeated[0][1]} twice. Evaluate again")
+    asked = set(settings.tasks)
     for episode in results.episodes:
-        if episode.task_id not in settings.tasks or not 0 <= episode.trial < settings.trials:
+        if episode.task_id not in asked or not 0 <= episode.trial < settings.trials:
             raise UserError(
                 f"{path} holds task {episode.task_id}, trial {episode.trial}, which its settings do not ask for "
-                f"(tasks {list(settings.tasks)}, {counted(settings.trials, 'trial')}). Evaluate again"
+                f"(tasks {shown(list(settings.tasks))}, {counted(settings.trials, 'trial')}). Evaluate again"
             )
         if episode.run != run:
             raise UserError(
@@ -62,8 +63,9 @@ def read_run(path: Path) -> Results:
                 f"{episode.run or '(none)'}, its settings are of {run}. Evaluate again"
             )
     tasks = {task.task_id: task.task_description for task in results.task_results}
-    if set(tasks) != set(settings.tasks):
-        raise UserError(f"{path} has results for tasks {sorted(tasks)}, its settings ask for {list(settings.tasks)}")
+    if set(tasks) != asked:
+        found_there, wanted = shown(sorted(tasks)), shown(list(settings.tasks))
+        raise UserError(f"{path} has results for tasks {found_there}, its settings ask for {wanted}")
     found = summarise(settings, results.episodes, tasks, results.codec_round_trip_mse, results.command)
     figures = to_json(replace(found, episodes=()))
     for name, value in to_json(replace(results, episodes=())).items():

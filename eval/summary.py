@@ -34,6 +34,9 @@ def summarise(
     steps, seconds = sum(e.steps for e in done), sum(e.seconds for e in done)
     successes = sum(e.success for e in done)
     single = settings.timing == "single"
+    by_task: dict[int, list[Episode]] = {}
+    for episode in episodes:
+        by_task.setdefault(episode.task_id, []).append(episode)
     return Results(
         task_suite=settings.suite,
         use_speculative_decoding=settings.mode == "rsd",
@@ -58,7 +61,7 @@ def summarise(
         steps_per_second=steps / seconds if seconds and single else None,
         throughput=throughput,
         codec_round_trip_mse=codec_round_trip_mse,
-        task_results=tuple(_task(task_id, tasks[task_id], episodes) for task_id in sorted(tasks)),
+        task_results=tuple(_task(task_id, tasks[task_id], by_task.get(task_id, [])) for task_id in sorted(tasks)),
         settings=settings,
         episodes=tuple(sorted(episodes, key=lambda e: e.key)),
         command=command,
@@ -80,8 +83,7 @@ def _clock(settings: Settings, episodes: Sequence[Episode]) -> Steadiness:
     return steadiness(times, others, cores, int(settings.hardware.get("threads", 1)) if single else cores)
 
 
-def _task(task_id: int, description: str, episodes: Sequence[Episode]) -> TaskResult:
-    mine = [episode for episode in episodes if episode.task_id == task_id]
+def _task(task_id: int, description: str, mine: Sequence[Episode]) -> TaskResult:
     done = [episode for episode in mine if episode.error is None]
     successes = sum(episode.success for episode in done)
     return TaskResult(

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from rsd_trt.runtime.observation import Observation
     from rsd_trt.runtime.policy import Policy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Bundle", "Observation", "Policy", "PolicyFault", "UserError", "__version__"]
 
 _HOMES = {

@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from rsd_trt.config import (
     COMPONENTS,
+    PARTS,
     BundleConfig,
     Component,
     HiddenDraftConfig,
@@ -48,7 +51,6 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 HIDDEN_STATES = "hidden_states.safetensors"  # optional: recorded on LIBERO, for `rsd-trt verify`
-PARTS = ("backbone", "draft", "head", "codec")
 SEEN_BY_DRAFT = ("cameras", "camera_size", "rotate_images", "center_crop", "proprio_quantiles")  # of `control`
 COMPONENT_VERSION = 2  # to be raised when a component computes something else from the same weights
 
@@ -66,15 +68,24 @@ class Bundle:
         """Reads the configuration only.
 
         Raises:
-            UserError: no bundle there, or a configuration that does not fit this version.
+            UserError: no bundle there, a configuration that does not fit this version, or a part is gone.
         """
         try:
-            return cls(path, read_record(BundleConfig, path / CONFIG))
+            bundle = cls(path, read_record(BundleConfig, path / CONFIG))
         except FileNotFoundError:
             there = f"{path} is no bundle: it has no {CONFIG}" if path.exists() else f"there is no folder {path}"
             raise UserError(there, "A bundle is a folder, made by rsd-trt pack") from None
         except NotADirectoryError:
-            raise UserError(f"{path} is a file, and a bundle is a folder", f"Give the folder: {path.parent}") from None
+            beside = (path.parent / CONFIG).is_file()
+            remedy = f"Give the folder: {path.parent}" if beside else "A bundle is made by rsd-trt pack"
+            raise UserError(f"{path} is a file, and a bundle is a folder", remedy) from None
+        for part in bundle.config.parts or ():
+            if not bundle.has(part):
+                raise UserError(
+                    f"{bundle.file(part)} is missing: the bundle was made with it, as its {CONFIG} says",
+                    "Put it back, or take another copy of the bundle",
+                )
+        return bundle
 
     def file(self, part: str) -> Path:
         """The bundle's own weights of one of `PARTS`."""
@@ -290,19 +301,21 @@ def save(path: Path, config: BundleConfig, parts: dict[str, nn.Module], tokenize
         UserError: `path` exists, or cannot be written.
     """
     with new_folder(path) as folder:
-        write_config(folder, config)
         tokenizer.save(str(folder / TOKENIZER))
         for part, module in parts.items():
             write_part(folder, part, module.state_dict())
+        write_config(folder, config)
     return Bundle.open(path)
 
 
 def write_config(folder: Path, config: BundleConfig) -> None:
-    """Writes the configuration of a bundle that is being made.
+    """Writes the configuration of a bundle that is being made, whose parts are there: it says which they are.
 
     Raises:
         UserError: it could not be read again.
     """
+    made = Bundle(folder, config)
+    config = structs.replace(config, parts=tuple(part for part in PARTS if made.has(part)))
     (folder / CONFIG).write_text(to_text(checked(config, CONFIG), indent=2), "utf-8")
 
 

@@ -28,6 +28,7 @@ FEATURIZERS = ("featurizer", "fused_featurizer")  # the vision towers, side by s
 TOWERS = len(FEATURIZERS)
 MAX_SIZE = 1 << 18  # of any width, vocabulary or picture: a hostile configuration may not fill the memory,
 MAX_COUNT = 1 << 10  # nor keep anyone busy with building blocks, layers, steps or levels one by one
+MAX_CAMERAS = 16
 MAX_PIXELS = 1 << 12  # a side
 MAX_TOLERANCE = 2.0  # environment units: the whole range of an action
 RECORD_SIZE = 128  # pixels a side, of recorded frames
@@ -51,6 +52,7 @@ RuleName = Literal["first", "actions", "path", "tokens", "likelihood"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]  # what numbers are stored and multiplied in; fp8 is E4M3
 BackboneKind = Literal["eager", "graph", "compiled"]  # PyTorch; CUDA graphs; CUDA graphs of what torch.compile made
 BackbonePrecision = Literal["bundle"] | Precision  # bundle: what its weights are stored in
+BundlePart = Literal["backbone", "draft", "head", "codec"]
 Preset = Literal["openvla", "openvla-oft", "rvq"]
 Resize = Literal["resize-naive", "letterbox"]  # the names are OpenVLA's
 Resampling = Literal["bicubic", "lanczos3"]
@@ -63,6 +65,7 @@ PERTURBATIONS: tuple[PerturbKind, ...] = typing.get_args(PerturbKind)
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
 POLICIES: tuple[PolicyKind, ...] = typing.get_args(PolicyKind)
 SIZES: tuple[Size, ...] = typing.get_args(Size)
+PARTS: tuple[BundlePart, ...] = typing.get_args(BundlePart)
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 RULES: tuple[RuleName, ...] = typing.get_args(RuleName)
 TOLERANT_RULES: tuple[RuleName, ...] = ("first", "actions", "path")  # that compare actions
@@ -223,7 +226,8 @@ class RsdConfig(Record, frozen=True):
     rule: RuleName = "first"
     tolerance: ByArmDim = (0.2,) * ARM_DIMS  # of first, actions, path; 0.1 is 5 mm and 0.05 rad under OSC_POSE
     threshold: LogProbability | None = None  # of likelihood: the least mean log-probability that passes
-    by_age: tuple[Factor, ...] = ()  # of tolerance or threshold, by the chunk's executed steps; the last for all older
+    # Of tolerance or threshold, by the chunk's executed steps; the last is for all older.
+    by_age: Annotated[tuple[Factor, ...], Meta(max_length=MAX_COUNT)] = ()
     token_share: Share = 0.7  # of tokens: of a step's coarse tokens that have to be equal
     n_action_steps: Count = 4  # n, actions of its new chunk that a full query commits
     check_steps: Count | None = None  # m, actions of the old chunk that an accepted check commits; None: n
@@ -233,9 +237,9 @@ class RsdConfig(Record, frozen=True):
 class Quantiles(Record, frozen=True):
     """1% and 99% quantiles of training data; `mask` is true where a dimension is normalised."""
 
-    q01: tuple[float, ...]
-    q99: tuple[float, ...]
-    mask: tuple[bool, ...]
+    q01: Annotated[tuple[float, ...], Meta(max_length=MAX_COUNT)]
+    q99: Annotated[tuple[float, ...], Meta(max_length=MAX_COUNT)]
+    mask: Annotated[tuple[bool, ...], Meta(max_length=MAX_COUNT)]
 
 
 class Limits(Record, frozen=True):
@@ -253,7 +257,10 @@ class Limits(Record, frozen=True):
 class ControlConfig(Record, frozen=True):
     """Every convention between the policy and the robot, stated once. Nothing is guessed from a path."""
 
-    cameras: Annotated[tuple[str, ...], Meta(min_length=1)] = ("agentview_image", "robot0_eye_in_hand_image")
+    cameras: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_CAMERAS)] = (
+        "agentview_image",
+        "robot0_eye_in_hand_image",
+    )
     camera_size: Pixels = 256  # pixels a side, as rendered
     rotate_images: bool = True  # by 180 degrees, as OpenVLA's LIBERO data is
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] | None = None  # of a JPEG that rotated images go through
@@ -276,7 +283,7 @@ class ControlConfig(Record, frozen=True):
     # what is more for a new episode. None: it does not look. In LIBERO it moves by 0.022 at the most
     proprio_quantiles: Quantiles | None = None
     settle_steps: Annotated[int, Meta(ge=0, le=MAX_SIZE)] = 10  # idle steps before the first query, not counted
-    max_steps: dict[str, Width] = field(
+    max_steps: Annotated[dict[str, Width], Meta(max_length=MAX_COUNT)] = field(
         default_factory=lambda: {
             "libero_spatial": 220,
             "libero_object": 280,
@@ -306,7 +313,7 @@ class WeightsFolder(Record, frozen=True):
     """Weights of the backbone that stay where they are: the shards of a Hugging Face folder."""
 
     folder: str  # absolute, or OWN_FOLDER: they were copied into the bundle
-    files: tuple[WeightFile, ...]
+    files: Annotated[tuple[WeightFile, ...], Meta(max_length=MAX_COUNT)]
 
     def __post_init__(self) -> None:
         _require(
@@ -329,6 +336,7 @@ class BundleConfig(Record, frozen=True):
     control: ControlConfig = ControlConfig()
     backbone_weights: WeightsFolder | None = None  # beside or instead of backbone.safetensors
     training_actions: Quantiles | None = None  # of the training data's actions, in environment units: for diagnosis
+    parts: tuple[BundlePart, ...] | None = None  # that the bundle was made with; None: those that lie there
     format_version: Literal[1] = FORMAT_VERSION
 
     def __post_init__(self) -> None:

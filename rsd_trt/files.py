@@ -26,6 +26,24 @@ def own(path: Path) -> Path:
     return path
 
 
+MOST_BYTES = 1 << 26  # of a text file that is read as a whole: tokenizers have megabytes, all others less
+
+
+def read_bounded(path: Path, most: int = MOST_BYTES) -> bytes:
+    """What the file holds.
+
+    Raises:
+        UserError: it is larger, however little of that is on the disk.
+        OSError: as `Path.read_bytes`.
+    """
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        content = stream.read(most + 1) if size <= most else b""
+    if max(size, len(content)) > most:
+        raise UserError(f"{path} holds more than {most:,} bytes: no such file does")
+    return content
+
+
 LFS = b"version https://git-lfs.github.com/spec/"
 
 

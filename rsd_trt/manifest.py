@@ -201,7 +201,10 @@ def usable(
     target = "" if kind == "onnx" else f" --target {kind}"
     target += " --version-compatible" if loader is not None and loader.target == "lean" else ""
     remedy = f"rsd-trt export {bundle.path} --precision {precision}{target} -o {engines}"
-    artefact = read_manifest(folder, bundle).find(*key)
+    manifest = read_manifest(folder, bundle)
+    if not manifest.artefacts:
+        raise UserError(f"nothing of {bundle.path} is exported in {folder}", f"Export it: {remedy}")
+    artefact = manifest.find(*key)
     if artefact is None:
         raise UserError(f"{folder} has no {component} {precision} batch {key[2]} ({kind})", f"Build it: {remedy}")
     ok, reason = freshness(artefact, folder, bundle, loader, gpu)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsd_trt.errors import UserError, reason, shown
-from rsd_trt.files import check_whole
+from rsd_trt.files import check_whole, read_bounded
 from rsd_trt.records import parse
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"{file} is missing: {folder} is incomplete")
     check_whole(file)
     try:
-        data = parse(file.read_bytes(), str(file))
+        data = parse(read_bounded(file), str(file))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
     if isinstance(data, dict) and growth([data.get("normalizer"), data.get("pre_tokenizer")]) > MOST_GROWTH:

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, inspect
 
 from rsd_trt.errors import UserError, did_you_mean, named, shown
-from rsd_trt.files import own, write_atomically
+from rsd_trt.files import own, read_bounded, write_atomically
 
 RecordT = TypeVar("RecordT")
 MAX_INT = 2**63 - 1
@@ -99,7 +99,7 @@ def read_record(cls: type[RecordT], path: Path) -> RecordT:
         NotADirectoryError: what should be its folder is a file.
     """
     try:
-        return from_text(cls, own(path).read_bytes(), str(path))
+        return from_text(cls, read_bounded(own(path)), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:

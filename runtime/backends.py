@@ -84,7 +84,7 @@ class Launcher:
             from rsd_trt.runtime.ort_session import OrtSession
 
             artefact, file = usable(self.bundle, self.engines, (component, precision, batch, "onnx"))
-            return OrtSession(file, signature, device, self.cuda_graph, artefact.files[0].sha256)
+            return OrtSession(file, signature, device, self.cuda_graph, artefact.files)
         from rsd_trt.runtime.trt_session import TrtSession
 
         gpu = host.gpu(str(device)) if device.type == "cuda" else None

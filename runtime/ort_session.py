@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from rsd_trt.errors import Unavailable, missing_extra
+from rsd_trt.errors import Unavailable, UserError, missing_extra, shown
+from rsd_trt.manifest import File
 from rsd_trt.models.signature import Signature
+from rsd_trt.runtime.external_data import locations
 from rsd_trt.runtime.session import BufferedSession, Buffers, Launch
 
 ELEMENT_TYPES = {torch.float32: 1, torch.uint8: 2, torch.int64: 7, torch.bool: 9}  # onnx.TensorProto's numbers
 
+REBUILD = "Rebuild: rsd-trt export --force"
 LOG_ERRORS = 3  # onnxruntime's severity: 0 verbose .. 4 fatal
 
 
@@ -31,10 +36,11 @@ class OrtSession(BufferedSession):
         signature: Signature,
         device: torch.device,
         cuda_graph: bool = True,
-        sha256: str | None = None,
+        files: Sequence[File] = (),
     ) -> None:
-        """sha256: of the file, as the caller has checked it."""
-        super().__init__(signature, device, sha256)
+        """files: the graph and its external weights, as the caller has checked them. The very bytes that are loaded are
+        checked again, and a graph that names another file is refused."""
+        super().__init__(signature, device, files[0].sha256 if files else None)
         cuda = device.type == "cuda"
         try:
             import onnxruntime
@@ -65,9 +71,18 @@ class OrtSession(BufferedSession):
         session_options.intra_op_num_threads = torch.get_num_threads()
         # Spinning threads would take the cores from the backbone, which runs next.
         session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        graph, weights = read_graph(onnx, files)
+        if weights:
+            if not hasattr(session_options, "add_external_initializers_from_files_in_memory"):
+                raise Unavailable(
+                    f"onnxruntime {onnxruntime.__version__} loads no weights of {onnx} from memory",
+                    "Install a later one: pip install --upgrade onnxruntime",
+                )
+            sizes = [len(content) for content in weights.values()]
+            session_options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], sizes)
         try:
             self.session = onnxruntime.InferenceSession(
-                str(onnx), session_options, providers=[(provider, options)], enable_fallback=False
+                graph, session_options, providers=[(provider, options)], enable_fallback=False
             )
         except Exception as error:  # the library's exceptions share no base class
             raise Unavailable(f"onnxruntime {onnxruntime.__version__} cannot run {onnx}: {error}") from None
@@ -103,3 +118,30 @@ class OrtSession(BufferedSession):
         for _ in range(3):  # the first runs allocate, and the capture follows them
             launch()
         return launch
+
+
+def read_graph(onnx: Path, files: Sequence[File]) -> tuple[bytes, dict[str, bytes]]:
+    """The graph, and its external weights by file name.
+
+    Raises:
+        UserError: a file is another than it was, or the graph names one that does not belong to it.
+    """
+    contents = {
+        onnx.name: onnx.read_bytes(),
+        **{file.name: (onnx.parent / file.name).read_bytes() for file in files[1:]},
+    }
+    for file in files:
+        if (found := hashlib.sha256(contents[file.name]).hexdigest()) != file.sha256:
+            raise UserError(
+                f"{onnx.parent / file.name} was exchanged while it was loaded: its sha256 is {found[:8]}, checked was "
+                f"{file.sha256[:8]}",
+                REBUILD,
+            )
+    graph = contents.pop(onnx.name)
+    try:
+        named = locations(graph)
+    except ValueError as error:
+        raise Unavailable(f"{onnx} is no ONNX graph: {error}", REBUILD) from None
+    if strange := sorted(named - contents.keys()):
+        raise UserError(f"{onnx} reads weights from {shown(strange[0])}, which is no file of it", REBUILD)
+    return graph, contents

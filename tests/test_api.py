@@ -201,7 +201,7 @@ def test_importing_loading_and_exporting_ask_for_no_network(tmp_path: Path, tiny
 
 def test_a_report_and_the_doctor_ask_for_no_network(tmp_path: Path, tiny_bundle: Path) -> None:
     recorded = Path(__file__).parents[1] / "docs" / "results" / "reference"
-    files = [str(recorded / f"perturbed_{mode}_4_actions.json.gz") for mode in ("baseline", "rsd")]
+    files = [str(recorded / f"{name}.json.gz") for name in ("late_baseline_6", "late_rsd_first")]
     code = (
         "import sys\n"
         "from rsd_trt.cli import main\n"

@@ -10,16 +10,21 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
+from made_without import made_without
 from msgspec import structs
 from torch import nn
 
-from rsd_trt.bundle import CONFIG, PARTS, TOKENIZER, Bundle, build_draft, save
+from rsd_trt.bundle import CONFIG, TOKENIZER, Bundle, build_draft, copy_with, save
+from rsd_trt.cli import main
 from rsd_trt.cli.info import describe
+from rsd_trt.config import PARTS
 from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import Backbone
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.head import RFSQHead
 from rsd_trt.presets import byte_tokenizer, initialise, preset
+from rsd_trt.records import to_text
 
 FILES = {CONFIG, TOKENIZER, *(f"{part}.safetensors" for part in PARTS)}
 CONFIGURATION = preset("tiny", "tiny")
@@ -63,7 +68,7 @@ def test_a_round_trip_is_exact_to_the_bit(dtype: str, randomise: Callable[..., N
     saved = save(tmp_path / "a" / "b", config, parts, byte_tokenizer())
     assert {file.name for file in saved.path.iterdir()} == FILES
     opened = Bundle.open(tmp_path / "a" / "b")
-    assert opened.config == config
+    assert opened.config == structs.replace(config, parts=PARTS)
     for part, module in parts.items():
         loaded, expected = getattr(opened, part)().state_dict(), module.state_dict()
         assert list(loaded) == list(expected)
@@ -167,6 +172,28 @@ def test_an_absent_file_is_named(name: str, bundle_copy: Path) -> None:
     with pytest.raises(UserError) as error:
         getattr(Bundle.open(bundle_copy), name.partition(".")[0])()
     assert one_line(error).startswith(f"{bundle_copy / name} is missing")
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "profile", "eval", "export"])
+def test_a_part_that_is_gone_is_an_error_of_every_command(
+    command: str, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not "no head"; a bundle that was made without one is none of its business."""
+    monkeypatch.chdir(tmp_path)
+    (bundle_copy / "head.safetensors").unlink()
+    done = CliRunner().invoke(main, [command, str(bundle_copy)])
+    assert done.exit_code == 1
+    said = f"error: {bundle_copy / 'head.safetensors'} is missing: the bundle was made with it, as its config.json says"
+    assert said in done.stderr
+
+
+def test_a_bundle_says_which_parts_it_was_made_with(bundle_copy: Path, tmp_path: Path) -> None:
+    assert Bundle.open(bundle_copy).config.parts == PARTS
+    some = Bundle.open(made_without(bundle_copy, "draft", "head"))
+    assert copy_with(some, some.config, tmp_path / "another").config.parts == ("backbone", "codec")
+    (bundle_copy / CONFIG).write_text(to_text(structs.replace(some.config, parts=None)))  # as it was made before
+    (bundle_copy / "codec.safetensors").unlink()
+    assert Bundle.open(bundle_copy).components == ()
 
 
 @pytest.mark.parametrize(

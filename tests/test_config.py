@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -62,6 +63,26 @@ def test_openvla_preset_has_the_published_numbers() -> None:
     assert (dino.layer_scale, siglip.layer_scale, dino.gelu, siglip.gelu) == (True, False, "exact", "exact")
     assert structs.astuple(language) == (4096, 11008, 32, 32, 32064, 1e-6, 1e4)
     assert (config.hidden, config.backbone.image_size, config.control.suffix_token) == (4096, 224, 29871)
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        (("control", "cameras"), ["camera"] * 500),
+        (("control", "max_steps"), {str(i): 1 for i in range(5000)}),
+        (("control", "action_quantiles", "q01"), [0.0] * 5000),
+        (("rsd", "by_age"), [1.0] * 5000),
+    ],
+    ids=lambda x: ".".join(x) if isinstance(x, tuple) else "",
+)
+def test_lists_are_bounded_before_anything_is_made_of_them(path: Path, values: object) -> None:
+    data = tiny()
+    section(data, path[:-1])[path[-1]] = values
+    with pytest.raises(
+        UserError, match=rf"{re.escape('.'.join(map(str, path)))} is .*must be of length <= \d+"
+    ) as error:
+        load(data)
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hostile import memory
 
+from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.files import locked, replacing, write_atomically
+from rsd_trt.files import locked, read_bounded, replacing, write_atomically
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +64,19 @@ def test_a_second_process_is_told_and_may_wait_or_leave(tmp_path: Path) -> None:
     with locked(tmp_path / ".lock", done.set):
         assert done.is_set()
     process.join(30)
+
+
+def test_a_file_is_bounded_before_it_is_read(tmp_path: Path) -> None:
+    """As large as it says, however little of it is on the disk."""
+    with (tmp_path / "config.json").open("wb") as stream:
+        stream.truncate(4 << 30)
+    before = memory(anew=True)
+    with pytest.raises(UserError, match=r"config.json holds more than 67,108,864 bytes: no such file does"):
+        Bundle.open(tmp_path)
+    assert memory() - before < 8 << 20
+    assert read_bounded(Path("/proc/self/status"))  # which says that it has none
+    with pytest.raises(UserError, match="more than 9 bytes"):
+        read_bounded(Path("/proc/self/status"), 9)
 
 
 def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_file, damaged_json, nodes
 from safetensors.torch import save
 
-from rsd_trt.bundle import PARTS, Bundle
+from rsd_trt.bundle import Bundle
 from rsd_trt.cli.info import describe
-from rsd_trt.config import COMPONENTS
+from rsd_trt.config import COMPONENTS, PARTS
 from rsd_trt.eval.libero.episode_log import EpisodeLog
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.write import write_report

@@ -25,6 +25,7 @@ LAYERS = (
     {"eval"},
     {"training"},
     {"cli"},
+    {"__main__"},
 )
 APART = {"export", "runtime"}
 # The same within eval: the modules that its folders share come first. A report is made of everything.

@@ -34,7 +34,7 @@ from rsd_trt.manifest import (
     read_manifest,
     write_manifest,
 )
-from rsd_trt.runtime import backends
+from rsd_trt.runtime import backends, ort_session
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.trt import Distribution
 
@@ -111,8 +111,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What ONNX Runtime or a double of TensorRT was given to deserialise, on a machine with an L4."""
     seen: list[object] = []
 
-    def session(path: str, *_: object, **__: object) -> SimpleNamespace:
-        seen.append(Path(path).read_bytes())
+    def session(graph: bytes, *_: object, **__: object) -> SimpleNamespace:
+        seen.append(graph)
         return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
 
     def deserialise(content: bytes) -> SimpleNamespace:
@@ -125,6 +125,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     module.ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0})
     module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=deserialise)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(ort_session, "locations", lambda graph: set())  # these are no graphs
     monkeypatch.setattr(backends, "runnable_distribution", lambda gpu: Distribution("tensorrt", module))
     monkeypatch.setattr(host, "gpu", lambda _: L4)
     return seen
@@ -328,7 +329,7 @@ def test_nothing_built_yet_is_told_with_the_command(exports: Exports) -> None:
     with pytest.raises(UserError) as error:
         exports.open("ort")
     command = f"rsd-trt export {exports.bundle} --precision fp32 -o {exports.engines}"
-    assert str(error.value) == f"{exports.folder} has no propose fp32 batch 1 (onnx). Build it: {command}"
+    assert str(error.value) == f"nothing of {exports.bundle} is exported in {exports.folder}. Export it: {command}"
     assert describe(Bundle.open(exports.bundle), exports.engines)["exports"] == []
 
 

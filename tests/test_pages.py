@@ -11,16 +11,22 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from rsd_trt import config
 from rsd_trt.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "engines/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs" / "results").glob("**/README.md")),
+    *sorted(page for page in (ROOT / "docs").glob("**/*.md") if page.name != "report.md"),  # made by rsd-trt report
     *sorted((ROOT / "examples").glob("**/README.md")),
 ]
 PLACEHOLDER = re.compile(r"[A-Z]+(\.\.\.)?|\.\.\.")  # BUNDLE, RESULTS..., K
+RECORDS = (
+    *(config.BundleConfig, config.RsdConfig, config.ControlConfig, config.Limits, config.Quantiles, config.Dims),
+    *(config.BackboneConfig, config.TowerConfig, config.LanguageConfig, config.HeadConfig, config.CodecConfig),
+    *(config.VisionDraftConfig, config.HiddenDraftConfig, config.WeightsFolder),
+)
+LONGEST = 200  # lines of a page; of the README 150
 RUN = ("rsd-trt info", "rsd-trt init bundles/mine --size reference", "rsd-trt eval --help", "rsd-trt --version")
 
 
@@ -83,10 +89,41 @@ def test_what_is_quick_is_run(command: str, tmp_path: Path, monkeypatch: pytest.
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.libero
+@pytest.mark.slow
+def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps by hand, one after the other as they stand."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "quickstart.md").read_text("utf-8").partition("## The same by hand")[2]
+    for command in re.findall(r"^rsd-trt .*$", page.partition("```\n")[2].partition("```")[0], re.MULTILINE):
+        done = CliRunner().invoke(main, shlex.split(command)[1:])
+        assert done.exit_code == 0, done.output
+    assert Path("results/demo/report/report.html").stat().st_size
+    assert len(list(Path("results/demo/videos/beside").glob("*.mp4"))) == 2
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_a_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_page_is_short(page: Path) -> None:
+    assert page.read_text("utf-8").count("\n") <= (150 if page == PAGES[0] else LONGEST)
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {name for name in pages if f"({name})" not in index} == set()
+
+
+def test_every_field_of_the_configuration_is_on_its_page() -> None:
+    """Fields of the records that a bundle's config.json is made of."""
+    page = (ROOT / "docs" / "bundle.md").read_text("utf-8")
+    fields = {field for record in RECORDS for field in record.__struct_fields__}
+    assert {field for field in fields if f"`{field}`" not in page} == set()
 
 
 def test_the_pages_name_every_command() -> None:

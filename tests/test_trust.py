@@ -145,6 +145,7 @@ def test_an_engine_exchanged_after_the_check_is_not_loaded(swap: bool, tmp_path:
     module = ModuleType("double")
     module.__version__ = "10"
     module.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda *_: None})
+    module.ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0})
     module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=deserialise)
     engine, signature = tmp_path / "e.engine", Signature((Port("x", ("B",)),), (Port("y", ("B",)),), {})
     engine.write_bytes(b"checked")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,16 +15,14 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.errors import UserError, missing_extra
+from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.course import Course, Event, Perturbation
-from rsd_trt.files import replacing
+from rsd_trt.eval.libero.film import Film, write_strip, write_video
 from rsd_trt.isolated import end_with_parent
 from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.speculate import Route
 
 log = logging.getLogger(__name__)
-
-VIDEO_FPS = 20  # the control rate: videos play in real time
-STRIP_FRAMES = 6  # of a failed episode, side by side
 
 
 class Environment(Protocol):
@@ -34,12 +32,22 @@ class Environment(Protocol):
     def step(self, action: NDArray[np.float32], render: bool) -> bool: ...
     def perturbed(self, perturbation: Perturbation) -> Course: ...
     def observation(self) -> Observation: ...
-    def frame(self) -> NDArray[np.uint8]: ...
+    def views(self) -> NDArray[np.uint8]: ...
     def close(self) -> None: ...
 
 
 EnvironmentT = TypeVar("EnvironmentT", bound=Environment)
-Act = Callable[[EnvironmentT, int], NDArray[np.float32]]  # (simulator, step) -> the next actions [n, A]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To the simulator's process: the next actions, and how the query went."""
+
+    actions: NDArray[np.float32]  # [n, A]
+    route: Route | None = None  # None: of a script
+
+
+Act = Callable[[EnvironmentT, int], Answer]  # (simulator, step)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Assignment:
     trial: int
     max_steps: int
     failures: Path | None = None  # folder for film strips of failed episodes
-    videos: Path | None = None  # folder for a video of the episode
+    videos: Path | None = None  # folder for a video of the episode, which has the name of what acts
     perturbation: Perturbation | None = None
     run: str = ""  # which of the runs that go on together it is of
 
@@ -97,18 +105,21 @@ def run_episode(
 ) -> Finished:
     """One trial: success when the environment says so within the assignment's steps.
 
-    `act(simulator, step)` gives the next actions [n, A]. Images are rendered for the steps at which it is asked if
+    `act(simulator, step)` answers a query. Images are rendered for the steps at which it is asked if
     it `looks` at them, and for all when a video is wanted.
     """
     started = time.perf_counter()
     every_step = assignment.videos is not None
     simulator.reset(assignment.trial, render=looks or every_step)
     course = simulator.perturbed(assignment.perturbation) if assignment.perturbation is not None else None
-    frames = [simulator.frame()]
+    film = Film(simulator.observation().instruction, assignment.videos.name if assignment.videos else "")
+    film.views.append(_look(simulator, every_step))
     executed: list[NDArray[np.float32]] = []
     success = False
     while len(executed) < assignment.max_steps and not success:
-        actions = act(simulator, len(executed))[: assignment.max_steps - len(executed)]
+        answer = act(simulator, len(executed))
+        actions = answer.actions[: assignment.max_steps - len(executed)]
+        film.query(answer.route)
         for i, action in enumerate(actions):
             rendered = every_step or (looks and i == len(actions) - 1)
             if course is not None:
@@ -116,7 +127,7 @@ def run_episode(
             success = simulator.step(action, render=rendered)
             executed.append(action)
             if rendered:
-                frames.append(simulator.frame())
+                film.views.append(_look(simulator, every_step))
             if success:
                 break
     event = None if course is None else course.event
@@ -125,12 +136,18 @@ def run_episode(
     try:
         if assignment.videos is not None:
             outcome = "success" if success else "failure"
-            write_video(assignment.videos / f"{name}_{outcome}.mp4", frames)
+            write_video(assignment.videos / f"{name}_{outcome}.mp4", film.frames())
         if assignment.failures is not None and not success:
-            write_strip(assignment.failures / f"{name}.jpg", frames)
+            write_strip(assignment.failures / f"{name}.jpg", [views[0] for views in film.views])
     except OSError as error:
         raise UserError(f"{error.filename or name}: {error.strerror or error}") from None
     return finished
+
+
+def _look(simulator: Environment, whole: bool) -> NDArray[np.uint8]:
+    """What is kept of a frame: all views for a video, else the first for a film strip."""
+    views = simulator.views()
+    return views if whole else views[:1].copy()
 
 
 def serve(
@@ -142,7 +159,7 @@ def serve(
     """The simulator's process: runs the assignments that it is sent until the other end hangs up.
 
     `build(task)` makes the environment, which is kept for as long as the assignments are of its task. Sends an
-    `Asking` for each query, to which the answer is actions or None (abandon the episode), and at the end of an
+    `Asking` for each query, to which comes an `Answer` or None (abandon the episode), and at the end of an
     episode a `Finished`. After a `Broken` the process ends: its simulator cannot be trusted any more.
     With a `script(environment)`, that gives the actions: nobody is asked, and no images are rendered for it.
     `run` is what an episode is, where it is no trial.
@@ -151,14 +168,14 @@ def serve(
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever asks, nobody answers
     line = Line(connection)
 
-    def act(simulator: EnvironmentT, step: int) -> NDArray[np.float32]:
+    def act(simulator: EnvironmentT, step: int) -> Answer:
         if script is not None:
-            return script(simulator)
+            return Answer(script(simulator))
         line.send(Asking(simulator.observation(), step))
-        actions = line.actions()
-        if actions is None:
+        answer = line.answer()
+        if answer is None:
             raise Abandoned
-        return actions
+        return answer
 
     try:
         assignment = line.assignment()
@@ -199,41 +216,9 @@ class Line:
             raise HungUp from None
         return assignment
 
-    def actions(self) -> NDArray[np.float32] | None:
+    def answer(self) -> Answer | None:
         try:
-            actions: NDArray[np.float32] | None = self._connection.recv()
+            answer: Answer | None = self._connection.recv()
         except (EOFError, OSError):
             raise HungUp from None
-        return actions
-
-
-def check_video_writer() -> None:
-    """Raises UserError unless videos can be written."""
-    try:
-        import imageio_ffmpeg  # noqa: F401
-    except ImportError:
-        raise missing_extra("imageio-ffmpeg", "libero") from None
-
-
-def write_video(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
-    """An MP4 (H.264) at the control rate; frames [S, S, 3] uint8."""
-    import imageio_ffmpeg
-
-    height, width, _ = frames[0].shape
-    with replacing(path) as temporary:
-        writer = imageio_ffmpeg.write_frames(
-            str(temporary), (width, height), fps=VIDEO_FPS, output_params=["-f", "mp4"], ffmpeg_log_level="error"
-        )
-        writer.send(None)
-        for frame in frames:
-            writer.send(frame)
-        writer.close()
-
-
-def write_strip(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
-    """A JPEG of up to `STRIP_FRAMES` frames [S, S, 3] uint8 side by side, evenly from the first to the last."""
-    from PIL import Image
-
-    chosen = np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames))).round().astype(int)
-    with replacing(path) as temporary:
-        Image.fromarray(np.concatenate([frames[i] for i in chosen], axis=1)).save(temporary, "JPEG", quality=80)
+        return answer

@@ -8,8 +8,9 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from rsd_trt.errors import UserError, shown
+from rsd_trt.eval.read import MAX_BYTES
 from rsd_trt.eval.results import Episode, EpisodeKey, Settings
-from rsd_trt.files import write_atomically
+from rsd_trt.files import read_bounded, write_atomically
 from rsd_trt.records import differing, from_text, parse, to_json, to_text, write_record
 
 
@@ -61,7 +62,7 @@ class EpisodeLog:
         if not path.exists():
             raise UserError(f"{self.path} has no {path.name} beside it: whose episodes are they? Start over: --fresh")
         try:
-            stored = parse(path.read_bytes(), str(path))
+            stored = parse(read_bounded(path), str(path))
         except UserError as error:
             raise UserError(f"{error}. Start over: --fresh") from None
         if differences := [
@@ -72,7 +73,7 @@ class EpisodeLog:
             raise UserError(f"{path} is of another run: {told}. Another --out, or start over: --fresh")
 
     def _resume(self) -> None:
-        data = self.path.read_bytes() if self.path.exists() else b""
+        data = read_bounded(self.path, MAX_BYTES) if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave half a line
         lines: dict[EpisodeKey, int] = {}
         for number, line in enumerate(whole.splitlines(), start=1):

@@ -26,7 +26,7 @@ from msgspec import structs
 
 from rsd_trt.config import ACTION_DIMS
 from rsd_trt.errors import UserError, out_of_memory, reason
-from rsd_trt.eval.libero.episode import Asking, Assignment, Broken, Finished
+from rsd_trt.eval.libero.episode import Answer, Asking, Assignment, Broken, Finished
 from rsd_trt.eval.libero.worker import CLOSING_SECONDS, Worker
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
 from rsd_trt.recordings import Recorder
@@ -276,7 +276,7 @@ def _answer(
             worker.queries.append(QueryRecord.of(query, message.step, len(group)))
             if query.fault is None:
                 worker.record(message, query)
-                worker.send(query.actions)
+                worker.send(Answer(query.actions, query.route))
             else:
                 worker.send(None)
                 yield worker, worker.episode(False, None, message.step, query.fault)

@@ -19,8 +19,9 @@ from msgspec import structs
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.driver import Driver, bundle_driver, model_key, script_driver
-from rsd_trt.eval.libero.episode import Assignment, check_video_writer, serve
+from rsd_trt.eval.libero.episode import Assignment, serve
 from rsd_trt.eval.libero.episode_log import EpisodeLog
+from rsd_trt.eval.libero.film import check_video_writer, write_beside
 from rsd_trt.eval.libero.pool import Meter, Pool
 from rsd_trt.eval.libero.request import EvalRequest, Script
 from rsd_trt.eval.libero.simulator import Simulator, check_task, initial_states, instruction, open_suite, task_file
@@ -230,6 +231,8 @@ def evaluate_together(
         for request, policy in zip(requests, executor.policies(), strict=True):
             if policy is not None and request.record_hidden is not None:
                 _write_hidden(request.record_hidden, policy)
+        if len(requests) > 1 and requests[0].video:
+            _write_beside(requests, sorted({episode.key for run in begun for episode in run.log.episodes.values()}))
         return results
 
 
@@ -323,6 +326,15 @@ def throughput_of(episodes: int, seconds: float, parts: Sequence[tuple[int, Mete
         cores=mean(meter.cores for _, meter in parts) * together,
         gpus=mean(meter.gpus for _, meter in parts) * together,
     )
+
+
+def _write_beside(requests: Sequence[EvalRequest], keys: Sequence[EpisodeKey]) -> None:
+    """For each initial state one video of what every mode makes of it."""
+    for task, trial in keys:
+        name = f"task{task}_trial{trial}"
+        found = [sorted(request.pictures("videos").glob(f"{name}_*.mp4")) for request in requests]
+        if all(found):
+            write_beside(requests[0].out / "videos" / "beside" / f"{name}.mp4", [videos[-1] for videos in found])
 
 
 def _write_hidden(path: Path, policy: Policy) -> None:

@@ -137,9 +137,9 @@ class Simulator:
         """robosuite's simulation."""
         return self._env.env.sim
 
-    def frame(self) -> NDArray[np.uint8]:
-        """[S, S, 3], the first camera's last image, upright."""
-        return np.ascontiguousarray(self._images[self._control.cameras[0]][::-1])
+    def views(self) -> NDArray[np.uint8]:
+        """[cameras, S, S, 3], the cameras' last images, upright."""
+        return np.stack([self._images[name][::-1] for name in self._control.cameras])
 
     def close(self) -> None:
         """Frees the simulation and its GL context."""

@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from rsd_trt.errors import UserError
 from rsd_trt.eval.results import Episode, Results
+from rsd_trt.files import read_bounded
 from rsd_trt.load import Steadiness
 from rsd_trt.records import from_json, parse
 
@@ -87,7 +88,7 @@ def read_price(path: Path | None, runs: Sequence[Results]) -> Price:
     if path is None:
         return COUNTED
     try:
-        found = parse(path.read_bytes(), str(path))
+        found = parse(read_bounded(path), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(found, dict) or "costs" not in found:

@@ -103,7 +103,7 @@ class RaySeats:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             ray.init(address=address, log_to_driver=verbose, logging_level=logging.ERROR, **local)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a node that does not come up in time is a bare one
             raise UserError(
                 f"--ray {address}: {reason(error)}", "Start a cluster (ray start --head), or give --ray alone"
             ) from None

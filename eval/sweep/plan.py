@@ -33,6 +33,7 @@ from rsd_trt.errors import UserError, did_you_mean, named
 from rsd_trt.eval.libero.perturb import PerturbSpec
 from rsd_trt.eval.libero.request import EvalRequest
 from rsd_trt.eval.statistics import counted
+from rsd_trt.files import read_bounded
 from rsd_trt.records import Positive, Record, from_json, read_record, write_record
 
 T = TypeVar("T")
@@ -184,7 +185,7 @@ def read_sweep(path: Path | None, given: Mapping[str, object], out: Path, worker
 
 def _toml(path: Path) -> object:
     try:
-        return msgspec.toml.decode(path.read_bytes())
+        return msgspec.toml.decode(read_bounded(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # the decoder's errors are ValueErrors

@@ -19,6 +19,7 @@ from torch import Tensor
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision, BundleConfig, Precision, torch_dtype
 from rsd_trt.errors import Unavailable, UserError
+from rsd_trt.eval.statistics import wilson
 from rsd_trt.eval.verify.components import BATCHES
 from rsd_trt.eval.verify.oracle import LEVELS, Oracle, pil_pixels, tower_features
 from rsd_trt.eval.verify.result import (
@@ -38,10 +39,11 @@ from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.preprocess import Preprocessor
 
 ORACLE = "timm + transformers"
+NO_ORACLE = "install timm and transformers to compare it with theirs"
 LIMITS: dict[Precision, Limit] = {
-    "fp32": Limit(1e-3, 0.999999),
-    "bf16": Limit(INFINITE, 0.9999),
-    "fp8": Limit(INFINITE, 0.999),
+    "fp32": Limit(1e-3, 0.999999, tokens=0.001, steps=0.02),
+    "bf16": Limit(INFINITE, 0.9999, tokens=0.02, steps=0.05),
+    "fp8": Limit(INFINITE, 0.999, tokens=0.05, steps=0.2),
 }
 NO_LIMIT = Limit(INFINITE, -1)
 LEVEL_LIMIT = 1.001  # PIL rounds its filter to 8 bits: a pixel may come out one level apart
@@ -71,8 +73,8 @@ def verify_backbone(bundle: Bundle, request: BackboneRequest, observations: Sequ
     """Preprocessing, towers, Llama blocks, and the whole backbone in every way asked for: one result at a time.
 
     What computes in bfloat16 is compared with the reference in float32 and in bfloat16. How far from float32 rounding
-    alone leads, in 1 - cosine, is measured on the reference: no way of running may be twice as far. From the reference
-    in bfloat16 it may be thrice as far, since what two independent roundings lose adds up.
+    alone leads, in 1 - cosine, tokens and steps, is measured on the reference: no way of running may be twice as far.
+    From the reference in bfloat16 it may be thrice as far, since what two independent roundings lose adds up.
     """
     config, device = bundle.config, request.device
     precisions = {computed_in(config.backbone, p): p for p in request.precisions}  # the same twice is run once
@@ -92,8 +94,8 @@ def verify_backbone(bundle: Bundle, request: BackboneRequest, observations: Sequ
             (name, exact), (_, rounded) = references["fp32"], references["bf16"]
             rounding = whole_parity(name, "bf16", "1", f"{name} fp32", exact, rounded, config, NO_LIMIT)
             yield rounding
-            limits["fp32", "bf16"] = Limit(INFINITE, 1 - 2 * (1 - rounding.cosine))
-            limits["bf16", "bf16"] = Limit(INFINITE, 1 - 3 * (1 - rounding.cosine))
+            limits["fp32", "bf16"] = times_rounding(2, rounding)
+            limits["bf16", "bf16"] = times_rounding(3, rounding)
         for kind, (dtype, precision) in product(request.backbones, precisions.items()):
             try:
                 launcher = Launcher(bundle, "torch" if kind == "eager" else "graph", device)
@@ -106,9 +108,21 @@ def verify_backbone(bundle: Bundle, request: BackboneRequest, observations: Sequ
                 for other, (name, expected) in references.items():
                     if other in ("fp32", dtype) or dtype == "fp8":
                         limit = limits[other, dtype]
+                        if (name, other, variant) == (kind, dtype, "1"):
+                            yield NotMeasured("backbone", kind, dtype, variant, f"it is the reference: {NO_ORACLE}")
+                            continue
                         yield whole_parity(kind, dtype, variant, f"{name} {other}", expected, answers, config, limit)
             del forward
             release()
+
+
+def times_rounding(times: int, rounding: BackboneParity) -> Limit:
+    """The limits of what may be so many times as far from the reference as rounding alone, or as the table's."""
+    usual = LIMITS["bf16"]
+    tokens, steps = (times * x[1] if x else 1.0 for x in (rounding.token_interval, rounding.steps_interval))
+    return Limit(
+        INFINITE, 1 - times * (1 - rounding.cosine), tokens=max(usual.tokens, tokens), steps=max(usual.steps, steps)
+    )
 
 
 @contextmanager
@@ -255,6 +269,13 @@ def whole_parity(
     """A way of running the whole backbone beside a reference."""
     max_abs, cosine = worst([(found.final.flatten(1), expected.final.flatten(1))])
     error = (found.actions - expected.actions).abs()
+    steps = steps_beyond_tolerance(found, expected, config)
+    mismatch = token_mismatch(found.tokens, expected.tokens)
+    step_interval = wilson(round(steps * error[..., 0].numel()), error[..., 0].numel())
+    token_interval = None
+    if mismatch is not None:
+        count = expected.tokens[..., 0].numel()
+        token_interval = wilson(round(max(mismatch) * count), count)
     return BackboneParity(
         component="backbone",
         backend=backend,
@@ -264,11 +285,13 @@ def whole_parity(
         inputs=len(expected.final),
         max_abs=max_abs,
         cosine=cosine,
-        token_mismatch=token_mismatch(found.tokens, expected.tokens),
+        token_mismatch=mismatch,
         action_max_abs=float(error.max()),
         action_mean_abs=float(error.mean()),
-        steps_beyond_tolerance=steps_beyond_tolerance(found, expected, config),
-        exceeded=limit.exceeded(max_abs, cosine),
+        steps_beyond_tolerance=steps,
+        token_interval=token_interval,
+        steps_interval=step_interval,
+        exceeded=limit.exceeded(max_abs, cosine, token_interval, step_interval),
     )
 
 
@@ -282,4 +305,4 @@ def token_mismatch(found: Tensor, expected: Tensor) -> tuple[float, ...] | None:
     """Share of different tokens [n, T, D, layers] in each layer; None of a head that gives none."""
     if found.numel() == 0 or expected.numel() == 0:
         return None
-    return tuple((found != expected).float().mean((0, 1, 2)).tolist())
+    return tuple((found != expected).double().mean((0, 1, 2)).tolist())

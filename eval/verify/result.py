@@ -13,7 +13,8 @@ from torch.nn.functional import cosine_similarity
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneConfig, BackbonePrecision, Precision
-from rsd_trt.eval.table import Column, Table
+from rsd_trt.eval.statistics import Interval
+from rsd_trt.eval.table import Column, Measured, Table, number
 from rsd_trt.manifest import Batch
 
 Status = Literal["passed", "failed", "not measured"]
@@ -27,16 +28,27 @@ def computed_in(backbone: BackboneConfig, precision: BackbonePrecision) -> Preci
 
 @dataclass(frozen=True)
 class Limit:
-    """What passes: the largest error of a hidden state, and its smallest cosine."""
+    """What passes: the largest error of a hidden state, its smallest cosine, and which shares of a layer's tokens and
+    of the chunks' steps may differ. A share is judged by the upper end of its interval: few inputs show nothing."""
 
     max_abs: float
     cosine: float
+    tokens: float = 1.0
+    steps: float = 1.0
 
-    def exceeded(self, max_abs: float, cosine: float) -> tuple[str, ...]:
+    def exceeded(
+        self, max_abs: float, cosine: float, tokens: Interval | None = None, steps: Interval | None = None
+    ) -> tuple[str, ...]:
         """What does not pass, with both values. NaN passes nothing."""
         large = [] if max_abs <= self.max_abs else [f"max abs {max_abs:.2g} > {self.max_abs:g}"]
         small = [] if cosine >= self.cosine else [f"cosine {cosine:.6f} < {self.cosine:g}"]
-        return (*large, *small)
+        shares = ("tokens", tokens, self.tokens), ("steps", steps, self.steps)
+        many = [
+            f"{what} that differ: up to {number(found[1], 'rate')} > {number(limit, '%')}"
+            for what, found, limit in shares
+            if found is not None and not found[1] <= limit
+        ]
+        return (*large, *small, *many)
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,10 @@ class BackboneParity(Subject):
     action_max_abs: float | None = None  # of the chunks, in environment units
     action_mean_abs: float | None = None
     steps_beyond_tolerance: float | None = None  # share of the chunks' steps that differ by more than the bundle's
+    token_interval: Interval | None = (
+        None  # 95% (Wilson), of the layer with the most; tokens are counted as independent
+    )
+    steps_interval: Interval | None = None  # 95% (Wilson)
     exceeded: tuple[str, ...] = ()  # which limits, with both values; empty: passed
 
     @property
@@ -165,8 +181,8 @@ def parity_table(results: Sequence[Parity]) -> Table:
     return Table("against eager PyTorch in float32", columns, tuple(rows))
 
 
-def backbone_table(results: Sequence[BackboneParity]) -> Table:
-    """A row for each way of running it, or a part of it, and each reference."""
+def backbone_table(results: Sequence[BackboneParity], shown: str) -> Table:
+    """A row for each way of running it, or a part of it, and each reference. shown: what it was shown."""
     columns = (
         Column("what"),
         Column("batch", rank=1),
@@ -185,14 +201,14 @@ def backbone_table(results: Sequence[BackboneParity]) -> Table:
             x.reference,
             x.max_abs,
             x.cosine,
-            _worst_layer(x.token_mismatch)[0],
+            Measured(_worst_layer(x.token_mismatch)[0], x.token_interval),
             x.action_max_abs,
-            x.steps_beyond_tolerance,
+            Measured(x.steps_beyond_tolerance, x.steps_interval),
             _told(x),
         )
         for x in results
     ]
-    note = "worst of all inputs and layers; of the whole backbone: after the last block and the final norm"
+    note = f"{shown}; worst of all inputs and layers; of the whole backbone: after the last block and the final norm"
     return Table("the backbone beside its references", columns, tuple(rows), note)
 
 

@@ -138,7 +138,7 @@ def demonstrate(
             steps.append(step)
         actions.append(label)
         if actor is not None and step < perturbations.handover:
-            executed = label if random.random() < beta else np.clip(actor(simulator, step)[0], -1.0, 1.0)
+            executed = label if random.random() < beta else np.clip(actor(simulator, step).actions[0], -1.0, 1.0)
         else:
             executed = perturb(label, perturbations, step, random)
         if not displaced and perturbations.displace_from is not None and step >= perturbations.displace_from:

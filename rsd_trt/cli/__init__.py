@@ -15,6 +15,14 @@ from rsd_trt import __version__
 from rsd_trt.cli import bundles, distill, doctor, edge, evaluate, export, profile, report, serve, sweep, verify
 from rsd_trt.errors import UserError, did_you_mean, missing_extra, out_of_memory
 
+# In order of use: help and the command reference have them like this.
+GROUPS = {
+    "Look at a policy": ("doctor", "info", "eval", "report", "compare", "sweep"),
+    "Bring your own policy": ("pack", "distill", "calibrate", "init"),
+    "Make it fast, and prove it equal": ("export", "verify", "verify-backbone", "profile", "profile-query"),
+    "Put it on a robot": ("serve", "edge"),
+}
+
 STOPPED = "stopped. What was finished is kept, and no file is half-written: run the same command again"
 
 
@@ -52,6 +60,17 @@ class Cli(click.Group):
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In order of use."""
+        return [name for names in GROUPS.values() for name in names]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """By group, with whole summaries."""
+        width = max(map(len, self.commands))
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), _summary(self.commands[name])) for name in names])
+
     @staticmethod
     def _fail(ctx: click.Context, message: str) -> NoReturn:
         """What cannot be printed, such as a terminal's control characters out of a file, is written out."""
@@ -65,6 +84,11 @@ class Cli(click.Group):
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             ctx.fail(f"no such command {args[0]!r}{did_you_mean(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
+
+
+def _summary(command: click.Command) -> str:
+    """The first sentence of a command's help."""
+    return command.get_short_help_str(limit=1000)
 
 
 def _is_open(number: int) -> bool:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from rsd_trt.config import BACKBONE_PRECISIONS, BACKBONES, DEFAULT_BUNDLE, DEFAULT_ENGINES, PRECISIONS
-from rsd_trt.errors import did_you_mean
+from rsd_trt.errors import UserError, did_you_mean
 from rsd_trt.suites import ALL_SUITES
 
 if TYPE_CHECKING:
@@ -167,7 +168,8 @@ class EpisodeProgress(Bar):
         self.episodes = done
         self.total, self.found = total, len(done)
         self.progress.console.print(what_can_be_shown(total), soft_wrap=True)
-        self.progress.update(self.bar, total=total, completed=len(done))
+        words = "" if self.found == total else "simulators are built, and the first episode is run"
+        self.progress.update(self.bar, total=total, completed=len(done), words=words)
         self.progress.start()
 
     def add(self, episode: Episode) -> None:
@@ -224,6 +226,28 @@ def note_disturbed(clock: object) -> None:
         plain = to_json(clock) if isinstance(clock, Steadiness) else clock
         for sentence in from_json(Steadiness, plain, "clock").disturbed:
             click.echo(f"disturbed: {sentence}")
+
+
+def check_measured(rows: Iterable[tuple[str, Mapping[str, str], str | None]]) -> None:
+    """Raises UserError if a value that the command line gives for an option has no figure. What an option offers when
+    it is left out may be impossible here; what is asked for by name may not. rows: what it is, the values of options
+    that it belongs to, by their parameters' names, and why it was not measured, if it was not."""
+    context = click.get_current_context()
+    flags = {param.name: param.opts[0] for param in context.command.params}
+    measured: set[tuple[str, str]] = set()
+    missing: dict[tuple[str, str], str] = {}
+    for what, values, reason in rows:
+        given = [x for x in values if context.get_parameter_source(x) is ParameterSource.COMMANDLINE]
+        key = " ".join(f"{flags[x]} {values[x]}" for x in given), what
+        if reason is None:
+            measured.add(key)
+        elif given:
+            missing.setdefault(key, reason)
+    reasons = {named: reason for (named, what), reason in missing.items() if (named, what) not in measured}
+    for named, reason in reasons.items():
+        others = [other for other in reasons if other != named]
+        more = f"; neither could {', '.join(others)}" if others else ""
+        raise UserError(f"{named} was asked for and could not be measured: {reason}{more}")
 
 
 def list_reasons(what: str, rows: Iterable[tuple[str, str]]) -> None:

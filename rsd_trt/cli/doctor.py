@@ -24,9 +24,9 @@ from typing import Annotated, Literal
 import click
 
 from rsd_trt import __version__, host
-from rsd_trt.bundle import PARTS, Bundle
+from rsd_trt.bundle import Bundle
 from rsd_trt.cli.console import Choice, bundle_argument, engines_option, json_option, show
-from rsd_trt.config import BACKENDS, Backend, Component
+from rsd_trt.config import BACKENDS, PARTS, Backend, Component
 from rsd_trt.errors import Unavailable, UserError, missing_extra
 from rsd_trt.eval.table import Column, Table
 from rsd_trt.isolated import Crashed, call
@@ -220,7 +220,7 @@ def cuda_gpu(bundle: Path) -> Found:
     needed = sum(file.stat().st_size for file in bundle.glob("*.safetensors"))
     text = f"{card.name}, compute capability {card.compute_capability}, {_gb(free)} of {_gb(whole)} free"
     if needed > free:
-        return Found(f"{text}; the bundle's weights take {_gb(needed)}", "end what else uses the GPU (nvidia-smi)")
+        return Found(f"{text}; the weights of {bundle} take {_gb(needed)}", "end what else uses the GPU (nvidia-smi)")
     return Found(text)
 
 
@@ -358,12 +358,12 @@ def bundle_loads(path: Path) -> Found:
     trained = "trained" if opened.config.trained else "UNTRAINED"
     late = opened.config.late_draft if "draft" not in absent else None
     parts = f"no {', no '.join(absent)}" if absent else "all parts load"
-    return Found(f"{opened.config.name}, {trained}, {parts}{f'; {late}' if late else ''}")
+    return Found(f"{path}: {opened.config.name}, {trained}, {parts}{f'; {late}' if late else ''}")
 
 
 def exports(backend: Backend, path: Path, engines: Path) -> Found:
     """Whether what the backend loads is there and fresh; of another backend, whether anything is stale."""
-    remedy = f"rsd-trt export {path}"
+    of, remedy = f"of {path}", f"rsd-trt export {path}"
     opened = Bundle.open(path)
     folder = folder_of(opened, engines)
     artefacts = read_manifest(folder, opened).artefacts
@@ -372,13 +372,13 @@ def exports(backend: Backend, path: Path, engines: Path) -> Found:
     there = [a for a in artefacts if a.precision == "fp32" and a.kind in kinds]
     for component, batch in wanted:
         if not any((a.component, a.batch) == (component, batch) for a in there):
-            return Found(f"{folder} has no {component} fp32 batch {batch} for --backend {backend}", remedy)
+            return Found(f"{of}: {folder} has no {component} fp32 batch {batch} for --backend {backend}", remedy)
     if not artefacts:
-        return Found(f"none in {folder}", remedy)
+        return Found(f"{of}: none in {folder}", remedy)
     stale = [reason for a in artefacts for fresh, reason in [freshness(a, folder, opened, *_loader(a))] if not fresh]
     if stale:
-        return Found(f"{len(stale)} of {len(artefacts)} cannot be used, such as: {stale[0]}", remedy)
-    return Found(f"{len(artefacts)} in {folder}, all fresh")
+        return Found(f"{of}: {len(stale)} of {len(artefacts)} cannot be used, such as: {stale[0]}", remedy)
+    return Found(f"{of}: {len(artefacts)} in {folder}, all fresh")
 
 
 def _kinds(backend: Backend, artefacts: tuple[Artefact, ...]) -> tuple[ArtefactKind, ...]:

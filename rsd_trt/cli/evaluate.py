@@ -191,7 +191,12 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
     help="Replace a simulator's process after so many seconds of silence.",
 )
 @option("--fresh", is_flag=True, help="Start over instead of resuming the run in --out.")
-@option("--video", is_flag=True, help="Record an MP4 of every episode (renders every step: slower).")
+@option(
+    "--video",
+    is_flag=True,
+    help="Record an MP4 of every episode with the check's verdict, and of several modes beside each other (renders "
+    "every step: slower).",
+)
 @option(
     "--record-hidden",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -241,6 +246,8 @@ def evaluate(as_json: bool, **options: object) -> None:
         if request.record is not None:
             made = f"rsd-trt distill {request.bundle} {request.record} -o NEW"
             click.echo(f"recordings: {request.record}. A draft from them: {made}")
+        if request.video:
+            click.echo(f"videos: {request.out / 'videos'}")
         note_untrained(results[0].settings.bundle is None or results[0].settings.bundle.trained)
     if errors := sum(found.errors for found in results):
         from rsd_trt.eval.statistics import counted

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from rsd_trt.bundle import PARTS, Bundle
-from rsd_trt.config import protocol_name
+from rsd_trt.bundle import Bundle
+from rsd_trt.config import PARTS, protocol_name
 from rsd_trt.eval.table import Column, Table, Value
 from rsd_trt.manifest import folder_of, freshness, read_manifest
 from rsd_trt.records import to_json

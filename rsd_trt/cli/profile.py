@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -13,6 +14,7 @@ from rsd_trt.cli.console import (
     backbone_option,
     backbone_precision_option,
     bundle_argument,
+    check_measured,
     command_line,
     device_option,
     engines_option,
@@ -59,7 +61,8 @@ out_option = click.option(
 def profile(bundle: Path, device: str, out: Path, as_json: bool, **options: object) -> None:
     """Time a check, a full query and the components on every backend.
 
-    Writes OUT/profile.json with every raw sample, a chart and a page. rsd-trt report --profile reads it.
+    Writes OUT/profile.json with every raw sample, a chart and a page. rsd-trt report --profile reads it. Exit code 1 if
+    a backend or backbone that is given could not be timed.
 
     \b
     Example: rsd-trt profile --backend torch,ort --batch 1,8
@@ -73,11 +76,16 @@ def profile(bundle: Path, device: str, out: Path, as_json: bool, **options: obje
     record, missing, tables = write_components(Bundle.open(bundle), request, out, command_line())
     if as_json:
         click.echo(json.dumps(record))
-        return
-    show(*tables)
-    note_disturbed(record["clock"])
-    list_reasons("not measured", missing)
-    _print_files(out, "profile")
+    else:
+        show(*tables)
+        note_disturbed(record["clock"])
+        list_reasons("not measured", missing)
+        _print_files(out, "profile")
+    rows, costs = (cast("list[dict[str, str | None]]", record[name]) for name in ("rows", "costs"))
+    check_measured((f"{x['what']} batch {x['batch']}", {"backends": str(x["backend"])}, x["reason"]) for x in rows)
+    names = {"backends": "backend", "backbone": "backbone", "backbone_precision": "backbone_precision"}
+    queries = [x for x in costs if x["what"] == "full"]  # a check has none in a bundle without a draft
+    check_measured(("full", {name: str(x[key]) for name, key in names.items()}, x["reason"]) for x in queries)
 
 
 @click.command()
@@ -114,13 +122,13 @@ def profile_query(bundle: Path, device: str, out: Path, trace: Path | None, as_j
     """Time the stages of a full query, and the query, on every backbone.
 
     Says how far each is from the roofline bound of this machine. Writes OUT/profile_query.json with every raw sample,
-    a chart and a page.
+    a chart and a page. Exit code 1 if a backbone that is given could not be timed.
 
     \b
     Example: rsd-trt profile-query --backbone eager,compiled --images 1,2
     """
     from rsd_trt.bundle import Bundle
-    from rsd_trt.eval.profile.stages import BOUNDARY, QueryRequest, trace_query
+    from rsd_trt.eval.profile.stages import BOUNDARY, FULL, QueryRequest, trace_query
     from rsd_trt.eval.profile.write import write_query
     from rsd_trt.runtime.backends import check_device
 
@@ -131,15 +139,21 @@ def profile_query(bundle: Path, device: str, out: Path, trace: Path | None, as_j
         trace_query(opened, request, trace)
     if as_json:
         click.echo(json.dumps(record))
-        return
-    show(*tables)
-    note_disturbed(record["clock"])
-    click.echo(f"{BOUNDARY}; n = {request.samples}")
-    missing = ((f"{x.configuration.name} {x.what}", x.reason) for x in found.rows if x.reason is not None)
-    list_reasons("not measured", missing)
-    _print_files(out, "profile_query")
-    if trace is not None:
-        click.echo(f"trace, for ui.perfetto.dev: {trace}")
+    else:
+        show(*tables)
+        note_disturbed(record["clock"])
+        click.echo(f"{BOUNDARY}; n = {request.samples}")
+        missing = ((f"{x.configuration.name} {x.what}", x.reason) for x in found.rows if x.reason is not None)
+        list_reasons("not measured", missing)
+        _print_files(out, "profile_query")
+        if trace is not None:
+            click.echo(f"trace, for ui.perfetto.dev: {trace}")
+    names = {"backbones": "backbone", "backbone_precisions": "precision"}
+    full = [x for x in found.rows if x.what == FULL and x.configuration.backbone in BACKBONES]
+    check_measured(
+        (x.configuration.size, {name: getattr(x.configuration, key) for name, key in names.items()}, x.reason)
+        for x in full
+    )
 
 
 def _print_files(out: Path, name: str) -> None:

@@ -13,6 +13,7 @@ from rsd_trt.cli.console import (
     Several,
     Suite,
     bundle_argument,
+    check_measured,
     command_line,
     device_option,
     engines_option,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from rsd_trt.eval.verify.result import Result
 
 LEAST_INPUTS = 64  # fewer prove little
+LEAST_IMAGES = 32  # with fewer, no share of tokens or steps is known well enough to pass
 
 
 @click.command()
@@ -62,7 +64,7 @@ LEAST_INPUTS = 64  # fewer prove little
 def verify(bundle: Path, device: str, as_json: bool, **options: object) -> None:
     """Compare every component on every backend with PyTorch: errors, token mismatch, decisions, actions.
 
-    Exit code 1 if a tolerance is exceeded, or nothing could be measured.
+    Exit code 1 if a tolerance is exceeded, nothing could be measured, or a backend that is given could not.
 
     \b
     Example: rsd-trt verify --backend ort --precision fp16
@@ -77,6 +79,7 @@ def verify(bundle: Path, device: str, as_json: bool, **options: object) -> None:
     results = list(components.verify(opened, request))
     table = parity_table([x for x in results if isinstance(x, Parity)])
     _conclude(results, table, record(opened, request.device, command_line(), rows=list(map(to_json, results))), as_json)
+    check_measured((f"{x.component} batch {x.batch}", {"backends": x.backend}, _reason(x)) for x in results)
 
 
 @click.command()
@@ -96,7 +99,9 @@ def verify(bundle: Path, device: str, as_json: bool, **options: object) -> None:
     show_default=True,
     help=f"Precisions of each: {', '.join(BACKBONE_PRECISIONS)}.",
 )
-@click.option("-n", "--inputs", type=click.IntRange(1), help=f"Images of noise to show it. [default: {LEAST_INPUTS}]")
+@click.option(
+    "-n", "--inputs", type=click.IntRange(LEAST_IMAGES), help=f"Images of noise to show it. [default: {LEAST_INPUTS}]"
+)
 @click.option("--libero", type=Suite(), help="Show it the first images of every task of a suite, not noise.")
 @device_option
 @json_option
@@ -111,8 +116,9 @@ def verify_backbone(
 ) -> None:
     """Compare the backbone, in every way it is run, with timm's towers and transformers' Llama on the same weights.
 
-    Preprocessing is compared with PIL's, and towers and Llama blocks each alone, too. Exit code 1 if a limit is
-    exceeded, or nothing could be measured.
+    Preprocessing is compared with PIL's, and towers and Llama blocks each alone, too. Tokens and steps of chunks are
+    judged by the upper end of their intervals. Exit code 1 if a limit is exceeded, nothing could be measured, or what
+    is given by its option could not.
 
     \b
     Example: rsd-trt verify-backbone --backbone eager,compiled --backbone-precision bundle,bf16
@@ -133,18 +139,34 @@ def verify_backbone(
     seen = (
         list(libero_observations(libero, control)) if libero else random_observations(control, inputs or LEAST_INPUTS)
     )
+    shown = f"{len(seen)} first scenes of {libero}" if libero else f"{len(seen)} images of noise"
     results = list(backbone.verify_backbone(opened, request, seen))
-    table = backbone_table([x for x in results if isinstance(x, BackboneParity)])
-    _conclude(results, table, record(opened, target, command_line(), rows=list(map(to_json, results))), as_json)
+    table = backbone_table([x for x in results if isinstance(x, BackboneParity)], shown)
+    rows = list(map(to_json, results))
+    _conclude(results, table, record(opened, target, command_line(), shown=shown, rows=rows), as_json)
+    if "fp8" in request.precisions and not libero and not as_json:
+        click.echo("what fp8 changes on the bundle's own scenes: --libero SUITE")
+    whole = [x for x in results if x.component == "backbone" and x.backend in BACKBONES]
+    check_measured(("backbone", {"backbones": x.backend, "precisions": x.precision}, _reason(x)) for x in whole)
+
+
+def _reason(result: Result) -> str | None:
+    """Why it was not measured; None if it was."""
+    from rsd_trt.eval.verify.result import NotMeasured
+
+    return result.reason if isinstance(result, NotMeasured) else None
 
 
 def _conclude(results: Sequence[Result], table: Table, found: dict[str, object], as_json: bool) -> None:
     """Prints the table or the record, and raises UserError if a comparison failed or none could be made."""
     from rsd_trt.eval.verify.result import NotMeasured
 
+    reasons = {x.reason for x in results if isinstance(x, NotMeasured)}
     if as_json:
         click.echo(json.dumps(found, indent=2))
-    else:
+    if not table and len(reasons) == 1:
+        raise UserError(f"nothing could be measured: {reasons.pop()}")
+    if not as_json:
         show(*[table] if table else [])
         missing = [x for x in results if isinstance(x, NotMeasured)]
         list_reasons("not measured", ((f"{x.backend} {x.component}", x.reason) for x in missing if not x.failed))

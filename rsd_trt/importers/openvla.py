@@ -14,7 +14,7 @@ from typing import Literal
 
 from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, BackboneConfig, Quantiles, Resize
 from rsd_trt.errors import UserError, did_you_mean, missing_extra, named, reason, shown
-from rsd_trt.files import check_whole
+from rsd_trt.files import check_whole, read_bounded
 from rsd_trt.importers.openvla_config import backbone_config
 from rsd_trt.importers.original import HEADS, check_actions
 from rsd_trt.records import from_json, parse
@@ -197,7 +197,7 @@ def _read_object(file: Path) -> dict[str, object]:
         if file.exists() and not file.is_file():
             raise UserError(f"{file} is no regular file. Put the file itself in its place")
         check_whole(file)
-        return _object(parse(file.read_bytes(), str(file)), str(file))
+        return _object(parse(read_bounded(file), str(file)), str(file))
     except FileNotFoundError:
         return {}
     except OSError as error:

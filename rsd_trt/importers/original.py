@@ -16,7 +16,7 @@ from torch import Tensor
 from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, CodecConfig, Dims, HeadConfig, HiddenDraftConfig
 from rsd_trt.errors import UserError, named, reason
 from rsd_trt.files import check_whole
-from rsd_trt.importers.archive import check_archive
+from rsd_trt.importers.archive import checked_archive
 from rsd_trt.weights import Entry
 
 WRAPPINGS = ("model_state_dict", "model", "state_dict")  # the keys under which a checkpoint may hold its state dict
@@ -81,10 +81,11 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     if not file.is_file():
         raise UserError(f"{file} is no regular file")
     check_whole(file)
+    size = file.stat().st_size
     try:
-        check_archive(file)
-        # Mapped: a storage is a piece of the file, so that none can be larger than that, or take memory of its own.
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with checked_archive(file) as checked:
+            # Mapped: a storage is a piece of it, so that none can be larger than that, or take memory of its own.
+            data = torch.load(checked, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
@@ -108,7 +109,7 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     kind = next((kind for kind, mark in MARKS.items() if any(re.fullmatch(mark, key) for key in state)), None)
     if kind != part:
         raise UserError(f"{file} is {f'a {kind}' if kind else 'of an unknown kind'}, not a {part}")
-    shown, size = sum(value.nbytes for value in state.values()), file.stat().st_size
+    shown = sum(value.nbytes for value in state.values())
     if shown > size:  # a view that repeats its storage shows any shape, and takes its memory when it is copied
         raise UserError(f"{file} has {size} bytes, its tensors would take {shown}. Save them as clones: they overlap")
     for key, value in state.items():

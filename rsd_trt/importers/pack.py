@@ -128,12 +128,12 @@ def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None)
             if request.copy:
                 shutil.copyfile(shard, folder / shard.name)
         where = OWN_FOLDER if request.copy else str(source.path)
-        write_config(folder, replace(config, backbone_weights=WeightsFolder(where, tuple(weights))))
         shutil.copyfile(source.path / TOKENIZER, folder / TOKENIZER)
         for part, checkpoint in parts.items():
             write_part(folder, part, {key: value.float().clone() for key, value in checkpoint.state.items()})
         if projector:
             write_part(folder, "backbone", {PROPRIO + key: value for key, value in projector.state.items()})
+        write_config(folder, replace(config, backbone_weights=WeightsFolder(where, tuple(weights))))
     used = {checkpoint.file for checkpoint in (projector, *parts.values()) if checkpoint}
     return Packed(
         str(request.out),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from made_without import made_without
 from msgspec import structs
 from synthetic import run, write
 
@@ -54,7 +55,7 @@ def test_a_report_takes_a_folder(tmp_path: Path) -> None:
 
 
 def test_only_checking_needs_a_draft(bundle_copy: Path) -> None:
-    (bundle_copy / "draft.safetensors").unlink()
+    made_without(bundle_copy, "draft")
     bundle = Bundle.open(bundle_copy)
     assert Policy.load(bundle, "baseline").exports == {}
     with pytest.raises(UserError, match=r"has no draft, and mode rsd checks with one\. Use: --mode baseline"):

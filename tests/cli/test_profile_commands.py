@@ -31,6 +31,24 @@ def rsd_trt(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+def error(result: Result) -> str:
+    """The line of a user error."""
+    assert result.exit_code == 1, result.output
+    return result.stderr.partition("error: ")[2].strip()
+
+
+def test_a_backbone_that_is_asked_for_is_timed_or_an_error(tiny_bundle: Path, tmp_path: Path) -> None:
+    some = (tiny_bundle, *QUICK, "--out", tmp_path)
+    found = rsd_trt("profile", *some, "--backend", "torch", "--backbone", "graph")
+    said = (
+        "--backend torch --backbone graph was asked for and could not be measured: backbone graph needs a CUDA device"
+    )
+    assert error(found).startswith(said)
+    found = rsd_trt("profile-query", *some, "--backbone", "eager,graph", "--json")
+    assert error(found).startswith("--backbone graph was asked for and could not be measured: backbone graph needs")
+    assert json.loads(found.stdout) == json.loads((tmp_path / "profile_query.json").read_text())
+
+
 class Page(HTMLParser):
     """Checks that tags are closed in order, and keeps what would need a network."""
 
@@ -63,7 +81,7 @@ def test_components_are_timed_printed_and_written(
 ) -> None:
     command = ("profile", tiny_bundle, "--engines", exported("fp32"), *QUICK)
     result = rsd_trt(*command, "--backend", "torch,ort,graph", "--batch", f"1,{MAX_BATCH}", "--out", tmp_path, "--json")
-    assert result.exit_code == 0, result.output
+    assert error(result).startswith("--backend graph was asked for and could not be measured: backend graph needs")
     report = json.loads(result.stdout)
     assert report == json.loads((tmp_path / "profile.json").read_text())
     measured = {(row["what"], row["variant"], row["batch"]) for row in report["rows"] if row["ms"]}
@@ -74,7 +92,7 @@ def test_components_are_timed_printed_and_written(
     assert [len(samples) for samples in report["cost_samples"]] == [2, 2, 2, 2, 0, 0]
     price = read_price(tmp_path / "profile.json", [run("rsd", backbone="eager")])
     assert (price.check, price.full) == tuple(priced[what, "ort", "eager"]["p50"] for what in ("check", "full"))
-    table = rsd_trt(*command, "--backend", "torch,graph", "--out", tmp_path)
+    table = rsd_trt(*command, "--out", tmp_path)  # of the default's backends, some cannot run here
     assert table.exit_code == 0
     assert "not measured: graph check query" in table.stdout
     assert "what queries cost" in table.stdout and "check / full" in table.stdout
@@ -162,6 +180,6 @@ def test_what_cannot_be_timed_is_one_line(
     name, *options = arguments
     result = rsd_trt(name, tiny_bundle, *options, "--device", "cpu")
     assert (result.exit_code, result.stdout) == (1, "")
-    message = result.stderr.partition("error: ")[2].strip()
+    message = error(result)
     assert message.startswith(text) and "\n" not in message
     assert list(tmp_path.iterdir()) == []

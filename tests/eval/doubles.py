@@ -57,8 +57,8 @@ class World:
         proprio[-1] = len(self.rendered)
         return Observation(images, proprio, f"task {self.task}")
 
-    def frame(self) -> NDArray[np.uint8]:
-        return np.full((self.side, self.side, 3), len(self.rendered) % 256, np.uint8)
+    def views(self) -> NDArray[np.uint8]:
+        return np.full((self.cameras, self.side, self.side, 3), len(self.rendered) % 256, np.uint8)
 
     def close(self) -> None:
         self.state = np.zeros(Dims().A)

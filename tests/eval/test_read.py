@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from synthetic import outcome, run, throughput, write
 from rsd_trt.errors import UserError
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.results import RsdStats
+from rsd_trt.eval.summary import summarise
 from rsd_trt.records import to_json
 
 
@@ -238,3 +240,23 @@ def test_a_run_whose_fields_are_out_of_range_is_not_accepted(tmp_path: Path) -> 
     wrong = structs.replace(results, queries=results.queries + 1)
     with pytest.raises(UserError, match="queries is"):
         read_run(write(tmp_path / "r.json", wrong))
+
+
+def test_a_run_of_many_tasks_is_read_in_time_that_grows_with_them(tmp_path: Path) -> None:
+    """And a message about them stays short."""
+    one = run(tasks=(0,), trials=1)
+    episode = structs.replace(one.episodes[0], queries=())
+    seconds = []
+    for count in (1_000, 10_000):
+        chosen = structs.replace(one.settings, tasks=tuple(range(count)))
+        episodes = [structs.replace(episode, task_id=i, run=chosen.run) for i in range(count)]
+        made = summarise(chosen, episodes, dict.fromkeys(range(count), "open it"), None, "eval")
+        path = write(tmp_path / f"{count}.json", made)
+        started = time.process_time()
+        assert read_run(path).total_episodes == count
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 40 * seconds[0] + 1, seconds
+    strange = structs.replace(made, episodes=(*made.episodes[:-1], structs.replace(made.episodes[-1], task_id=20_000)))
+    with pytest.raises(UserError, match="task 20000") as error:
+        read_run(write(tmp_path / "strange.json", strange))
+    assert len(str(error.value)) < 400

@@ -18,7 +18,7 @@ from rsd_trt.config import COMPONENTS, PRECISIONS, Component, HeadConfig, Precis
 from rsd_trt.errors import UserError
 from rsd_trt.export import to_onnx
 from rsd_trt.export.to_onnx import OPSET, example_inputs, export_onnx
-from rsd_trt.manifest import Batch, folder_of, read_manifest
+from rsd_trt.manifest import Batch, File, folder_of, read_manifest
 from rsd_trt.models.codec import Codec, Decoder
 from rsd_trt.models.components import ActionTransform, Predict
 from rsd_trt.models.head import build_head
@@ -109,7 +109,8 @@ def test_large_weights_stand_beside_the_graph(
     assert places == {"draft.onnx.data"}
     first.rename(second)
     inputs = example_inputs(module.signature, 1)
-    session = OrtSession(second / "draft.onnx", module.signature, CPU)
+    moved = [File.of(second / file.name) for file in files]
+    session = OrtSession(second / "draft.onnx", module.signature, CPU, files=moved)
     torch.testing.assert_close(session.run(inputs), TorchSession(module).run(inputs), atol=1e-5, rtol=0)
 
 

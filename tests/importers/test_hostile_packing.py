@@ -317,6 +317,33 @@ def test_a_checkpoint_takes_no_more_memory_than_it_has_bytes(content: bytes, mes
     assert memory() - before < 2 * len(content) + (32 << 20)
 
 
+def test_an_archive_has_one_reading(tmp_path: Path) -> None:
+    """Two archives in one file: Python finds the one, PyTorch the other, and only the one was looked at."""
+    first, second = (saved({"input_projection.weight": torch.full((4, 4), x)}) for x in (1.0, 2.0))
+    file = tmp_path / "x.pt"
+    file.write_bytes(first + second)
+    assert torch.load(file, weights_only=True)["input_projection.weight"].unique().tolist() == [1]
+    assert read_checkpoint(file, "draft").state["input_projection.weight"].unique().tolist() == [2]
+    file.write_bytes(first + calling(os.system, "true"))
+    with pytest.raises(UserError, match="could run code"):
+        read_checkpoint(file, "draft")
+
+
+def test_a_file_that_is_exchanged_is_read_as_it_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, load = tmp_path / "x.pt", torch.load
+    weight = torch.arange(100.0).view(10, 10)
+    torch.save({"input_projection.weight": weight[:, 1:], "input_projection.bias": weight[0]}, file)
+
+    def late(*arguments: object, **options: object) -> object:
+        file.write_bytes(b"another")
+        return load(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "load", late)
+    state = read_checkpoint(file, "draft").state
+    assert state["input_projection.weight"].equal(weight[:, 1:])
+    assert state["input_projection.bias"].untyped_storage().data_ptr() % 64 == 0
+
+
 @pytest.mark.parametrize("shape", [(1,), (0,), (2, 3)])
 def test_tensors_may_share_a_storage_that_is_large_enough(shape: tuple[int, ...], tmp_path: Path) -> None:
     whole = torch.ones(1000)

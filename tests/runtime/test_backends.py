@@ -44,8 +44,8 @@ def test_torch_runs_the_module_itself(bundle: Bundle, component: Component) -> N
         ("trt", "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),
         (
             "ort",
-            "{engines}/tiny has no propose fp32 batch 1 (onnx). "
-            "Build it: rsd-trt export {bundle} --precision fp32 -o {engines}",
+            "nothing of {bundle} is exported in {engines}/tiny. "
+            "Export it: rsd-trt export {bundle} --precision fp32 -o {engines}",
         ),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_policy_says_which_exports_it_runs(bundle: Bundle, exported: Callable[
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_query_reaches_its_launches_in_six_calls(
+def test_a_query_reaches_its_launches_in_nine_calls(
     bundle: Bundle, exported: Callable[..., Path], observe: Callable[..., Observation], mode: Mode
 ) -> None:
     rule = RandomAcceptance(0.5, 0) if mode == "random" else None
@@ -115,7 +115,7 @@ def test_a_query_reaches_its_launches_in_six_calls(
             session._prepared[batch] = buffers, launch  # type: ignore[attr-defined]
     (query,) = policy.act_batch([observe(bundle.config.control, 0)], [0])
     assert len(calls) == (query.checked + query.full_query)
-    assert max(map(len, calls)) <= 6, calls
+    assert max(map(len, calls)) <= 9, calls
 
 
 def test_a_compiled_backbone_needs_triton(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_the_engine_is_checked_against_the_device_that_runs_it(
     monkeypatch.setattr(host, "gpu", gpu)
     monkeypatch.setattr(backends, "runnable_distribution", lambda gpu: Distribution("rtx", ModuleType("double")))
     monkeypatch.setattr(Distribution, "version", "1.2.3")
-    with pytest.raises(UserError, match=r"has no head fp16 batch dynamic \(rtx\)\. Build it: .* --target rtx"):
+    with pytest.raises(UserError, match=r"nothing of .* is exported in .*\. Export it: .* --target rtx"):
         Launcher(bundle, "trt", torch.device("cuda:1"), "fp16", tmp_path).open("head", "dynamic")
     assert asked == ["cuda:1"]
 

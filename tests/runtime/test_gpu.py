@@ -210,7 +210,7 @@ def test_a_decision_waits_for_the_device_once(bundle: Bundle, monkeypatch: pytes
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no FP8")
 def test_fp8_is_close(tmp_path: Path) -> None:
     small = initialise(tmp_path / "small", "reference", seed=0)
-    seen = random_observations(small.config.control, 8)
+    seen = random_observations(small.config.control, 32)
     request = BackboneRequest(("graph", "compiled"), ("bundle", "bf16", "fp8"), CUDA)
     results = list(verify_backbone(small, request, seen))
     for result in results:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from made_without import made_without
 from msgspec import structs
 from timm_double import TimmDouble
 
@@ -113,9 +114,7 @@ def test_what_does_not_go_with_the_head(
 
 
 def test_without_draft_and_codec_it_acts_in_open_loop(oft: Bundle, observe: Observe, tmp_path: Path) -> None:
-    bundle = copy_with(oft, oft.config, tmp_path / "alone")
-    for part in ("draft", "codec"):
-        bundle.file(part).unlink()
+    bundle = Bundle.open(made_without(copy_with(oft, oft.config, tmp_path / "alone").path, "draft", "codec"))
     assert bundle.components == ("head", "predict")
     policy = Policy.load(bundle, "baseline", n_action_steps=8)
     assert policy.act(observe(bundle.config.control)).shape == (8, 7)
@@ -152,9 +151,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.mark.slow
 def test_it_is_exported_verified_and_timed(oft: Bundle, tmp_path: Path) -> None:
-    bundle = copy_with(oft, oft.config, tmp_path / "alone")
-    for part in ("draft", "codec"):
-        bundle.file(part).unlink()
+    bundle = Bundle.open(made_without(copy_with(oft, oft.config, tmp_path / "alone").path, "draft", "codec"))
     engines = ("--engines", tmp_path / "engines")
     exported = run("export", bundle.path, "--target", "onnx", "-o", engines[1], "--json")
     assert exported.exit_code == 0, exported.output
@@ -168,7 +165,7 @@ def test_it_is_exported_verified_and_timed(oft: Bundle, tmp_path: Path) -> None:
 
 def test_the_backbone_is_verified_and_timed(oft: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle, "timm_tower", TimmDouble)
-    backbone = run("verify-backbone", oft.path, "--backbone", "eager", "--device", "cpu", "-n", "2", "--json")
+    backbone = run("verify-backbone", oft.path, "--backbone", "eager", "--device", "cpu", "-n", "32", "--json")
     assert backbone.exit_code == 0, backbone.output
     rows = {(row["component"], row["reference"]) for row in json.loads(backbone.stdout)["rows"]}
     assert {

@@ -7,17 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import damaged_bytes
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, MAX_BATCH, Component
 from rsd_trt.errors import UserError
 from rsd_trt.export.to_onnx import example_inputs
-from rsd_trt.manifest import Batch, usable
+from rsd_trt.manifest import Batch, File, usable
+from rsd_trt.models.signature import BATCH, Port, Signature
 from rsd_trt.runtime.backends import Launcher
+from rsd_trt.runtime.external_data import locations
 from rsd_trt.runtime.ort_session import OrtSession
 from rsd_trt.runtime.session import Session, TorchSession
 
@@ -139,11 +146,70 @@ def test_a_provider_that_was_not_taken_is_told(bundle: Bundle, graph: Path, monk
 
 def test_what_onnxruntime_cannot_load_is_one_line(bundle: Bundle, tmp_path: Path) -> None:
     file = tmp_path / "graph.onnx"
-    file.write_bytes(b"garbage")
-    with pytest.raises(UserError, match="INVALID_PROTOBUF") as error:
-        OrtSession(file, bundle.component("draft").signature, CPU)
-    assert str(error.value).startswith(f"onnxruntime {onnxruntime.__version__} cannot run {file}: ")
-    assert "\n" not in str(error.value)
+    for content, said in ((b"", f"onnxruntime {onnxruntime.__version__} cannot run {file}: "), (b"garbage", str(file))):
+        file.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            OrtSession(file, bundle.component("draft").signature, CPU)
+        assert str(error.value).startswith(said)
+        assert "\n" not in str(error.value)
+
+
+def external(folder: Path, place: str, nested: bool = False) -> list[File]:
+    """A graph y = x + w whose w lies in `place`, in a branch of an If if it is `nested`, and its files."""
+    (folder / "w").write_bytes(np.ones(2, np.float32).tobytes())
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=place)
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 2]) for name in "xy")
+    inner = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "w"], ["y"])], "g", [], [y], [tensor])
+    nodes = list(inner.node)
+    if nested:
+        true = onnx.helper.make_node("Constant", [], ["true"], value=onnx.helper.make_tensor("", 9, [], [1]))
+        nodes = [true, onnx.helper.make_node("If", ["true"], ["y"], then_branch=inner, else_branch=inner)]
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], [] if nested else [tensor])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    (folder / "graph.onnx").write_bytes(model.SerializeToString())
+    return [File.of(folder / name) for name in ("graph.onnx", "w")]
+
+
+ADD = Signature((Port("x", (BATCH, "two")),), (Port("y", (BATCH, "two")),), {"two": 2})
+
+
+def test_external_weights_are_loaded_from_the_bytes_that_were_hashed(tmp_path: Path) -> None:
+    files = external(tmp_path, "w")
+    run = OrtSession(tmp_path / "graph.onnx", ADD, CPU, files=files).run
+    assert run({"x": torch.ones(1, 2)})["y"].tolist() == [[2, 2]]
+    (tmp_path / "w").write_bytes(np.zeros(2, np.float32).tobytes())  # after freshness was checked
+    with pytest.raises(UserError, match=r"w was exchanged while it was loaded: its sha256 is .* Rebuild: "):
+        OrtSession(tmp_path / "graph.onnx", ADD, CPU, files=files)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("place", ["../secret", "/etc/passwd", "w/../../secret", "v", ""])
+def test_weights_outside_are_refused_by_us(place: str, nested: bool, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret").write_bytes(bytes(8))
+    files = external(tmp_path / "in", place, nested)
+    with pytest.raises(UserError, match="which is no file of it"):
+        OrtSession(tmp_path / "in" / "graph.onnx", ADD, CPU, files=files)
+
+
+@given(data=st.data())
+def test_a_damaged_graph_names_its_files(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    external(folder := tmp_path_factory.getbasetemp(), "w", nested=True)
+    damaged = data.draw(damaged_bytes((folder / "graph.onnx").read_bytes()))
+    try:
+        found = locations(damaged)
+    except ValueError:
+        return
+    try:
+        model = onnx.ModelProto.FromString(damaged)
+    except Exception:  # protobuf's decoder is stricter than ours has to be
+        return
+    tensors = [*model.graph.initializer, *(t for n in model.graph.node for a in n.attribute for t in a.g.initializer)]
+    theirs = {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
+    assert theirs <= found
 
 
 def test_onnxruntime_that_is_not_installed_is_told(

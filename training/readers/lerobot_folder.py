@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import PROPRIO_DIM
 from rsd_trt.errors import UserError, did_you_mean, missing_extra, reason, shown
+from rsd_trt.files import read_bounded
 from rsd_trt.records import parse
 from rsd_trt.training.sources import (
     Frames,
@@ -212,7 +213,7 @@ def _side(folder: Path, name: str, shape: tuple[int, ...]) -> int:
 
 def _json(path: Path) -> Row:
     try:
-        found = parse(path.read_bytes(), str(path))
+        found = parse(read_bounded(path), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(found, dict):
@@ -222,7 +223,7 @@ def _json(path: Path) -> Row:
 
 def _json_lines(path: Path) -> list[Row]:
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in read_bounded(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
 

@@ -117,8 +117,7 @@ def test_another_run_has_no_rate_for_it(
             "--tolerance is of the rules first, actions, path: the rule",
         ),
         (("--rule", "likelihood", "--tolerance", "0.2"), "--tolerance is of the rules first, actions, path"),
-        (("--threshold", "-1"), "--threshold is of the rule likelihood: the rule is first"),
-        (("--rule", "likelihood"), "--rule likelihood needs --threshold, such as -1.5: the bundle has none"),
+        (("--rule", "first", "--threshold", "-1"), "--threshold is of the rule likelihood: the rule is first"),
         (("--rule", "frist"), "'frist' is unknown; did you mean 'first'?"),
         (("--tolerance", "-1"), "-1.0 is not in the range 0<=x<=2"),
         (("--record-hidden", "h"), "--record-hidden needs --mode shadow"),
@@ -136,6 +135,12 @@ def test_usage(arguments: tuple[str, ...], message: str) -> None:
     result = CliRunner().invoke(main, ["eval", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_likelihood_needs_a_threshold(tiny_bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["eval", str(tiny_bundle), "--rule", "likelihood"])
+    assert result.exit_code == 2
+    assert "--rule likelihood needs --threshold, such as -1.5: the bundle has none" in result.stderr
 
 
 def test_the_options_are_the_fields_of_the_request() -> None:
@@ -211,7 +216,7 @@ def test_settings_of_another_shape_are_refused(mode: Mode, rate: float | None) -
         run(mode, accept_rate=rate)
 
 
-def test_a_query_reaches_its_kernels_in_nine_calls(
+def test_a_query_reaches_its_kernels_in_eleven_calls(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the command's function on, up to the session that runs the component."""
@@ -229,4 +234,4 @@ def test_a_query_reaches_its_kernels_in_nine_calls(
     arguments = ("--trials", "1", "--max-steps", "6", "--out", str(tmp_path))
     result = CliRunner().invoke(main, ["eval", str(tiny_bundle), *arguments])
     assert result.exit_code == 0, result.output
-    assert depths and max(depths) <= 9
+    assert depths and max(depths) <= 11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 from rsd_trt.config import Dims
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.course import Event
-from rsd_trt.eval.libero.episode import Assignment, Finished, run_episode, write_strip, write_video
+from rsd_trt.eval.libero.episode import Answer, Assignment, Finished, run_episode
+from rsd_trt.eval.libero.film import BLUE, CAPTION, CHECKED, VIEW, Film, write_beside, write_strip, write_video
 from rsd_trt.eval.libero.target import Displace
 
 
@@ -37,9 +39,9 @@ def run(
 ) -> tuple[Finished, list[int]]:
     asked: list[int] = []
 
-    def act(_: World, step: int) -> NDArray[np.float32]:
+    def act(_: World, step: int) -> Answer:
         asked.append(step)
-        return np.full((4, Dims().A), step, np.float32)
+        return Answer(np.full((4, Dims().A), step, np.float32), "accepted" if step else "start")
 
     return run_episode(simulator, Assignment(0, 0, max_steps, failures, videos, perturbation), act, looks), asked
 
@@ -109,8 +111,34 @@ def test_a_video_renders_every_step(tmp_path: Path) -> None:
     run(simulator, videos=tmp_path)
     assert simulator.rendered == [True] * 5
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "task0_trial0_success.mp4"))
-    assert next(reader)["size"] == (64, 64)
+    assert next(reader)["size"] == (VIEW, VIEW + CAPTION)
     assert sum(1 for _ in reader) == 6
+
+
+def test_the_border_says_what_became_of_the_query() -> None:
+    """From the frame that a query was answered from until the next one."""
+    film = Film("pick it up", "libero_spatial_rsd")
+    routes = {0: "start", 2: "accepted", 3: "rejected"}
+    for step in range(5):
+        film.views.append(np.full((2, 8, 8, 3), 255, np.uint8))
+        if step in routes:
+            film.query(routes[step])  # type: ignore[arg-type]
+    frames = list(film.frames())
+    assert {frame.shape for frame in frames} == {(VIEW + CAPTION, 2 * VIEW, 3)}
+    borders = [tuple(frame[VIEW // 2, 2].tolist()) for frame in frames]
+    assert borders == [BLUE, BLUE, CHECKED["accepted"], CHECKED["rejected"], CHECKED["rejected"]]
+    counts = [frame[VIEW:, -205:] for frame in frames]  # "full queries N"
+    assert [np.array_equal(*pair) for pair in pairwise(counts)] == [True, True, False, True]
+
+
+def test_videos_stand_above_each_other_until_the_longest_ends(tmp_path: Path) -> None:
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    for name, count in (("a", 4), ("b", 9)):
+        write_video(tmp_path / f"{name}.mp4", [np.full((64, 96, 3), 90, np.uint8)] * count)
+    write_beside(tmp_path / "c.mp4", [tmp_path / "a.mp4", tmp_path / "b.mp4"])
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "c.mp4"))
+    assert next(reader)["size"] == (96, 128)
+    assert sum(1 for _ in reader) == 9
 
 
 def test_write_video_makes_h264(tmp_path: Path) -> None:

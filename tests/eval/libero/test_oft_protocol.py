@@ -18,7 +18,7 @@ from torch import nn
 
 from rsd_trt.bundle import copy_with
 from rsd_trt.config import ARM_DIMS, ControlConfig, Dims, Quantiles
-from rsd_trt.eval.libero.episode import Assignment, run_episode
+from rsd_trt.eval.libero.episode import Answer, Assignment, run_episode
 from rsd_trt.eval.libero.simulator import Simulator, axis_angle, open_suite
 from rsd_trt.eval.verify.oracle import tensorflow_resample
 from rsd_trt.models.components import ActionTransform
@@ -169,7 +169,7 @@ def test_a_trace_of_an_episode_is_the_authors(tmp_path: Path, monkeypatch: pytes
     head = policy._forward.sessions["predict"].module.head  # type: ignore[attr-defined]
     head.register_forward_hook(answered)
     with closing(Simulator("libero_spatial", task, control)) as simulator:
-        act = lambda simulator, _: policy.act(simulator.observation())  # noqa: E731
+        act = lambda simulator, _: Answer(policy.act(simulator.observation()))  # noqa: E731
         finished = run_episode(simulator, Assignment(task, 0, steps), act)
     expected = authors_loop(task, steps, backbone.image_size, lambda text: bundle.tokenizer().encode(text).ids, trace)
     assert len(trace.images) == len(expected.images) == 3

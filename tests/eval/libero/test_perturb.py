@@ -15,7 +15,7 @@ from rsd_trt.config import ACTION_DIMS, PERTURBATIONS, ControlConfig, PerturbKin
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.body import PENETRATION, STIRRED, Body
 from rsd_trt.eval.libero.course import Course, Offset
-from rsd_trt.eval.libero.episode import Assignment, run_episode
+from rsd_trt.eval.libero.episode import Answer, Assignment, run_episode
 from rsd_trt.eval.libero.harmless import FREEZES, FROZEN_STEPS, PLATE, Frozen, Harmless
 from rsd_trt.eval.libero.perturb import DOSES, PerturbSpec
 from rsd_trt.eval.libero.simulator import IDLE, Simulator
@@ -307,10 +307,10 @@ def test_frozen_cameras_repeat_one_frame_whatever_is_asked_for(simulator: Simula
     for n in (1, 4):
         seen: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
 
-        def act(scene: Simulator, step: int, n: int = n, seen: list[object] = seen) -> NDArray[np.float32]:  # type: ignore[assignment]
+        def act(scene: Simulator, step: int, n: int = n, seen: list[object] = seen) -> Answer:  # type: ignore[assignment]
             observation = scene.observation()
             seen.append((observation.images.copy(), observation.proprio))
-            return np.tile(np.array([0.5, 0, -0.5, 0, 0, 0, -1], np.float32), (n, 1))
+            return Answer(np.tile(np.array([0.5, 0, -0.5, 0, 0, 0, -1], np.float32), (n, 1)))
 
         finished = run_episode(simulator, Assignment(2, 0, 17, perturbation=Frozen(9)), act)
         assert finished.event is not None and finished.event.step == 9
@@ -332,8 +332,8 @@ def test_the_same_for_every_policy_and_in_any_order(simulator: Simulator) -> Non
             simulator.reset(trial, render=False)
         perturbation = PerturbSpec("late", 7, (0.05, 0.08)).draw(2, 4)
 
-        def act(scene: Simulator, step: int, n: int = n) -> NDArray[np.float32]:
-            return np.tile(expert(scene), (n, 1))
+        def act(scene: Simulator, step: int, n: int = n) -> Answer:
+            return Answer(np.tile(expert(scene), (n, 1)))
 
         finished = run_episode(simulator, Assignment(2, 4, 70, perturbation=perturbation), act, looks=False)
         assert finished.event is not None and finished.actions.shape[1] == ACTION_DIMS

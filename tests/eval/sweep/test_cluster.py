@@ -45,7 +45,8 @@ class Nodes:
     def kill_second(self) -> None:
         """kill -9 of its raylet."""
         (raylet,) = self.second.all_processes["raylet"]
-        os.kill(raylet.process.pid, signal.SIGKILL)
+        raylet.process.kill()
+        raylet.process.wait()  # as long as nobody has asked for its end, its workers take it for alive
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,10 @@ def test_what_is_tested_cannot_be_chosen_once_the_sweep_has_begun(tmp_path: Path
             "mode = ['rsd', 'random']\nrule = 'first'\ntolerance = [0.1, 0.2]",
             "which are rsd_first_tolerance0.1, rsd_first_tolerance0.2",
         ),
-        ("tolerance = 0.1", "tolerance is of the rules first, actions, path, and none of them is asked for"),
+        (
+            "rule = 'likelihood'\nthreshold = -1\ntolerance = 0.1",
+            "tolerance is of the rules first, actions, path, and none of them is asked for",
+        ),
         ("rule = 'likelihood'\nthreshold = 1", "threshold is 1, which must be <= 0"),
         ("policy = 'a:b'\ntolerance = 0.1", "policy a:b runs no bundle, and tolerance is of bundles"),
         ("policy = 'ab'", "policy ab is not MODULE:FUNCTION"),

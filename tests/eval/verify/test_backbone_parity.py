@@ -42,7 +42,7 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(
-    bundle: Bundle, precisions: tuple[str, ...] = ("bundle",), kinds: tuple[str, ...] = ("eager",), count: int = 3
+    bundle: Bundle, precisions: tuple[str, ...] = ("bundle",), kinds: tuple[str, ...] = ("eager",), count: int = 32
 ) -> list[BackboneParity | NotMeasured]:
     request = BackboneRequest(kinds, precisions, CPU)  # type: ignore[arg-type]
     return list(verify_backbone(bundle, request, random_observations(bundle.config.control, count)))
@@ -63,7 +63,7 @@ def test_what_is_equal_passes(bundle: Bundle) -> None:
     ]
     for result in results:
         assert isinstance(result, BackboneParity)
-        assert (result.exceeded, result.status, result.inputs) == ((), "passed", 3), result
+        assert (result.exceeded, result.status, result.inputs) == ((), "passed", 32), result
         assert (result.token_mismatch is not None) == (result.component == "backbone")
 
 
@@ -111,7 +111,7 @@ def test_without_timm_the_reference_is_eager_and_says_so(bundle: Bundle, monkeyp
 
     monkeypatch.setattr(oracle, "timm_tower", absent)
     results = run(bundle)
-    assert [r.component for r in results if isinstance(r, NotMeasured)] == ["towers", "language"]
+    assert [r.component for r in results if isinstance(r, NotMeasured)] == ["towers", "language", "backbone"]
     whole = [r for r in results if isinstance(r, BackboneParity) and r.component == "backbone"]
     assert {r.reference for r in whole} == {"eager fp32"}
     assert not any(r.exceeded for r in whole)
@@ -140,6 +140,30 @@ def test_what_the_robot_would_feel_is_counted() -> None:
     assert result.token_mismatch == (0, 0, 0, 0, 0, 0, 0.25, 0)
     assert result.steps_beyond_tolerance == pytest.approx(1 / (4 * Dims().T))
     assert result.action_max_abs == pytest.approx(config.rsd.tolerance[0] * 2)
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens", "steps", "exceeded"),
+    [
+        (64, 0, 0, ""),
+        (31, 0, 0, ""),
+        (29, 0, 0, "tokens that differ: up to 0.103% > 0.1%"),  # none of 3,712
+        (64, 4, 0, "tokens that differ: up to 0.125% > 0.1%"),  # 4 of 8,192, the point estimate being half the limit
+        (64, 0, 5, "steps that differ: up to 2.265% > 2.0%"),  # 5 of 512
+        (2, 0, 0, "tokens that differ: up to 1.478% > 0.1%; steps that differ: up to 19.361% > 2.0%"),
+    ],
+)
+def test_tokens_and_steps_are_judged_by_their_intervals(count: int, tokens: int, steps: int, exceeded: str) -> None:
+    """A point estimate passes nothing: of few inputs nothing is shown."""
+    expected, config = answers(count), preset("tiny", "tiny")
+    found = dataclasses.replace(expected, tokens=expected.tokens.clone(), actions=expected.actions.clone())
+    for i in range(tokens):
+        found.tokens[i, 0, 0, 2] = 1
+    for i in range(steps):
+        found.actions[i, 0, 0] = 1
+    result = whole_parity("graph", "fp32", "1", "x", expected, found, config, LIMITS["fp32"])
+    assert "; ".join(result.exceeded) == exceeded
+    assert result.status == ("failed" if exceeded else "passed")
 
 
 def test_a_state_that_is_not_finite_fails() -> None:

@@ -270,7 +270,7 @@ def test_an_unavailable_backend_is_not_measured_with_the_reason(bundle: Bundle, 
             assert result.exceeded == ()
             continue
         assert isinstance(result, NotMeasured)
-        missing = f"{tmp_path}/tiny has no {result.component} fp32 batch {result.batch} (onnx). Build it: "
+        missing = f"nothing of {bundle.path} is exported in {tmp_path}/tiny. Export it: "
         assert result.reason.startswith(reasons.get(result.backend, missing))
         # A missing export is the user's to build; a missing GPU is not.
         assert result.status == ("failed" if result.backend == "ort" else "not measured")

@@ -1,22 +1,23 @@
-"""The tables of the README say what the published reports and records say.
+"""The tables of the pages say what the published reports and records say.
 
-`python tests/test_readme_tables.py` writes them anew. Each stands between `<!-- table: NAME -->` and `<!-- end -->`.
+`python tests/test_tables.py` writes them anew. Each stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rsd_trt.eval.table import Column, Table
+from rsd_trt.eval.table import Column, Measured, Table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md",)
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "docs" / "reference-results.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 LAUNCHES = ("draft + head + decoder, with host decisions", "propose + predict")
@@ -60,6 +61,39 @@ def stages() -> str:
     return Table("", columns, tuple(rows)).markdown()
 
 
+def late() -> str:
+    """Success and cost with a target that slides late: the shipped rule beside open loop."""
+    return runs("late:201:0.02-0.05", lambda name: "likelihood" not in name and not name.startswith("random"))
+
+
+def late_all() -> str:
+    """The same of every run."""
+    return runs("late:201:0.02-0.05", lambda name: True)
+
+
+def still() -> str:
+    """Success and cost where nothing happens."""
+    return runs(None, lambda name: True)
+
+
+def runs(perturb: str | None, wanted: Callable[[str], bool]) -> str:
+    """The runs of a condition, dearest first."""
+    record = read("reference/performance_comparison.json")
+    found = [run for run in record["runs"] if run["settings"]["perturb"] == perturb and wanted(run["name"])]
+    rows = []
+    for run in sorted(found, key=lambda run: -float(run["cost_per_action"])):
+        name = run["name"].replace(f", {perturb}", "").replace(", unperturbed", "").removesuffix(", m = 2")
+        solved = (Measured(run[f"{x}_rate"], tuple(run[f"{x}_interval"]), None) for x in ("reached", "success"))
+        per_action = (run[x] / run["actions"] for x in ("full_queries", "checks"))
+        rows.append((name, *solved, *per_action, run["cost_per_action"]))
+    columns = (
+        *(Column(f"{found[0]['episodes']} episodes a run"), Column(f"success within {found[0]['within']} steps", "%")),
+        *(Column("success", "%"), Column("full queries per action", "ratio"), Column("checks per action", "ratio")),
+        Column("cost per action", "ms"),
+    )
+    return Table("", columns, tuple(rows)).markdown()
+
+
 def read(name: str) -> dict[str, Any]:
     """A record."""
     found: dict[str, Any] = json.loads((RESULTS / name).read_text("utf-8"))
@@ -74,6 +108,9 @@ def device(record: dict[str, Any]) -> str:
 TABLES = {
     "components": components,
     "stages": stages,
+    "late": late,
+    "late-all": late_all,
+    "still": still,
 }
 
 
@@ -82,11 +119,11 @@ def fill(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=("README",))
+@pytest.mark.parametrize("page", PAGES, ids=("performance", "README", "reference-results"))
 def test_the_pages_say_what_the_results_say(page: Path) -> None:
     text = page.read_text("utf-8")
     assert BLOCK.search(text)
-    assert fill(text) == text, "python tests/test_readme_tables.py"
+    assert fill(text) == text, "python tests/test_tables.py"
 
 
 def test_every_table_stands_on_a_page() -> None:
@@ -95,9 +132,9 @@ def test_every_table_stands_on_a_page() -> None:
 
 
 def test_a_changed_figure_changes_the_table() -> None:
-    readme = PAGES[0].read_text("utf-8")
-    stale = readme.replace("| 0.201 |", "| 0.101 |")
-    assert stale != readme and fill(stale) == readme
+    page = PAGES[0].read_text("utf-8")
+    stale = page.replace("| 0.201 |", "| 0.101 |")
+    assert stale != page and fill(stale) == page
 
 
 if __name__ == "__main__":

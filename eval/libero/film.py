@@ -1,0 +1,122 @@
+"""Pictures of an episode: a video that shows what the policy saw and what became of each query, and film strips."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd_trt.errors import UserError, missing_extra
+from rsd_trt.files import replacing
+from rsd_trt.runtime.speculate import Route
+
+FPS = 20  # the control rate: videos play in real time
+VIEW = 512  # pixels a side of a camera's view in a video
+BORDER = 10  # pixels
+CAPTION = 64  # pixels below the views
+STRIP_FRAMES = 6  # side by side
+
+# The border says what became of the last query; the caption has the same as a word.
+GREEN, AMBER, RED, BLUE = (46, 160, 67), (227, 160, 8), (218, 54, 51), (56, 112, 191)
+CHECKED = {"accepted": GREEN, "partial": AMBER, "rejected": RED}
+
+Frame = NDArray[np.uint8]  # [height, width, 3]
+
+
+@dataclass
+class Film:
+    """The frames of an episode, each with what was known of its queries by then."""
+
+    task: str  # the instruction
+    run: str  # what acts, as its files are named
+    views: list[NDArray[np.uint8]] = field(default_factory=list)  # [cameras, S, S, 3] each, upright
+    answers: list[tuple[int, Route | None]] = field(default_factory=list)  # (index of its first frame, its route)
+
+    def query(self, route: Route | None) -> None:
+        """A query was answered from the last frame; None: by a script."""
+        self.answers.append((max(0, len(self.views) - 1), route))
+
+    def frames(self) -> Iterator[Frame]:
+        """The views side by side, with a border and a caption."""
+        full, answers = 0, 0
+        route: Route | None = None
+        for step, views in enumerate(self.views):
+            while answers < len(self.answers) and self.answers[answers][0] <= step:
+                route = self.answers[answers][1]
+                answers += 1
+                full += route is not None and route not in ("accepted", "partial")
+            yield self._frame(views, step, route, full)
+
+    def _frame(self, views: NDArray[np.uint8], step: int, route: Route | None, full: int) -> Frame:
+        from PIL import Image, ImageDraw, ImageFont
+
+        canvas = Image.new("RGB", (VIEW * len(views), VIEW + CAPTION), (24, 24, 24))
+        for i, view in enumerate(views):
+            canvas.paste(Image.fromarray(view).resize((VIEW, VIEW), Image.Resampling.BICUBIC), (i * VIEW, 0))
+        draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=18)
+        colour = BLUE if route is None else CHECKED.get(route, BLUE)
+        draw.rectangle((0, 0, canvas.width - 1, VIEW - 1), outline=colour, width=BORDER)
+        draw.text((BORDER, VIEW + 8), self.task, (235, 235, 235), font)
+        second = VIEW + 36
+        draw.text((BORDER, second), f"{self.run}   step {step}", (160, 160, 160), font)
+        if route is not None:
+            said = f"check: {route}" if route in CHECKED else f"full query: {route}"
+            draw.text((canvas.width - 520, second), said.removesuffix(": full"), colour, font)
+            draw.text((canvas.width - 200, second), f"full queries {full}", (235, 235, 235), font)
+        return np.asarray(canvas)
+
+
+def check_video_writer() -> None:
+    """Raises UserError unless videos can be written."""
+    try:
+        import imageio_ffmpeg  # noqa: F401
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("pillow" if error.name == "PIL" else "imageio-ffmpeg", "libero") from None
+
+
+def write_video(path: Path, frames: Iterable[Frame]) -> None:
+    """An MP4 (H.264) at the control rate; frames [height, width, 3] uint8."""
+    import imageio_ffmpeg
+
+    frames = iter(frames)
+    first = next(frames)
+    height, width, _ = first.shape
+    with replacing(path) as temporary:
+        writer = imageio_ffmpeg.write_frames(
+            str(temporary), (width, height), fps=FPS, output_params=["-f", "mp4"], ffmpeg_log_level="error"
+        )
+        writer.send(None)
+        for frame in chain([first], frames):
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+
+
+def write_beside(path: Path, videos: Sequence[Path]) -> None:
+    """One video of several, one above the other; the shorter ones stay at their last frame."""
+    import imageio_ffmpeg
+
+    inputs = [argument for video in videos for argument in ("-i", str(video))]
+    held = "".join(f"[{i}]tpad=stop_mode=clone:stop_duration=60[v{i}];" for i in range(len(videos)))
+    longest = max(imageio_ffmpeg.count_frames_and_secs(str(video))[0] for video in videos)
+    stacked = held + "".join(f"[v{i}]" for i in range(len(videos))) + f"vstack=inputs={len(videos)}"
+    with replacing(path) as temporary:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *inputs, "-filter_complex", stacked]
+        command += ["-frames:v", str(longest), "-pix_fmt", "yuv420p", "-f", "mp4", str(temporary)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{path} cannot be written: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def write_strip(path: Path, views: Sequence[NDArray[np.uint8]]) -> None:
+    """A JPEG of up to `STRIP_FRAMES` frames [S, S, 3] uint8 side by side, evenly from the first to the last."""
+    from PIL import Image
+
+    chosen = np.linspace(0, len(views) - 1, min(STRIP_FRAMES, len(views))).round().astype(int)
+    with replacing(path) as temporary:
+        Image.fromarray(np.concatenate([views[i] for i in chosen], axis=1)).save(temporary, "JPEG", quality=80)
