@@ -27,11 +27,22 @@ SECONDS = 120  # a mutant that loops is killed, and counts so
 TESTS = {
     "rsd_trt.runtime.speculate": ("tests/runtime/test_speculate.py", "tests/runtime/test_policy.py"),
     "rsd_trt.runtime.chunk": ("tests/runtime/test_chunk.py", "tests/runtime/test_policy.py"),
+    "rsd_trt.load": ("tests/test_load.py",),
+    "rsd_trt.suites": ("tests/eval/libero/test_suites.py",),
+    "rsd_trt.runtime.external_data": (
+        "tests/runtime/test_ort_session.py::test_external_weights_are_loaded_from_the_bytes_that_were_hashed",
+        "tests/runtime/test_ort_session.py::test_weights_outside_are_refused_by_us",
+        "tests/runtime/test_ort_session.py::test_files_are_found_wherever_a_tensor_may_stand",
+        "tests/runtime/test_ort_session.py::test_what_is_no_graph_is_refused",
+    ),
     "rsd_trt.eval.statistics": ("tests/eval/test_statistics.py", "tests/eval/report/test_compare.py"),
 }
 # By how the mutated line begins: why no test can tell.
 EQUIVALENT = {
     "number: RESAMPLES = ": "a precision that was chosen",
+    "number: SHORTEST = ": "a length that was chosen; the tests go by it",
+    "number: MOST_DEPTH = ": "a depth that was chosen",
+    "comparison: if depth > MOST_DEPTH": "a depth that was chosen",
     "number: CHUNK = ": "changes no result",
     "number: LEAST_RESAMPLED = ": "a number that was chosen; the tests go by it",
     "number: baseline: Sequence[tuple[float, int]], other: ": "any seed does",
@@ -39,6 +50,7 @@ EQUIVALENT = {
     "number: def sign_flip(": "any seed does",
     "comparison: reached += int((np.abs(sums) >= ": "no sum is exactly the slack away",
     "comparison: return bool(np.random.default_rng([STREAM": "no draw is exactly the rate, but 0, once in 2^53",
+    "truth: class ": "whether a record can be changed changes no figure",
     "truth: @dataclass(frozen=True)": "whether a record can be changed changes no figure",
     "number: columns = np.asarray([(*a, *b)": "any negative size is inferred",
     "number: columns = np.asarray([row for row": "any negative size is inferred",

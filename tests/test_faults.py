@@ -138,14 +138,14 @@ def test_an_export_exchanged_while_a_session_runs(
 ) -> None:
     engines = Path(shutil.copytree(exported("fp32"), tmp_path / "engines"))
     launcher = Launcher(bundle, "ort", torch.device("cpu"), engines=engines)
-    session = launcher.open("propose", "1")
+    session = launcher.open("predict", "1")
     hidden = {"hidden": torch.randn(1, bundle.config.hidden, generator=torch.Generator().manual_seed(0))}
     before = {name: value.clone() for name, value in session.run(hidden).items()}
-    for file in (engines / "tiny").glob("propose.*.onnx"):
+    for file in (engines / "tiny").glob("predict.*.onnx"):
         file.write_bytes(b"x" * file.stat().st_size)
     assert all(torch.equal(value, before[name]) for name, value in session.run(hidden).items())
     with pytest.raises(UserError, match=r"has sha256 .*, the manifest says .*\. Rebuild: rsd-trt export"):
-        launcher.open("propose", "1")
+        launcher.open("predict", "1")
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_an_evaluation_on_a_full_disk_goes_on_from_whole_lines(small_disk: Path,
         return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
     fill(small_disk)
-    os.truncate(small_disk / "rest", (small_disk / "rest").stat().st_size - (12 << 10))
+    os.truncate(small_disk / "rest", (small_disk / "rest").stat().st_size - (20 << 10))
     done = evaluate()
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].endswith("No space left on device")

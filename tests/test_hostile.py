@@ -36,7 +36,7 @@ EXAMPLES = 150  # of each kind of file
 def use(folder: Path) -> None:
     """All that is ever done with a bundle's files."""
     bundle = Bundle.open(folder)
-    Policy.load(bundle).warm_up(1)
+    Policy.load(bundle).warm_up()
     for component in COMPONENTS:
         bundle.component_fingerprint(component)
     describe(bundle, folder / "engines")
@@ -211,7 +211,7 @@ def test_episode_logs(tmp_path: Path) -> None:
 def test_recorded_hidden_states(bundle: Bundle, tmp_path: Path) -> None:
     file = tmp_path / "hidden.safetensors"
     states = torch.randn(64, bundle.config.hidden)
-    valid = save({"prefix": states, "final": states.clone()})
+    valid = save({"hidden": states})
 
     def read(data: bytes) -> None:
         file.write_bytes(data)

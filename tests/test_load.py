@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from synthetic import run
 from rsd_trt.eval.report.cost import COUNTED, disturbances, measured, read_price
 from rsd_trt.eval.results import Episode
 from rsd_trt.eval.summary import summarise
-from rsd_trt.load import SHORTEST, LoadMeter, fit_threads, steadiness
+from rsd_trt.load import SHORTEST, SLACK, LoadMeter, fit_threads, steadiness
 
 STEADY = [10.0] * 19 + [14.0]
 BURN = "import time; end = time.monotonic() + {0}\nwhile time.monotonic() < end: pass"
@@ -54,16 +55,38 @@ def test_other_processes_are_measured_and_our_own_are_not() -> None:
         assert own < 0.5
 
 
+def test_what_counts_as_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither idle nor waiting for a disk, nor a core that this process may not run on; ours is taken off."""
+    stat = "cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 100 200 400 800 1600 3200 6400 12800 0 0\ncpu1 7 7 7 7 7 7 7 7 7 7\nctxt 5\n"
+    child = "4711 (a (b) c) S 1 1 1 0 -1 0 0 0 0 0 300 500 0 0"
+    monkeypatch.setattr(Path, "read_text", lambda self, *_: child if self.parts[2] == "4711" else stat)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(user=1, system=2, children_user=4, children_system=8))
+    monkeypatch.setattr(
+        multiprocessing, "active_children", lambda: [SimpleNamespace(pid=4711), SimpleNamespace(pid=None)]
+    )
+    assert LoadMeter()._read()[1:] == (231.0, 23.0)  # s
+
+
 def test_a_lap_that_is_too_short_is_that_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
     read = iter([(0.0, 5.0, 1.0), (0.5, 9.0, 1.0), (2.0, 9.0, 2.0), (2.1, 99.0, 2.0), (4.0, 11.0, 3.5)])
     monkeypatch.setattr(LoadMeter, "_read", lambda self: next(read))
     meter = LoadMeter()
     assert [meter.lap() for _ in range(4)] == [None, 1.5, 1.5, 0.25]
-    monkeypatch.setattr(LoadMeter, "_read", lambda self: (9.0, None, 0.0))
-    assert LoadMeter().lap() is None
+    for first, second, found in (
+        ((0.0, 1.0, 0.0), (SHORTEST, 3.0, 0.5), 1.5),
+        ((0.0, None, 0.0), (9.0, None, 0.0), None),
+        ((0.0, 1.0, 0.0), (9.0, None, 0.0), None),
+        ((0.0, None, 0.0), (9.0, 1.0, 0.0), None),
+    ):
+        answers = iter((first, second))
+        monkeypatch.setattr(LoadMeter, "_read", lambda self, answers=answers: next(answers))
+        assert LoadMeter().lap() == found
 
 
 def test_what_disturbs_is_told() -> None:
+    assert not steadiness({}, SLACK, 2, 2).disturbed and steadiness({}, SLACK + 0.01, 2, 2).disturbed
     calm = steadiness({"full": STEADY}, 0.2, cores=2, own=2)
     assert (calm.others, calm.spread, calm.disturbed) == (0.2, {"full": 1.02}, ())
     assert steadiness({}, 1.2, cores=4, own=3).disturbed == ()  # there is a core for them

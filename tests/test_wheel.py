@@ -109,9 +109,10 @@ def test_the_installed_package_works(installed: Path, tmp_path: Path) -> None:
 
 def test_the_installed_package_reports(installed: Path, tmp_path: Path) -> None:
     recorded = ROOT / "docs" / "results" / "reference"
-    files = [str(recorded / f"perturbed_{mode}_4_actions.json.gz") for mode in ("baseline", "rsd")]
+    files = [str(recorded / f"{name}.json.gz") for name in ("late_baseline_6", "late_rsd_first")]
     run(installed, tmp_path, "rsd-trt", "report", *files, "-o", "report")
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "frontier.png",
         "performance_comparison.json",
         "report.html",
         "report.md",

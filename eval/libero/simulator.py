@@ -235,7 +235,8 @@ def open_suite(suite: str) -> Benchmark:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "libero":
             raise
-        if (other := getattr(sys.modules.get("libero"), "__file__", None)) is not None:
+        other = getattr(sys.modules.get("libero"), "__file__", None)
+        if other is not None and not Path(other).with_name("libero").is_dir():  # LIBERO's own is libero.libero
             path = os.environ.get("PYTHONPATH")
             raise UserError(
                 f"{other} is another package named libero, and hides LIBERO (PYTHONPATH is {path!r})",

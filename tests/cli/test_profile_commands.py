@@ -95,7 +95,7 @@ def test_components_are_timed_printed_and_written(
     table = rsd_trt(*command, "--out", tmp_path)  # of the default's backends, some cannot run here
     assert table.exit_code == 0
     assert "not measured: graph check query" in table.stdout
-    assert "what queries cost" in table.stdout and "check / full" in table.stdout
+    assert "what queries cost" in table.stdout and "check /" in table.stdout
     for what, ending in (("raw samples", "json"), ("page", "html"), ("chart", "png")):
         assert f"{what}: {tmp_path / 'profile'}.{ending}" in table.stdout
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")

@@ -184,4 +184,4 @@ def test_a_warm_up_leaves_nothing_to_be_made(bundle: Bundle, observe: Callable[.
     forward.warm_up(observe(bundle.config.control), batch=6)
     assert forward._vision is not None
     assert sorted(forward._vision._made) == [1, 2, 4, 6]
-    assert forward._rows.cache_info().misses == 1
+    assert forward.rows.cache_info().misses == 1

@@ -63,5 +63,5 @@ def test_it_asks_for_a_version_compatible_engine(bundle: Bundle, lean: Distribut
         pytest.skip("another TensorRT comes first here")
     with pytest.raises(UserError) as error:
         Launcher(bundle, "trt", CUDA, engines=tmp_path).open("propose", "1")
-    assert "has no propose fp32 batch 1 (tensorrt). Build it: " in str(error.value)
+    assert "is exported in " in str(error.value)
     assert "--target tensorrt --version-compatible" in str(error.value)

@@ -195,6 +195,50 @@ def test_weights_outside_are_refused_by_us(place: str, nested: bool, tmp_path: P
         OrtSession(tmp_path / "in" / "graph.onnx", ADD, CPU, files=files)
 
 
+PLACES: dict[str, Callable[[onnx.ModelProto], onnx.TensorProto]] = {
+    "an initializer": lambda m: m.graph.initializer.add(),
+    "sparse values": lambda m: m.graph.sparse_initializer.add().values,
+    "sparse indices": lambda m: m.graph.sparse_initializer.add().indices,
+    "an attribute": lambda m: m.graph.node.add().attribute.add(f=1.5).t,
+    "a list": lambda m: m.graph.node.add().attribute.add().tensors.add(),
+    "a graph": lambda m: m.graph.node.add().attribute.add().g.initializer.add(),
+    "graphs": lambda m: m.graph.node.add().attribute.add().graphs.add().initializer.add(),
+    "a sparse attribute": lambda m: m.graph.node.add().attribute.add().sparse_tensor.values,
+    "sparse attributes": lambda m: m.graph.node.add().attribute.add().sparse_tensors.add().values,
+    "a function": lambda m: m.functions.add().node.add().attribute.add().t,
+    "a function's default": lambda m: m.functions.add().attribute_proto.add().t,
+    "training": lambda m: m.training_info.add().initialization.initializer.add(),
+    "a training step": lambda m: m.training_info.add().algorithm.initializer.add(),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_files_are_found_wherever_a_tensor_may_stand(place: str) -> None:
+    model = onnx.ModelProto(ir_version=10)
+    tensor = PLACES[place](model)
+    tensor.external_data.add(key="offset", value="3")
+    tensor.external_data.add(key="location", value="there")
+    fixed = b"\x09" + bytes([0x3A] * 8) + b"\x0d" + bytes([0x3A] * 4)  # fields of 8 and 4 bytes that nobody knows
+    assert locations(fixed + model.SerializeToString()) == {"there"}
+    assert locations(onnx.ModelProto(ir_version=10).SerializeToString()) == set()
+
+
+def test_what_is_no_graph_is_refused() -> None:
+    nested = onnx.GraphProto()
+    for _ in range(30):
+        outer = onnx.GraphProto()
+        outer.node.add().attribute.add().g.CopyFrom(nested)
+        nested = outer
+    deep = onnx.ModelProto(graph=nested).SerializeToString()
+    for content, said in ((deep, "too deeply"), (b"\x3a\x05ab", "ends early"), (b"\x3a", "ends early")):
+        with pytest.raises(ValueError, match=said):
+            locations(content)
+    with pytest.raises(ValueError, match="more than ten bytes"):
+        locations(b"\xff" * 20)
+    with pytest.raises(ValueError, match="of type 3"):
+        locations(b"\x3b")
+
+
 @given(data=st.data())
 def test_a_damaged_graph_names_its_files(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     external(folder := tmp_path_factory.getbasetemp(), "w", nested=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from layouts import Demo, write_libero, write_v21, write_v30
+from made_without import made_without
 from msgspec import structs
 from safetensors.torch import load_file
 
@@ -51,10 +52,7 @@ def refused(*arguments: object, code: int = 1) -> str:
 
 def without(bundle: Path, out: Path, *parts: str) -> Path:
     """A copy of the bundle that lacks some parts."""
-    shutil.copytree(bundle, out)
-    for part in parts:
-        (out / f"{part}.safetensors").unlink()
-    return out
+    return made_without(Path(shutil.copytree(bundle, out)), *parts)
 
 
 def acts(bundle: Path, observe: Callable[..., Observation]) -> None:
