@@ -15,7 +15,7 @@ setup: .venv/installed ## Make .venv with everything that demo and test need
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,ray,report,serve,train,dev]'
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,rtx,libero,openvla,ray,report,serve,train,dev]'
 	@touch $@
 
 demo: setup ## The shipped policy in LIBERO while something moves: both modes, a video and a report
