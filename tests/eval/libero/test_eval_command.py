@@ -32,7 +32,7 @@ def rsd_trt(*arguments: object) -> Result:
 def test_one_episode_in_each_mode(tiny_bundle: Path, tmp_path: Path) -> None:
     hidden = tmp_path / "hidden.safetensors"
     extra = {
-        "random": ("--accept-rate", tmp_path / "libero_spatial_rsd_results.json"),
+        "random": ("--accept-rate", "0.5"),
         "shadow": ("--record-hidden", hidden),
     }
     for mode in ("baseline", "rsd", "random", "shadow"):

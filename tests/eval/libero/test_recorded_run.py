@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from made_without import made_without
 
 from rsd_trt.cli import main
 from rsd_trt.eval.read import read_run
@@ -28,8 +29,7 @@ def evaluate(bundle: Path, out: Path, *options: str, trials: int = 3) -> subproc
 
 @pytest.mark.slow
 def test_the_journey_from_no_draft_to_one(tiny_bundle: Path, tmp_path: Path) -> None:
-    mine = shutil.copytree(tiny_bundle, tmp_path / "mine")
-    (mine / "draft.safetensors").unlink()
+    mine = made_without(Path(shutil.copytree(tiny_bundle, tmp_path / "mine")), "draft")
     folder = str(tmp_path / "recordings")
     record = ("--mode", "baseline", "--n-action-steps", "1", "--record", folder, "--record-size", "8")
     done = evaluate(mine, tmp_path, *record)
