@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ SAID = {
 def test_a_stream_that_is_not_there(redirection: str, tiny_bundle: Path) -> None:
     code, message = SAID[redirection]
     done = subprocess.run(
-        ["bash", "-c", f"rsd-trt info '{tiny_bundle}' {redirection}"], capture_output=True, text=True, timeout=300
+        ["bash", "-c", f"'{sys.executable}' -m rsd_trt info '{tiny_bundle}' {redirection}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (code, True, False), done.stderr
     assert len(done.stderr.strip().splitlines()) <= 1
