@@ -193,12 +193,14 @@ def test_the_network_is_watched(tmp_path: Path) -> None:
         without_network(tmp_path, "-c", code)
 
 
+@pytest.mark.slow
 def test_importing_loading_and_exporting_ask_for_no_network(tmp_path: Path, tiny_bundle: Path) -> None:
     done = without_network(tmp_path, "-c", SESSION, str(tiny_bundle), str(tmp_path / "engines"))
     assert done.returncode == 0, done.stderr
     assert "UNTRAINED" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_report_and_the_doctor_ask_for_no_network(tmp_path: Path, tiny_bundle: Path) -> None:
     recorded = Path(__file__).parents[1] / "docs" / "results" / "reference"
     files = [str(recorded / f"{name}.json.gz") for name in ("late_baseline_6", "late_rsd_first")]
@@ -220,6 +222,7 @@ def test_an_evaluation_asks_for_no_network(tmp_path: Path, tiny_bundle: Path) ->
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_the_simulator_asks_for_no_network(tmp_path: Path) -> None:
     code = (

@@ -227,7 +227,10 @@ def stop(arguments: list[str], ready: Callable[[], bool], code: str, how: signal
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.02)
         process.send_signal(how)
-        _, stderr = process.communicate(timeout=PATIENCE)
+        try:
+            _, stderr = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
     assert process.returncode == 1
     assert "Traceback" not in stderr
     return stderr

@@ -57,6 +57,7 @@ def test_bundle_configurations(bundle_copy: Path) -> None:
 EXTREMES = (0, -1, 2**20, 2**62, 1e-320, 1e308, -0.5)
 
 
+@pytest.mark.slow
 def test_every_number_of_a_configuration_at_its_extremes(bundle_copy: Path) -> None:
     file = bundle_copy / "config.json"
     valid = json.loads(file.read_text())

@@ -51,7 +51,8 @@ class StackedClassifiers(nn.Module):
     last_bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(F.linear(x, self.first_weight, self.first_bias)).view(len(x), self.layers, -1)  # [B, layers, hidden]
+        x = F.gelu(F.linear(x, self.first_weight, self.first_bias))
+        x = x.view(x.shape[0], self.layers, -1)  # [B, layers, hidden]; `len` would fix the batch of an export
         x = torch.addcmul(self.norm_bias, F.layer_norm(x, x.shape[-1:], eps=self.norm_eps), self.norm_weight)
         return torch.baddbmm(self.last_bias, x.transpose(0, 1), self.last_weight).transpose(0, 1)
 

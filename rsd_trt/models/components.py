@@ -143,7 +143,7 @@ class PredictActions(Exportable):
 def most_likely(logits: Tensor, dims: Dims) -> Tensor:
     """float32 logits [B, n, T*D, K] -> tokens [B, T, D, n]."""
     tokens = logits.argmax(-1)  # [B, n, T*D]
-    return tokens.view(len(logits), logits.shape[1], dims.T, dims.D).permute(0, 2, 3, 1)
+    return tokens.view(logits.shape[0], logits.shape[1], dims.T, dims.D).permute(0, 2, 3, 1)
 
 
 def all_finite(*tensors: Tensor) -> Tensor:

@@ -95,4 +95,4 @@ class DraftModel(Exportable):
     def forward(self, hidden: Tensor) -> Tensor:
         x = self.decoder(self.input_projection(hidden.to(self.input_projection.weight.dtype)))  # [B, width]
         logits = self.classification_heads(x).float()  # [B, C, T*D*K]
-        return logits.view(len(hidden), self.dims.C, self.dims.T * self.dims.D, self.dims.K)
+        return logits.view(hidden.shape[0], self.dims.C, self.dims.T * self.dims.D, self.dims.K)

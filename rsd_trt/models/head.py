@@ -44,7 +44,7 @@ class Head(Exportable):
     def classify(self, x: Tensor, classifiers: Classifiers) -> Tensor:
         """x [B, width], one classifier a layer -> logits [B, L, T*D, K]."""
         logits = classifiers(x).float()  # [B, L, T*D*K]
-        return logits.view(len(x), self.dims.L, self.dims.T * self.dims.D, self.dims.K)
+        return logits.view(x.shape[0], self.dims.L, self.dims.T * self.dims.D, self.dims.K)
 
     def cast(self, hidden: Tensor) -> Tensor:
         """The hidden state in the weights' precision."""
@@ -149,7 +149,7 @@ class ActionHead(Exportable):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        steps = hidden.reshape(len(hidden), self.dims.T, -1)  # [B, T, A*H]
+        steps = hidden.reshape(hidden.shape[0], self.dims.T, -1)  # [B, T, A*H]
         return self.model(steps.to(self.model.fc1.weight.dtype)).float()
 
 

@@ -176,7 +176,7 @@ class VisionDraft(Exportable):
     def classify(self, readout: Tensor) -> Tensor:
         """The readout [B, width] -> float32 logits [B, C, T*D, K]."""
         logits = self.classification_heads(readout).float()  # [B, C, T*D*K]
-        return logits.view(len(readout), self.dims.C, self.dims.T * self.dims.D, self.dims.K)
+        return logits.view(readout.shape[0], self.dims.C, self.dims.T * self.dims.D, self.dims.K)
 
 
 def resize_matrix(frame: int, side: int, rotate: bool, center_crop: float) -> Tensor:

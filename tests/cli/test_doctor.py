@@ -254,6 +254,7 @@ def test_a_frame_is_rendered() -> None:
         broken(doctor.rendering(), "mujoco", "rsd-trt[libero]")
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_libero_is_complete(monkeypatch: Patch, tmp_path: Path) -> None:
     line = doctor.libero()

@@ -340,6 +340,7 @@ def test_a_killed_export_leaves_the_old_artefacts_usable(quick: None, bundle_cop
     assert_whole(bundle_copy, tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_two_exports_at_once_do_not_disturb_each_other(bundle_copy: Path, tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         jobs = [pool.apply_async(compete, (bundle_copy, tmp_path)) for _ in range(2)]

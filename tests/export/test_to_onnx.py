@@ -74,6 +74,7 @@ def test_every_graph_is_standard_and_has_the_ports_of_its_signature(
         assert trace not in content, "the graph tells about the machine that made it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_precision_is_in_the_graph_and_argmax_reads_float32(

@@ -6,6 +6,7 @@ operators gives, and each tensor must come out with the dtype and shape that Ten
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -159,11 +160,22 @@ def _inferred(port: Any, value: Tensor) -> Tensor:
     return value
 
 
+def _constant(weights: Any) -> Tensor:
+    """A copy of a constant's values [size]. Those in bfloat16, which the bindings do not hand out (NumPy has no such
+    type), are read where `nvinfer1::Weights` (type, address, count) lies: behind the head of pybind11's object."""
+    if isinstance(weights, np.ndarray):
+        return torch.from_numpy(weights.copy())
+    fields = ctypes.c_void_p.from_address(id(weights) + 2 * ctypes.sizeof(ctypes.c_void_p)).value
+    assert fields is not None
+    address, count = (ctypes.c_int64.from_address(fields + offset).value for offset in (8, 16))
+    assert count == weights.size
+    return torch.frombuffer(bytearray(ctypes.string_at(address, weights.nbytes)), dtype=torch.bfloat16)
+
+
 def compute(kind: str, layer: Any, given: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """A layer's inputs -> its outputs."""
     if kind == "CONSTANT":
-        values = np.asarray(layer.weights)
-        return (torch.from_numpy(values.copy()).to(DTYPES[layer.get_output(0).dtype]).reshape(tuple(layer.shape)),)
+        return (_constant(layer.weights).to(DTYPES[layer.get_output(0).dtype]).reshape(tuple(layer.shape)),)
     x, rest = given[0], given[1:]
     assert x is not None
     if kind == "SHAPE":

@@ -115,6 +115,7 @@ def test_propose_is_its_parts(propose: Propose) -> None:
     assert finite.tolist() == [True, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 @pytest.mark.parametrize("state", [True, False])
 @torch.no_grad()

@@ -163,6 +163,7 @@ def test_it_is_exported_verified_and_timed(oft: Bundle, tmp_path: Path) -> None:
     assert profiled.exit_code == 0, profiled.output
 
 
+@pytest.mark.slow
 def test_the_backbone_is_verified_and_timed(oft: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle, "timm_tower", TimmDouble)
     backbone = run("verify-backbone", oft.path, "--backbone", "eager", "--device", "cpu", "-n", "32", "--json")

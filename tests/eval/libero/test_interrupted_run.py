@@ -100,7 +100,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_uninterrupted_one(
     assert json.loads((tmp_path / f"{NAME}_results.json").read_text())["throughput"] is None
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on(
     tiny_bundle: Path, tmp_path: Path, uninterrupted: list[object], how: signal.Signals
 ) -> None:
@@ -114,6 +114,7 @@ def test_a_stopped_run_says_how_to_go_on(
     assert outcomes(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_nothing_is_lost(
     tiny_bundle: Path, tmp_path: Path, uninterrupted: list[object]
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
     assert outcomes(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_second_run_of_the_same_files_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     with started(tiny_bundle, tmp_path, 1) as process:
         process.send_signal(signal.SIGSTOP)  # it must not end before the second one comes to the files

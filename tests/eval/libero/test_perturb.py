@@ -300,6 +300,7 @@ def test_harmless_a_distractor_slides_or_the_light_changes_and_the_target_stays(
     assert np.array_equal(simulator.observation().images[0], images[0])  # a reset brings the light back
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_frozen_cameras_repeat_one_frame_whatever_is_asked_for(simulator: Simulator) -> None:
     """With 1 and with 4 actions a query: the frame is the same, and the robot's state goes on."""
@@ -323,6 +324,7 @@ def test_frozen_cameras_repeat_one_frame_whatever_is_asked_for(simulator: Simula
     assert np.array_equal(*repeated)
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_the_same_for_every_policy_and_in_any_order(simulator: Simulator) -> None:
     """A policy of 1 and one of 8 actions a query, after other trials: the path and what is drawn are the same."""

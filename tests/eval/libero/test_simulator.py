@@ -135,6 +135,7 @@ def test_a_sampled_scene_is_that_of_a_newly_compiled_model() -> None:
         assert np.array_equal(simulator._env.get_sim_state(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_sampled_scenes_repeat_by_seed_and_are_no_trial() -> None:
     with closing(Simulator("libero_spatial", 4, SMALL)) as simulator:
@@ -159,6 +160,7 @@ def test_a_lost_gl_context_is_an_error_and_not_a_wrong_image() -> None:
             simulator.step(ACTION, render=True)
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 @pytest.mark.parametrize(
     ("environment", "message"),
