@@ -27,7 +27,12 @@ from rsd_trt.runtime.ort_session import OrtSession
 from rsd_trt.runtime.session import TorchSession
 
 CPU = torch.device("cpu")
-ELEMENTS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+ELEMENTS = {
+    "float32": TensorProto.FLOAT,
+    "uint8": TensorProto.UINT8,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+}
 WEIGHTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
