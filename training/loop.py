@@ -21,7 +21,6 @@ from rsd_trt.training import ranks
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-STOP = 1e4  # added to the progress by a process whose time is over
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class LoopSettings:
     average: float = 0.999  # decay of the weights' moving average
     log_every: float = 15.0  # s
     save_every: float = 60.0  # s
-    until: float = math.inf  # s since 1970 at which this process ends its part early; a resume goes on
 
 
 class Loop:
@@ -71,8 +69,6 @@ class Loop:
         )
         self.trained = trained
         self.step = 0
-        self._stopped = False
-        ranks.join(self.device)
         self._told: Tensor | None = None
         self._used = 0.0  # s, before this process
         self._started = time.perf_counter()
@@ -109,8 +105,6 @@ class Loop:
                 rate = (self.step - logged_step) * samples / (now - logged)
                 self.record(kind="train", samples_per_s=round(rate), lr=self._rate(), **losses)
                 logged, logged_step = now, self.step
-            if self._stopped:
-                break
             if now - saved > self.settings.save_every:
                 self.save()
                 saved = time.perf_counter()
@@ -122,14 +116,11 @@ class Loop:
             group["lr"] = self._rate()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        over = STOP if time.time() > self.settings.until else 0.0
         if ranks.world() > 1:
             gradients = [p.grad for p in self.trained if p.grad is not None]
-            told, self._told = self._told, ranks.average(gradients, self._own_progress() + over)
-            together = float(told) if told is not None else 0.0  # the last step's, so that the device is not waited for
-            over = STOP if together > STOP / 2 / ranks.world() else 0.0
-            self._shared = self._shared if over else together
-        self._stopped = over > 0
+            told, self._told = self._told, ranks.average(gradients, self._own_progress())
+            if told is not None:  # the last step's, so that the device is not waited for
+                self._shared = float(told)
         nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
         self.optimiser.step()
         self.step += 1
@@ -163,7 +154,6 @@ class Loop:
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
             "elapsed": self.elapsed,
-            "progress": self.progress,
         }
         write_state(self.run / f"{self.name}.pt", state)
 

@@ -2,7 +2,7 @@
 
 Scenes are drawn from training seeds, which `Simulator.sample` gives to LIBERO's own samplers: the suite's stored
 initial states are never read for them. Each episode becomes one file, which a later run with the same arguments does
-not collect again.
+not collect again. The files have the layout of LIBERO's own demonstrations, so that `rsd-trt distill` reads them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
+import h5py
 from msgspec import structs
 
 import rsd_trt
 from examples.reference_policy.demonstrate import Demonstration, demonstrate
-from rsd_trt.config import ControlConfig, Rotation, Size
+from rsd_trt.config import ControlConfig, Size
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.episode import Act, Assignment, Finished, serve
 from rsd_trt.eval.libero.simulator import Simulator
@@ -49,6 +49,9 @@ LAG = 20.0  # episodes
 TIMEOUT = 300.0  # s of a simulator's silence after which its process is replaced
 MAX_STEPS = 220  # the evaluation's: what takes longer is no example
 MANIFEST = "manifest.json"
+SUFFIX = ".hdf5"
+CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # as LIBERO's demonstrations call the bundle's
+STATE = {"ee_pos": slice(0, 3), "ee_ori": slice(3, 6), "gripper_states": slice(6, 8)}  # of the 8 numbers
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,7 @@ class Settings:
     every: int = 1  # record every n-th step
     policy: Path | None = None  # a bundle that acts before the expert does (DAgger)
     beta: float = 0.0  # how often the expert acts in its place
-    rotation: Rotation = "shortest"  # convention of the recorded state
     size: Size = "reference"  # of the bundle that the images are for
-
-    @property
-    def control(self) -> ControlConfig:
-        """What is rendered and recorded."""
-        return structs.replace(preset("reference", "reference").control, rotation=self.rotation)
 
     def seed(self, task: int, episode: int) -> int:
         """The training seed of an episode's scene."""
@@ -76,7 +73,12 @@ class Settings:
 
     def file(self, task: int, seed: int) -> Path:
         """An episode's file."""
-        return self.out / f"task{task}_seed{seed}.npz"
+        return self.out / f"task{task}_seed{seed}{SUFFIX}"
+
+
+def conventions() -> ControlConfig:
+    """How the policy is driven: what is rendered, and how the state is told."""
+    return structs.replace(preset("reference", "reference").control, rotation="robosuite")
 
 
 def plan(settings: Settings) -> list[Assignment]:
@@ -102,7 +104,7 @@ def collect(
     if not assignments:
         log.info("%s has everything already", settings.out)
     policy = _load_policy(settings.policy, workers, device) if settings.policy and assignments else None
-    build = partial(_simulator, control=settings.control, renderers=gpus or renderers())
+    build = partial(_simulator, control=conventions(), renderers=gpus or renderers())
     process = partial(serve, build=build, run=partial(record, settings=settings))
     running = run_episodes(policy, process, assignments, workers, workers, TIMEOUT, Meter(), LAG)
     with closing(running) as episodes:
@@ -125,7 +127,7 @@ def record(
     actor = act if settings.policy is not None else None
     found = demonstrate(
         simulator,
-        settings.control,
+        conventions(),
         seed,
         preset(settings.size, "reference").backbone.image_size,
         settings.every,
@@ -145,9 +147,9 @@ def write_manifest(settings: Settings, seconds: float) -> None:
     """Sums up all episodes in the folder, with the versions that made them."""
     tasks: dict[int, Counter[str]] = {}
     seeds: dict[str, dict[int, list[int]]] = {"succeeded": {}, "failed": {}}
-    for file in sorted(settings.out.glob("*.npz")):
-        with np.load(file) as arrays:
-            summary = json.loads(str(arrays["summary"]))
+    for file in sorted(settings.out.glob(f"*{SUFFIX}")):
+        with h5py.File(file, "r") as opened:
+            summary = json.loads(opened["data"].attrs["summary"])
         task = summary["task"]
         counts = {key: int(summary.get(key, 0)) for key in ("success", "displaced", "slid", "frames")}
         tasks.setdefault(task, Counter()).update({"attempts": 1, **counts})
@@ -169,30 +171,29 @@ def write_manifest(settings: Settings, seconds: float) -> None:
 
 
 def write_episode(file: Path, task: int, seed: int, instruction: str, found: Demonstration) -> None:
-    """Writes an episode as one uncompressed .npz; of one that failed, or has no frame, its summary alone.
+    """Writes an episode, or of one that failed, or has no frame, its summary alone.
 
-    images [F, cameras, size, size, 3] uint8; proprio [F, 8]; scene [F, 6]; row [F], the frame's action in `actions`;
-    end [F], behind the last of them; seed [F]; actions [S, A], the expert's at every step; task, instruction; summary,
-    JSON.
+    data               attributes problem_info (JSON with language_instruction) and summary (JSON)
+    data/demo_0        actions [F, 7], the expert's at the frames, and expert [S, 7], those of all steps
+    data/demo_0/obs    `CAMERAS` uint8 [F, size, size, 3], upright; `STATE` float32; scene [F, 6]; step [F]
     """
     frames = len(found.steps) if found.success else 0
-    steps = len(found.actions) if frames else 0
     summary = {"task": task, "seed": seed, "success": found.success, "displaced": found.displaced, "frames": frames}
     summary |= {"slid": found.slid}
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        images=found.images[:frames],
-        proprio=found.proprio[:frames],
-        scene=found.scene[:frames],
-        row=found.steps[:frames].astype(np.int64),
-        end=np.full(frames, steps),
-        seed=np.full(frames, seed),
-        actions=found.actions[:steps],
-        task=np.array(task),
-        instruction=np.array(instruction),
-        summary=np.array(json.dumps(summary)),
-    )
+    with h5py.File(buffer, "w") as opened:
+        data = opened.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+        data.attrs["summary"] = json.dumps(summary)
+        if frames:
+            demo = data.create_group("demo_0")
+            demo["actions"], demo["expert"] = found.actions[found.steps], found.actions
+            seen = demo.create_group("obs")
+            seen["scene"], seen["step"] = found.scene, found.steps
+            for i, camera in enumerate(CAMERAS):
+                seen[camera] = found.images[:, i]
+            for name, part in STATE.items():
+                seen[name] = found.proprio[:, part]
     write_atomically(file, buffer.getvalue())
 
 
@@ -244,12 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--policy", type=Path, help="a bundle that acts before the expert does (DAgger)")
     parser.add_argument("--beta", type=float, default=0.0, help="how often the expert acts in its place")
     parser.add_argument("--renderers", type=int, default=0, help="GPUs that render (default: all that can)")
-    parser.add_argument("--rotation", choices=("shortest", "robosuite"), default="shortest", help="of the state")
     parser.add_argument("--size", choices=("reference", "tiny"), default="reference", help="of the images")
     parser.add_argument("--device", default="auto", help="the policy's")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    names = ("out", "episodes", "tasks", "seed0", "every", "policy", "beta", "rotation", "size")
+    names = ("out", "episodes", "tasks", "seed0", "every", "policy", "beta", "size")
     settings = Settings(**{name: getattr(args, name) for name in names})
     try:
         collect(settings, args.workers, args.minutes, args.device, args.renderers)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from msgspec import structs
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from examples.reference_policy.collect import CAMERAS, STATE, SUFFIX
 from rsd_trt.config import ARM_DIMS, BundleConfig, Quantiles
 from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import BackboneInputs
@@ -23,8 +24,6 @@ from rsd_trt.training.augment import augment, augment_state
 log = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 20  # episodes: those whose seed it divides are never trained on
-READERS = 8  # threads
-ARRAYS = ("images", "proprio", "scene", "row", "end", "seed", "actions", "task", "instruction")
 NARROWEST = 1e-3  # between two quantiles, so that a dimension that never moves is not blown up
 
 SWITCH_WEIGHT = 2.0  # how much oftener frames before a gripper switch are drawn
@@ -51,53 +50,43 @@ class Demonstrations:
 
 
 def load_demonstrations(folder: Path, device: torch.device) -> Demonstrations:
-    """Reads every chunk below `folder` onto the device.
+    """Reads every episode below `folder` onto the device.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none that ended well.
     """
-    files = sorted(folder.rglob("*.npz"))
-    if not files:
-        raise UserError(f"{folder} has no demonstrations. Collect some: python -m examples.reference_policy.collect")
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("images", "proprio", "scene", "row", "end", "actions")}
-    tasks, seeds, instructions, offset = [], [], {}, 0
-    with ThreadPoolExecutor(READERS) as pool:
-        for arrays in pool.map(_read, files):
-            if not len(arrays["row"]):  # no episode of this chunk ended well
+    found: dict[str, list[Tensor]] = {}
+    instructions: dict[int, str] = {}
+    offset = 0
+    for file in sorted(folder.rglob(f"*{SUFFIX}")):
+        with h5py.File(file, "r") as opened:
+            data = opened["data"]
+            summary = json.loads(data.attrs["summary"])
+            if not summary["frames"]:
                 continue
-            for name, tensors in parts.items():
-                tensor = torch.from_numpy(arrays[name]).to(device)
-                tensors.append(tensor + offset if name in ("row", "end") else tensor)
-            offset += len(arrays["actions"])
-            task = int(arrays["task"])
-            tasks.append(torch.full((len(arrays["row"]),), task, device=device))
-            seeds.append(torch.from_numpy(arrays["seed"]).to(device))
-            instructions[task] = str(arrays["instruction"])
-    log.info("%d files, %d frames of %d tasks", len(files), sum(map(len, seeds)), len(instructions))
+            seen, actions = data["demo_0/obs"], data["demo_0/expert"][:]
+            row = torch.from_numpy(seen["step"][:]).long() + offset
+            offset += len(actions)
+            arrays = {
+                "images": torch.from_numpy(np.stack([seen[camera][:] for camera in CAMERAS], axis=1)),
+                "proprio": torch.from_numpy(np.concatenate([seen[name][:] for name in STATE], axis=1)),
+                "scene": torch.from_numpy(seen["scene"][:]),
+                "row": row,
+                "end": torch.full_like(row, offset),
+                "task": torch.full_like(row, summary["task"]),
+                "held_out": torch.full_like(row, summary["seed"] % HELD_OUT_EVERY == 0).bool(),
+                "actions": torch.from_numpy(actions),
+            }
+            for name, tensor in arrays.items():
+                found.setdefault(name, []).append(tensor.to(device))
+            instructions[summary["task"]] = json.loads(data.attrs["problem_info"])["language_instruction"]
+    if not found:
+        raise UserError(f"{folder} has no demonstrations. Collect some: python -m examples.reference_policy.collect")
+    log.info("%d episodes, %d tasks", len(found["row"]), len(instructions))
     return Demonstrations(
-        **{name: torch.cat(tensors) for name, tensors in parts.items()},
-        task=torch.cat(tasks),
-        held_out=torch.cat(seeds) % HELD_OUT_EVERY == 0,
+        **{name: torch.cat(tensors) for name, tensors in found.items()},
         instructions=tuple(instructions.get(task, "") for task in range(max(instructions) + 1)),
     )
-
-
-def load_actions(folder: Path) -> Tensor:
-    """[S, A], all expert actions below `folder`, without the images."""
-    files = sorted(folder.rglob("*.npz"))
-    if not files:
-        raise UserError(f"{folder} has no demonstrations. Collect some: python -m examples.reference_policy.collect")
-    found = []
-    for file in files:
-        with np.load(file) as arrays:
-            if len(arrays["actions"]):
-                found.append(torch.from_numpy(arrays["actions"]))
-    return torch.cat(found)
-
-
-def _read(file: Path) -> dict[str, NDArray[np.generic]]:
-    with np.load(file) as arrays:
-        return {name: arrays[name] for name in ARRAYS}
 
 
 def quantiles(numbers: Tensor) -> Quantiles:

@@ -1,4 +1,4 @@
-"""Backbone, head and draft: trained together first, then the draft alone on the head's own tokens."""
+"""Backbone and main head, trained together on the expert's chunks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from examples.reference_policy.data import Batches
 from examples.reference_policy.demonstrate import SCENE_DIM
 from examples.reference_policy.measure import measure
-from rsd_trt.config import BundleConfig, HiddenDraftConfig
+from rsd_trt.config import BundleConfig
 from rsd_trt.models.backbone import Backbone, BackboneInputs
 from rsd_trt.models.codec import Codec
-from rsd_trt.models.draft import DraftModel
 from rsd_trt.models.head import build_head
 from rsd_trt.training import ranks
 from rsd_trt.training.fit import autocast
 from rsd_trt.training.loop import Loop, LoopSettings
-from rsd_trt.training.targets import corrected_targets, decode_z, layer_losses, total_loss
+from rsd_trt.training.targets import corrected_targets, layer_losses, total_loss
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,6 @@ class PolicySettings:
     """What the training minimises, and how."""
 
     batch: int = 512
-    draft_weight: float = 0.3  # of the draft's loss
     scene_weight: float = 0.3  # of the auxiliary loss
     measure_every: float = 90.0  # s between two measurements on held-out frames
     measured: int = 2048  # held-out frames, at the most, of those measurements
@@ -43,16 +41,7 @@ class PolicySettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What one pass gives."""
-
-    hidden: Tensor  # [B, H]
-    draft: Tensor  # [B, C, T*D, K]
-    head: Tensor  # [B, L, T*D, K]
-
-
-class RsdModel(nn.Module):
+class MainModel(nn.Module):
     """The parts that are trained, and the auxiliary outputs that only the training uses.
 
     `scene` tells, from the hidden state, where bowl and plate are relative to the grip site: it gives the vision
@@ -63,17 +52,15 @@ class RsdModel(nn.Module):
         super().__init__()
         self.backbone = Backbone(config.backbone)
         self.head = build_head(config.head, config.dims, config.hidden)
-        assert isinstance(config.draft, HiddenDraftConfig), "a draft with eyes of its own is trained after this"
-        self.draft = DraftModel(config.draft, config.dims, config.hidden)
         self.scene = nn.Linear(config.hidden, SCENE_DIM)
         with torch.no_grad():
             self.backbone.llama.embed_tokens.weight.mul_(EMBEDDING_SCALE)
 
-    def forward(self, inputs: BackboneInputs) -> Outputs:
+    def forward(self, inputs: BackboneInputs) -> tuple[Tensor, Tensor]:
+        """The hidden state [B, H], and the head's logits [B, L, T*D, K]."""
         hidden = self.backbone(inputs)
         with torch.autocast(hidden.device.type, enabled=False):  # the targets depend on an exact argmax
-            draft, head = self.draft(hidden.float()), self.head(hidden.float())
-        return Outputs(hidden, draft, head)
+            return hidden, self.head(hidden.float())
 
     def compile_blocks(self, enabled: bool = True) -> None:
         """Compiles each kind of block once: about as fast as compiling the whole, and done in a fraction of the
@@ -86,17 +73,17 @@ class RsdModel(nn.Module):
                 block._compiled_call_impl = None
 
 
-def build_model(config: BundleConfig, device: torch.device, seed: int) -> RsdModel:
+def build_model(config: BundleConfig, device: torch.device, seed: int) -> MainModel:
     """A model with seeded random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return RsdModel(config).to(device)
+        return MainModel(config).to(device)
 
 
 def fit_policy(
     config: BundleConfig, codec: Codec, batches: Batches, run: Path, settings: PolicySettings, limits: LoopSettings
-) -> RsdModel:
-    """Trains backbone, head and draft together -> the averaged weights."""
+) -> MainModel:
+    """Trains both -> the averaged weights."""
     device = batches.data.images.device
     model = build_model(config, device, settings.seed)
     loop = Loop("policy", run, model, limits)
@@ -111,65 +98,31 @@ def fit_policy(
         with torch.no_grad():
             z = codec.encoder(actions)
         with autocast(device):
-            out = model(inputs)
-            found = model.scene(out.hidden)
-        head = layer_losses(out.head, corrected_targets(z, out.head, table), config.dims.T)
-        draft = layer_losses(out.draft, corrected_targets(z, out.draft, table), config.dims.T)
-        truth = batches.data.scene[index] / SCENE_UNIT
-        scene = nn.functional.smooth_l1_loss(found.float(), truth)
-        loss = total_loss(head) + settings.draft_weight * total_loss(draft) + settings.scene_weight * scene
-        parts = {f"head_ce{i}": value for i, value in enumerate(head)}
-        parts |= {f"draft_ce{i}": value for i, value in enumerate(draft)}
+            hidden, logits = model(inputs)
+            found = model.scene(hidden)
+        losses = layer_losses(logits, corrected_targets(z, logits, table), config.dims.T)
+        scene = nn.functional.smooth_l1_loss(found.float(), batches.data.scene[index] / SCENE_UNIT)
+        loss = total_loss(losses) + settings.scene_weight * scene
+        parts = {f"ce{i}": value for i, value in enumerate(losses)}
         loop.update(loss, {"loss": loss, "scene": scene, **parts})
         if loop.elapsed - measured > settings.measure_every and not ranks.rank():
-            assert isinstance(loop.average, RsdModel)
+            assert isinstance(loop.average, MainModel)
             report = measure(loop.average, codec, config, batches, settings.measured, settings.batch)
             loop.record(kind="held_out", **report)
-            log.info(
-                "held out: %s", {key: report.get(key) for key in ("head_first_error", "head_gripper", "agreement")}
-            )
+            log.info("held out: %s", {key: report.get(key) for key in ("first_error", "gripper")})
             measured = loop.elapsed
-    assert isinstance(loop.average, RsdModel)
+    assert isinstance(loop.average, MainModel)
     return loop.average
 
 
-def _compile(model: RsdModel, inputs: BackboneInputs, device: torch.device) -> None:
+def _compile(model: MainModel, inputs: BackboneInputs, device: torch.device) -> None:
     """Compiles the blocks by a first pass; where that does not work, says so and leaves them as they were."""
     log.info("compiling the blocks; without: --no-compile")
     model.compile_blocks()
     try:
         with autocast(device):
-            model(inputs).hidden.float().sum().backward()
+            model(inputs)[0].float().sum().backward()
     except Exception:  # whatever the compiler, its back end or the driver raises
         log.exception("the blocks cannot be compiled here: training goes on without, at about half the speed")
         model.compile_blocks(enabled=False)
     model.zero_grad(set_to_none=True)
-
-
-def fit_draft(
-    config: BundleConfig,
-    codec: Codec,
-    batches: Batches,
-    model: RsdModel,
-    run: Path,
-    settings: PolicySettings,
-    limits: LoopSettings,
-) -> RsdModel:
-    """Trains the draft alone, on what the head really says, and puts its averaged weights into `model`."""
-    device = batches.data.images.device
-    loop = Loop("draft", run, model.draft.requires_grad_(True).train(), limits)
-    table = codec.rfsq.table()
-    dims = (config.dims.T, config.dims.D)
-    for _ in loop.steps(settings.batch):
-        inputs = batches.inputs(batches.draw(settings.batch), settings.augmented)
-        with torch.no_grad(), autocast(device):
-            hidden = model.backbone(inputs).float()
-        with torch.no_grad():
-            z = decode_z(model.head(hidden).argmax(-1), table, dims)
-        logits = model.draft(hidden)
-        losses = layer_losses(logits, corrected_targets(z, logits, table), config.dims.T)
-        loss = total_loss(losses)
-        loop.update(loss, {"loss": loss} | {f"draft_ce{i}": value for i, value in enumerate(losses)})
-    model.draft.load_state_dict(loop.average.state_dict())
-    model.draft.requires_grad_(False).eval()
-    return model

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -75,8 +76,8 @@ def test_a_failed_episode_is_no_example(tmp_path: Path, demonstration: Callable[
     for episode, success in enumerate((False, True)):
         found = dataclasses.replace(demonstration(6, 1), success=success)
         write_episode(settings.file(0, episode), 0, episode, "", found)
-    with np.load(settings.file(0, 0)) as failed:
-        assert {len(failed[name]) for name in ("images", "proprio", "row", "actions")} == {0}
+    with h5py.File(settings.file(0, 0), "r") as failed:
+        assert list(failed["data"]) == []
     data = load_demonstrations(tmp_path, torch.device("cpu"))
     assert (len(data.row), len(data.actions)) == (3, 6)
     write_manifest(settings, 1.0)
@@ -93,14 +94,19 @@ def test_a_failed_episode_is_no_example(tmp_path: Path, demonstration: Callable[
     assert {"rsd-trt", "python", "mujoco"} <= manifest["versions"].keys()
 
 
-def test_rows_point_at_the_frames_actions(tmp_path: Path, demonstration: Callable[..., Demonstration]) -> None:
-    found = demonstration(9, 6)
-    write_episode(tmp_path / "episode.npz", 2, 6, "pick up the bowl", found)
-    with np.load(tmp_path / "episode.npz") as arrays:
-        assert arrays["row"].tolist() == [1, 3, 5, 7]
-        assert arrays["end"].tolist() == [9] * 4
-        assert arrays["seed"].tolist() == [6] * 4
-        assert np.array_equal(arrays["actions"], found.actions)
+def test_frames_come_back_with_the_actions_of_all_steps(
+    tmp_path: Path, demonstration: Callable[..., Demonstration]
+) -> None:
+    both = [demonstration(9, 6), demonstration(5, 7)]
+    for i, found in enumerate(both):
+        write_episode(tmp_path / f"{i}.hdf5", 2, 6 + i, "pick up the bowl", found)
+    data = load_demonstrations(tmp_path, torch.device("cpu"))
+    assert data.row.tolist() == [1, 3, 5, 7, 10, 12]
+    assert data.end.tolist() == [9] * 4 + [14] * 2
+    assert data.task.tolist() == [2] * 6 and data.instructions == ("", "", "pick up the bowl")
+    assert np.array_equal(data.actions, np.concatenate([found.actions for found in both]))
+    assert np.array_equal(data.images, np.concatenate([found.images for found in both]))
+    assert np.array_equal(data.proprio, np.concatenate([found.proprio for found in both]))
 
 
 @pytest.mark.libero
@@ -133,6 +139,6 @@ def test_demonstrations_are_collected_with_a_policy_and_without(tmp_path: Path, 
     main(["--out", str(tmp_path / "both"), *common, "--policy", str(tiny_bundle)])
     manifest = json.loads((tmp_path / "both" / MANIFEST).read_text())
     assert manifest["tasks"]["2"]["attempts"] == 1
-    before = (tmp_path / "alone" / "task2_seed1200000.npz").stat().st_mtime_ns
+    before = (tmp_path / "alone" / "task2_seed1200000.hdf5").stat().st_mtime_ns
     main(["--out", str(tmp_path / "alone"), *common])
-    assert (tmp_path / "alone" / "task2_seed1200000.npz").stat().st_mtime_ns == before
+    assert (tmp_path / "alone" / "task2_seed1200000.hdf5").stat().st_mtime_ns == before

@@ -1,19 +1,25 @@
-"""Training on made-up demonstrations: alignment, 20 steps, a resume, and the policy that comes out."""
+"""The reference policy from made-up demonstrations: backbone and head, a resume, and the draft that is distilled."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from examples.reference_policy import train
 from examples.reference_policy.data import HELD_OUT_EVERY, Batches, load_demonstrations
 from examples.reference_policy.demonstrate import model_images
 from examples.reference_policy.fit_policy import build_model
 from rsd_trt.bundle import Bundle
+from rsd_trt.cli import main
 from rsd_trt.models.components import most_likely
 from rsd_trt.presets import byte_tokenizer, preset
 from rsd_trt.runtime.observation import Observation
@@ -22,6 +28,7 @@ from rsd_trt.training.loop import METRICS, read_trained
 
 CPU = torch.device("cpu")
 CONFIG = preset("tiny", "tiny")
+SMALL = ("--size", "tiny", "--device", "cpu", "--batch", "16", "--no-compile")
 
 
 def test_chunks_follow_the_episode_and_repeat_its_last_action(demonstrations: Path) -> None:
@@ -60,30 +67,49 @@ def test_tasks_are_told_apart_by_their_prompts(demonstrations: Path) -> None:
 def run(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 20 steps, which was interrupted after 10."""
     folder = tmp_path_factory.mktemp("run")
-    common = ["--data", str(demonstrations), "--run", str(folder), "--bundle", str(folder / "bundle")]
-    common += ["--size", "tiny", "--device", "cpu", "--batch", "16", "--draft-steps", "5"]
-    train.main(["policy", *common, "--steps", "10"])
+    common = ["--data", str(demonstrations), "--work", str(folder), *SMALL]
+    train.main([*common, "--steps", "10", "--bundle", str(folder / "early")])
     assert read_trained(folder, "policy").step == 10
-    train.main(["all", *common, "--steps", "20", "--warm-up", "5"])
+    train.main([*common, "--steps", "20", "--warm-up", "5", "--bundle", str(folder / "bundle")])
     return folder
 
 
 def test_a_resumed_run_learns_and_says_so(run: Path) -> None:
     assert read_trained(run, "policy").step == 20
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    losses = [line["loss"] for line in lines if line["stage"] == "policy" and line["kind"] == "train"]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert losses[-1] < losses[0]
     report = json.loads((run / "training.json").read_text())
-    assert len(report["held_out"]["head_ce"]) == CONFIG.dims.L
-    assert len(report["held_out"]["draft_error"]) == CONFIG.dims.C
+    assert len(report["held_out"]["ce"]) == len(report["held_out"]["error"]) == CONFIG.dims.L
+
+
+def test_its_draft_is_distilled_from_the_same_demonstrations(run: Path, demonstrations: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    arguments = ["distill", run / "bundle", demonstrations, "-o", made, "--turn", "--live", "--steps", 2, "--batch", 8]
+    done = CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu", "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["episodes"], report["steps"], report["new_codec"]) == (6, 2, False)
+    assert Bundle.open(made).components == ("draft", "head", "decoder", "propose", "predict")
+
+
+@pytest.mark.slow
+def test_several_processes_go_on_together(run: Path, demonstrations: Path, tmp_path: Path) -> None:
+    work = shutil.copytree(run, tmp_path / "work", ignore=shutil.ignore_patterns("bundle", "early"))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = ["-m", "examples.reference_policy.train", "--data", demonstrations, "--work", work, *SMALL]
+    command = [*start, *program, "--steps", "22", "--bundle", work / "bundle"]
+    subprocess.run([str(x) for x in command], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=240)
+    assert read_trained(work, "policy").step == 22
+    assert Bundle.open(work / "bundle").config.trained
 
 
 def test_the_policy_says_what_the_training_saw(run: Path, demonstrations: Path) -> None:
     """Rotation, resizing, normalisation and prompt are the same on both ways."""
     bundle = Bundle.open(run / "bundle")
-    assert bundle.config.trained
+    assert bundle.config.trained and not bundle.has("draft")
     model = build_model(bundle.config, CPU, 0).eval()
-    for part in ("backbone", "head", "draft"):
+    for part in ("backbone", "head"):
         getattr(model, part).load_state_dict(getattr(bundle, part)().state_dict())
     random = np.random.default_rng(0)
     control, size = bundle.config.control, bundle.config.backbone.image_size
@@ -98,5 +124,5 @@ def test_the_policy_says_what_the_training_saw(run: Path, demonstrations: Path) 
     data.proprio[-1] = torch.from_numpy(proprio)
     batches = Batches(data, bundle.config, bundle.tokenizer(), 0)
     with torch.no_grad():
-        out = model(batches.inputs(torch.tensor([len(data.row) - 1]), augmented=False))
-    assert np.array_equal(tokens, most_likely(out.head, bundle.config.dims)[0].numpy())
+        logits = model(batches.inputs(torch.tensor([len(data.row) - 1]), augmented=False))[1]
+    assert np.array_equal(tokens, most_likely(logits, bundle.config.dims)[0].numpy())

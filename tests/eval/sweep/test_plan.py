@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from rsd_trt.config import DEFAULT_BUNDLE
 from rsd_trt.errors import UserError
 from rsd_trt.eval.sweep.plan import Declared, read_sweep
 
-FRONTIER = Path(__file__).parents[3] / "examples" / "reference_policy" / "frontier.toml"
+ROOT = Path(__file__).parents[3]
+FRONTIER = ROOT / "examples" / "reference_policy" / "frontier.toml"
 BOTH = ("open loop, n = 1", "open loop of no higher cost")
 
 
@@ -52,18 +55,31 @@ def test_options_take_the_place_of_the_files_and_tables_add_to_what_stands_above
     assert {run.request.trials for run in read_sweep(path, {"trials": 2}, tmp_path, 4).runs} == {2}
 
 
-def test_the_frontier_of_the_reference_policy() -> None:
+def test_the_frontier_of_the_reference_policy_is_what_was_published() -> None:
+    """Every published run is one of the sweep's, and the other way round."""
     sweep = read_sweep(FRONTIER, {}, Path("out"), 16)
-    late = "_late-7-0.02-0.05"
-    horizons = [f"baseline_n{n}" for n in (1, 2, 3, 4, 6, 8, 12, 16)]
-    calm = [*horizons, "rsd", "random"]
-    assert sorted(run.name for run in sweep.runs) == sorted([*calm, *(name + late for name in calm)])
-    assert {run.name: run.matched for run in sweep.runs if run.matched} == {
-        "random": "rsd",
-        f"random{late}": f"rsd{late}",
+    published = set()
+    for file in (ROOT / "docs" / "results" / "reference").glob("*.json.gz"):
+        words = json.loads(gzip.decompress(file.read_bytes()))["command"].split()[2:]
+        told = dict(zip(words[::2], words[1::2], strict=True))
+        rule = told.get("--rule", "likelihood" if told["--mode"] == "rsd" else None)  # the bundle's own, then
+        numbers = [told.get(f"--{name}") for name in ("n-action-steps", "accept-rate", "trials")]
+        published.add((told["--mode"], rule, *numbers, told.get("--perturb"), told.get("--tasks")))
+    declared = {
+        (
+            (asked := run.request).mode,
+            asked.rule,
+            *(None if value is None else str(value) for value in (asked.n_action_steps, asked.accept_rate)),
+            str(asked.trials),
+            None if asked.perturb is None else str(asked.perturb),
+            None if asked.tasks is None else "0-4,6-9",
+        )
+        for run in sweep.runs
     }
+    assert declared == published and len(sweep.runs) == 15
     assert all(run.request.bundle == DEFAULT_BUNDLE for run in sweep.runs)
-    assert set(sweep.comparisons) == {Declared(f"rsd{end}", rival) for end in ("", late) for rival in BOTH}
+    tested = [run.name for run in sweep.runs if run.request.mode == "rsd" and "harmless" not in run.name]
+    assert set(sweep.comparisons) == {Declared(name, rival) for name in tested for rival in BOTH}
 
 
 def test_comparisons_are_those_of_every_rsd_run_unless_they_are_named(tmp_path: Path) -> None:
