@@ -243,6 +243,11 @@ class Checks:
         return cls(counts["accepted"], counts["partial"], counts["rejected"])
 
     @property
+    def tested(self) -> int:
+        """How many there were."""
+        return self.accepted + self.partial + self.rejected
+
+    @property
     def acceptance_rate(self) -> float | None:
         """The rate of the random-acceptance control that accepts as often: in part is accepted, too. None without a
         check."""
@@ -257,8 +262,7 @@ class Checks:
         }
 
     def _share(self, count: int) -> float | None:
-        total = self.accepted + self.partial + self.rejected
-        return count / total if total else None
+        return count / self.tested if self.tested else None
 
 
 def _in_tolerances(difference: Actions, tolerance: Actions) -> float:

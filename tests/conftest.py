@@ -22,7 +22,8 @@ from torch import nn
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, Precision
 from rsd_trt.presets import initialise
-from rsd_trt.recordings import Facts, Recorder
+from rsd_trt.recorder import Recorder
+from rsd_trt.recordings import Facts
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 

@@ -19,7 +19,7 @@ LAYERS = (
     {"__init__", "errors", "config", "files", "isolated", "records", "host", "load", "suites"},
     {"models"},
     {"prompts", "weights"},
-    {"bundle", "trt", "manifest", "recordings"},
+    {"bundle", "trt", "manifest", "recordings", "recorder"},
     {"presets"},
     {"importers", "export", "runtime"},
     {"eval"},
@@ -34,7 +34,8 @@ EVAL_APART = {"libero", "profile"}
 NEVER_AT_THE_TOP = {"tensorrt", "tensorrt_lean", "tensorrt_rtx", "onnx", "onnxruntime"}
 NEVER_AT_THE_TOP |= {"libero", "timm", "transformers", "ray"}
 WITHOUT_TORCH = {"__init__", "bundle", "cli", "config", "errors", "files", "trt", "host"}
-WITHOUT_TORCH |= {"isolated", "load", "records", "recordings", "manifest", "presets", "prompts", "suites", "weights"}
+WITHOUT_TORCH |= {"isolated", "load", "records", "recordings", "recorder"}
+WITHOUT_TORCH |= {"manifest", "presets", "prompts", "suites", "weights"}
 
 
 def python_files() -> Iterator[Path]:

@@ -15,10 +15,10 @@ from msgspec import structs
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from rsd_trt import recordings
 from rsd_trt.bundle import Bundle, copy_with
 from rsd_trt.errors import UserError
-from rsd_trt.recordings import EpisodeFacts, Facts, Recorder, Recordings
+from rsd_trt.recorder import Recorder
+from rsd_trt.recordings import EpisodeFacts, Facts, Recordings
 from rsd_trt.records import to_text
 
 SIZE = 16
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_nothing_half_written(facts: Facts, tmp_path: Path, m
     recorder = recorded(tmp_path, facts)
     episode = recorder.episode()
     episode.add(**query(facts, 0))
-    monkeypatch.setattr(recordings, "write_atomically", full)
+    monkeypatch.setattr("rsd_trt.recorder.write_atomically", full)
     with pytest.raises(UserError, match=r"b\.safetensors cannot be written: No space left on device"):
         episode.save("b")
     assert [episode.name for episode in Recordings(tmp_path).episodes] == ["a"]

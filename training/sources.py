@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -188,6 +188,18 @@ def in_convention(state: NDArray[np.float32], bundle: Bundle) -> NDArray[np.floa
 def in_parts(count: int) -> Iterator[slice]:
     """0..count in slices of at most `PART`."""
     return (slice(first, min(first + PART, count)) for first in range(0, count, PART))
+
+
+def one_size(where: Path, sides: Iterable[int]) -> int:
+    """The side of all frames.
+
+    Raises:
+        UserError: there is more than one.
+    """
+    first, *others = sorted(set(sides))
+    if others:
+        raise UserError(f"{where}: frames of {' and '.join(map(str, [first, *others]))} pixels side by side")
+    return first
 
 
 def check_frames(where: str, shape: Sequence[int], dtype: object) -> int:

@@ -29,7 +29,7 @@ from rsd_trt.errors import UserError, out_of_memory, reason
 from rsd_trt.eval.libero.episode import Answer, Asking, Assignment, Broken, Finished
 from rsd_trt.eval.libero.worker import CLOSING_SECONDS, Worker
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
-from rsd_trt.recordings import Recorder
+from rsd_trt.recorder import Recorder
 from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.observation import Observation
 

@@ -31,7 +31,8 @@ from rsd_trt.eval.summary import summarise
 from rsd_trt.files import locked, write_atomically
 from rsd_trt.host import GpuMeter
 from rsd_trt.load import LoadMeter
-from rsd_trt.recordings import Facts, Recorder
+from rsd_trt.recorder import Recorder
+from rsd_trt.recordings import Facts
 from rsd_trt.records import to_text, write_record
 from rsd_trt.runtime.policy import Policy
 

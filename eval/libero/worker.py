@@ -16,7 +16,7 @@ import numpy as np
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.episode import Asking, Assignment, Broken, Finished
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord
-from rsd_trt.recordings import EpisodeRecorder, Recorder
+from rsd_trt.recorder import EpisodeRecorder, Recorder
 from rsd_trt.runtime.chunk import Query
 
 log = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from rsd_trt.config import ACTION_NAMES, ARM_DIMS, Quantiles
 from rsd_trt.eval.results import HISTOGRAM_BINS, Episode, QueryRecord, Results
 from rsd_trt.eval.statistics import Interval
 from rsd_trt.runtime.chunk import Gap
+from rsd_trt.runtime.speculate import Checks, Route
 
 PHASES = 10  # deciles of an episode's steps
 PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -41,19 +42,6 @@ RANGES = (
     f"less than {NARROW:.0%} of the training data's; biased: the mean is {BIASED:.0%} of that range off its middle"
 )
 GripperVerdict = Literal["ok", "odd: hardly ever closes", "odd: chatters", "not measured"]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The queries of one decile of the episodes' steps that tested a chunk."""
-
-    accepted: int = 0
-    partial: int = 0
-    rejected: int = 0
-
-    @property
-    def tested(self) -> int:
-        return self.accepted + self.partial + self.rejected
 
 
 @dataclass(frozen=True)
@@ -123,7 +111,7 @@ class Gripper:
 class Breakdown:
     """All that is told of a run beside its figures. Empty: nothing of the kind was recorded."""
 
-    phases: tuple[Phase, ...]
+    phases: Annotated[tuple[Checks, ...], "by decile of the episodes' steps"]
     routes: tuple[RouteTime, ...]
     by_dimension: Annotated[Agreement | None, "shadow mode: shares of the steps"]
     by_step: Annotated[Agreement | None, "shadow mode: shares of the queries in which every dimension agrees"]
@@ -168,14 +156,13 @@ def group(query: QueryRecord) -> Group:
     return "full query"
 
 
-def phases(episodes: Sequence[Episode]) -> tuple[Phase, ...]:
+def phases(episodes: Sequence[Episode]) -> tuple[Checks, ...]:
     """Acceptance over the episode: a query at step s of an episode of n steps is of decile floor(10 s / n)."""
-    counts: list[dict[str, int]] = [defaultdict(int) for _ in range(PHASES)]
+    routes: list[list[Route]] = [[] for _ in range(PHASES)]
     for episode in episodes:
         for query in episode.queries:
-            if (kind := group(query)) != "full query":
-                counts[min(PHASES - 1, PHASES * query.step // max(1, episode.steps))][kind] += 1
-    return tuple(Phase(**count) for count in counts)
+            routes[min(PHASES - 1, PHASES * query.step // max(1, episode.steps))].append(query.route)
+    return tuple(map(Checks.of, routes))
 
 
 def route_times(queries: Sequence[QueryRecord]) -> tuple[RouteTime, ...]:

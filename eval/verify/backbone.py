@@ -56,7 +56,7 @@ class BackboneRequest:
     """The ways of running the backbone that are compared: every kind in every precision."""
 
     backbones: tuple[BackboneKind, ...]
-    precisions: tuple[BackbonePrecision, ...]
+    backbone_precisions: tuple[BackbonePrecision, ...]
     device: torch.device
 
 
@@ -77,7 +77,7 @@ def verify_backbone(bundle: Bundle, request: BackboneRequest, observations: Sequ
     From the reference in bfloat16 it may be thrice as far, since what two independent roundings lose adds up.
     """
     config, device = bundle.config, request.device
-    precisions = {computed_in(config.backbone, p): p for p in request.precisions}  # the same twice is run once
+    precisions = {computed_in(config.backbone, p): p for p in request.backbone_precisions}  # the same twice is run once
     with exact_float32():
         yield from preprocessing(bundle, device, observations)
         references: dict[Precision, tuple[str, Answers]] = {}

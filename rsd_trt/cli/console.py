@@ -117,6 +117,21 @@ backbone_precision_option = click.option(
     show_default=True,
     help="bundle: what its weights are stored in; fp8: E4M3 in the MLPs of the Llama blocks.",
 )
+backbones_option = click.option(
+    "--backbone",
+    "backbones",
+    type=Several(BACKBONES),
+    default=(),
+    help=f"Of {', '.join(BACKBONES)}. [default: all that may run here]",
+)
+backbone_precisions_option = click.option(
+    "--backbone-precision",
+    "backbone_precisions",
+    type=Several(BACKBONE_PRECISIONS),
+    default="bundle",
+    show_default=True,
+    help=f"Of {', '.join(BACKBONE_PRECISIONS)}.",
+)
 engines_option = click.option(
     "--engines", type=click.Path(path_type=Path), default=DEFAULT_ENGINES, show_default=True, help="Folder of exports."
 )
@@ -145,7 +160,8 @@ class Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if self.progress.live.is_started:  # else it prints an empty line
+            self.progress.stop()
 
 
 BarT = TypeVar("BarT", bound=Bar)

@@ -13,6 +13,8 @@ from rsd_trt.cli.console import (
     Sizes,
     backbone_option,
     backbone_precision_option,
+    backbone_precisions_option,
+    backbones_option,
     bundle_argument,
     check_measured,
     command_line,
@@ -25,7 +27,7 @@ from rsd_trt.cli.console import (
     precision_option,
     show,
 )
-from rsd_trt.config import BACKBONE_PRECISIONS, BACKBONES, BACKENDS
+from rsd_trt.config import BACKBONES, BACKENDS
 
 samples_option = click.option(
     "-n", "--samples", type=click.IntRange(2), default=300, show_default=True, help="Launches of each row."
@@ -90,21 +92,8 @@ def profile(bundle: Path, device: str, out: Path, as_json: bool, **options: obje
 
 @click.command()
 @bundle_argument
-@click.option(
-    "--backbone",
-    "backbones",
-    type=Several(BACKBONES),
-    default=(),
-    help=f"Of {', '.join(BACKBONES)}. [default: all that may run here]",
-)
-@click.option(
-    "--backbone-precision",
-    "backbone_precisions",
-    type=Several(BACKBONE_PRECISIONS),
-    default="bundle",
-    show_default=True,
-    help=f"Of {', '.join(BACKBONE_PRECISIONS)}.",
-)
+@backbones_option
+@backbone_precisions_option
 @click.option("--images", type=Sizes(), default=(), help="Images of an observation, as in 1,2. [default: the bundle's]")
 @click.option("--prompt-tokens", type=Sizes(), default=(), help="As in 28,64. [default: a LIBERO instruction's]")
 @click.option(

@@ -12,6 +12,8 @@ import click
 from rsd_trt.cli.console import (
     Several,
     Suite,
+    backbone_precisions_option,
+    backbones_option,
     bundle_argument,
     check_measured,
     command_line,
@@ -23,7 +25,7 @@ from rsd_trt.cli.console import (
     precision_option,
     show,
 )
-from rsd_trt.config import BACKBONE_PRECISIONS, BACKBONES, BACKENDS, BackboneKind
+from rsd_trt.config import BACKBONES, BACKENDS, BackboneKind
 from rsd_trt.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,21 +86,8 @@ def verify(bundle: Path, device: str, as_json: bool, **options: object) -> None:
 
 @click.command()
 @bundle_argument
-@click.option(
-    "--backbone",
-    "backbones",
-    type=Several(BACKBONES),
-    default=(),
-    help=f"Ways of running it: {', '.join(BACKBONES)}. [default: all that may run here]",
-)
-@click.option(
-    "--backbone-precision",
-    "precisions",
-    type=Several(BACKBONE_PRECISIONS),
-    default="bundle",
-    show_default=True,
-    help=f"Precisions of each: {', '.join(BACKBONE_PRECISIONS)}.",
-)
+@backbones_option
+@backbone_precisions_option
 @click.option(
     "-n", "--inputs", type=click.IntRange(LEAST_IMAGES), help=f"Images of noise to show it. [default: {LEAST_INPUTS}]"
 )
@@ -144,10 +133,12 @@ def verify_backbone(
     table = backbone_table([x for x in results if isinstance(x, BackboneParity)], shown)
     rows = list(map(to_json, results))
     _conclude(results, table, record(opened, target, command_line(), shown=shown, rows=rows), as_json)
-    if "fp8" in request.precisions and not libero and not as_json:
+    if "fp8" in request.backbone_precisions and not libero and not as_json:
         click.echo("what fp8 changes on the bundle's own scenes: --libero SUITE")
     whole = [x for x in results if x.component == "backbone" and x.backend in BACKBONES]
-    check_measured(("backbone", {"backbones": x.backend, "precisions": x.precision}, _reason(x)) for x in whole)
+    check_measured(
+        ("backbone", {"backbones": x.backend, "backbone_precisions": x.precision}, _reason(x)) for x in whole
+    )
 
 
 def _reason(result: Result) -> str | None:

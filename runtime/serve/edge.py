@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from rsd_trt.config import DEFAULT_ENGINES, PROPRIO_DIM, ControlConfig, Dims, Mode, Precision, RsdConfig
 from rsd_trt.errors import PolicyFault, UserError, missing_extra, reason, shown
 from rsd_trt.manifest import MANIFEST, Manifest, intact
-from rsd_trt.recordings import EpisodeRecorder, Facts, Recorder
+from rsd_trt.recorder import EpisodeRecorder, Recorder
+from rsd_trt.recordings import Facts
 from rsd_trt.records import from_json, read_record
 from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.loop import Guess, Loop, Main

@@ -8,7 +8,8 @@ from pathlib import Path
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import DEFAULT_BUNDLE, DEFAULT_ENGINES, BackboneKind, BackbonePrecision, Backend, Mode, Precision
 from rsd_trt.errors import UserError
-from rsd_trt.recordings import Facts, Recorder, Recordings, main_fingerprint
+from rsd_trt.recorder import Recorder
+from rsd_trt.recordings import Facts, Recordings, main_fingerprint
 from rsd_trt.runtime.serve.interface import Frames, Interface
 from rsd_trt.runtime.serve.service import ServeOptions, Service
 from rsd_trt.runtime.serve.worker import Answering

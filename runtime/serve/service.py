@@ -25,7 +25,7 @@ from rsd_trt.runtime.serve.worker import Answer, Answering, Broken, Job, Worker
 from rsd_trt.runtime.speculate import Tokens
 
 if TYPE_CHECKING:
-    from rsd_trt.recordings import EpisodeRecorder, Recorder
+    from rsd_trt.recorder import EpisodeRecorder, Recorder
 
 log = logging.getLogger(__name__)
 

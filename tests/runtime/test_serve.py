@@ -22,7 +22,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.recordings import Facts, Recorder, Recordings
+from rsd_trt.recorder import Recorder
+from rsd_trt.recordings import Facts, Recordings
 from rsd_trt.runtime.chunk import Chunk
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy

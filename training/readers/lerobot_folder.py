@@ -30,6 +30,7 @@ from rsd_trt.training.sources import (
     check_frames,
     in_convention,
     in_parts,
+    one_size,
     state_of,
     turned,
 )
@@ -101,10 +102,7 @@ class LeRobotSource:
         self._state = state_of(
             bundle, names, STATES, {name: width for name, width in vectors.items() if name != action}
         )
-        sides = {_side(folder, name, shapes[name]) for name in self._cameras}
-        if len(sides) > 1:
-            raise UserError(f"{folder}: frames of {' and '.join(map(str, sorted(sides)))} pixels side by side")
-        self.size = sides.pop()
+        self.size = one_size(folder, (_side(folder, name, shapes[name]) for name in self._cameras))
         self._tasks = self._read_tasks(version)
         self._places = list(self._v21() if version == "v2.1" else self._v30())
         if not self._places:

@@ -29,6 +29,7 @@ from rsd_trt.training.sources import (
     check_frames,
     in_convention,
     in_parts,
+    one_size,
     state_of,
     turned,
 )
@@ -61,9 +62,7 @@ class LiberoSource:
                     self._demos.append((file, demo, len(data[demo]["actions"])))
         if not self._demos:
             raise UserError(f"{path} has no demonstration")
-        if len(sizes) > 1:
-            raise UserError(f"{path}: frames of {' and '.join(map(str, sorted(sizes)))} pixels side by side")
-        self.size = sizes.pop()
+        self.size = one_size(path, sizes)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -104,10 +103,8 @@ class LiberoSource:
         for name in (*self._cameras, *self._state):
             if len(seen[name]) != count:
                 raise UserError(f"{file}: {demo.name} has {count} actions, and {len(seen[name])} of {name}")
-        sides = {check_frames(f"{file}: {name}", seen[name].shape, seen[name].dtype) for name in self._cameras}
-        if len(sides) > 1:
-            raise UserError(f"{file}: frames of {' and '.join(map(str, sorted(sides)))} pixels side by side")
-        return sides.pop()
+        sides = (check_frames(f"{file}: {name}", seen[name].shape, seen[name].dtype) for name in self._cameras)
+        return one_size(file, sides)
 
 
 @contextmanager

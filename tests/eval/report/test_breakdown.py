@@ -8,8 +8,9 @@ from msgspec import structs
 from synthetic import TRAINING, run
 
 from rsd_trt.config import RsdConfig
-from rsd_trt.eval.report.breakdown import GROUPS, Breakdown, Decisions, Gripper, Layer, Phase, breakdown, share_outside
+from rsd_trt.eval.report.breakdown import GROUPS, Breakdown, Decisions, Gripper, Layer, breakdown, share_outside
 from rsd_trt.eval.results import ActionStatistics, Episode, QueryRecord, Results
+from rsd_trt.runtime.speculate import Checks
 
 IN, OUT = 0.05, 0.4  # within and outside the tolerance of 0.2
 
@@ -35,9 +36,9 @@ def test_phases_are_deciles_of_the_steps() -> None:
     tested = [(0, "accepted"), (1, "partial"), (2, "rejected"), (19, "accepted"), (20, "accepted")]
     found = of(*(query(s, r) for s, r in tested)).phases  # type: ignore[arg-type]
     assert len(found) == 10
-    assert found[0] == Phase(accepted=1, partial=1)
-    assert found[1] == Phase(rejected=1)
-    assert found[9] == Phase(accepted=2)
+    assert found[0] == Checks(accepted=1, partial=1)
+    assert found[1] == Checks(rejected=1)
+    assert found[9] == Checks(accepted=2)
     assert sum(phase.tested for phase in found) == 5
 
 
