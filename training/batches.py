@@ -64,8 +64,9 @@ class Batches:
         self._teacher = teacher
         self.held_out, self.train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
         self.episode, self.instruction = store.episode_of, store.instruction_of
-        self._weights = torch.from_numpy(self._draw_weights())
         maps = store.maps
+        gripper = maps["chunk"][:, :, ARM_DIMS][self.train]
+        self._weights = torch.from_numpy(draw_weights(self.instruction[self.train], gripper))
         room = torch.cuda.mem_get_info(device)[0] * RESIDENT_SHARE if device.type == "cuda" else 0
         self.resident = maps["images"].nbytes < room
         self._images = torch.from_numpy(np.array(maps["images"])).to(device) if self.resident else None
@@ -93,7 +94,6 @@ class Batches:
         return torch.from_numpy(self.store.maps["chunk"][index]).to(self.device)
 
     def _drawn(self, step: int, count: int) -> NDArray[np.int64]:
-        """Every instruction as often, and oftener where the gripper is about to switch."""
         generator = torch.Generator().manual_seed(self.seed * STEP_SEEDS + step)
         drawn = torch.multinomial(self._weights, count, replacement=True, generator=generator)
         return self.train[drawn.numpy()]
@@ -132,12 +132,13 @@ class Batches:
             z = self._codec.encoder(self._transform.inverse(columns["chunk"]))
         return Batch(images, state, self.words[columns["word"]], z)
 
-    def _draw_weights(self) -> NDArray[np.float64]:
-        instruction = self.instruction[self.train]
-        counts = np.bincount(instruction, minlength=len(self.store.instructions))
-        closed = self.store.maps["chunk"][:, :, ARM_DIMS][self.train] > 0  # [F, T]
-        switches = (closed != closed[:, :1]).any(1)
-        return np.where(switches, SWITCH_WEIGHT, 1.0) / counts[instruction]
+
+def draw_weights(task: NDArray[np.int64], gripper: NDArray[np.float32]) -> NDArray[np.float64]:
+    """How often each of F frames is drawn: every task as often, and oftener where the gripper is about to switch. task
+    [F]; gripper [F, T], its commands in the frames' chunks."""
+    closed = gripper > 0
+    switches = (closed != closed[:, :1]).any(1)
+    return np.where(switches, SWITCH_WEIGHT, 1.0) / np.bincount(task)[task]
 
 
 def hold_out(store: Store, share: float, least: int, seed: int) -> NDArray[np.bool_]:

@@ -20,13 +20,12 @@ from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import BackboneInputs
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.training.augment import augment, augment_state
+from rsd_trt.training.batches import draw_weights
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 20  # episodes: those whose seed it divides are never trained on
 NARROWEST = 1e-3  # between two quantiles, so that a dimension that never moves is not blown up
-
-SWITCH_WEIGHT = 2.0  # how much oftener frames before a gripper switch are drawn
 
 
 @dataclass(frozen=True)
@@ -116,37 +115,23 @@ class Batches:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.held_out = data.held_out.nonzero()[:, 0]
         self._train = (~data.held_out).nonzero()[:, 0]
-        self._weights = self._draw_weights()
+        gripper = data.chunks(self._train, self.steps)[..., ARM_DIMS]
+        weights = draw_weights(data.task[self._train].cpu().numpy(), gripper.cpu().numpy())
+        self._weights = torch.from_numpy(weights).to(device)
 
     def draw(self, count: int) -> Tensor:
-        """Random training frames [count]: every task as often, and oftener where the gripper is about to switch."""
+        """Random training frames [count], with `draw_weights`."""
         chosen = torch.multinomial(self._weights, count, replacement=True, generator=self.generator)
         return self._train[chosen]
 
     def inputs(self, index: Tensor, augmented: bool) -> BackboneInputs:
         """What the backbone reads for frames `index` [B]."""
-        return self.read(index, *self.see(index, augmented))
-
-    def see(self, index: Tensor, augmented: bool) -> tuple[Tensor, Tensor]:
-        """Images [B, cameras, S, S, 3] in 0..255 and the normalised state [B, 8] of frames `index` [B]."""
-        images, proprio = self.data.images[index], self.proprio[index]
+        images, proprio, task = self.data.images[index], self.proprio[index], self.data.task[index]
         if augmented:
             images = augment(images, self.generator)
             proprio = augment_state(proprio, self.generator)
-        return images, proprio
-
-    def read(self, index: Tensor, images: Tensor, proprio: Tensor) -> BackboneInputs:
-        """What the backbone reads when frames `index` [B] look like that."""
-        task = self.data.task[index]
         return BackboneInputs(self.preprocess.pixels(images), self.tokens[task], self.lengths[task], proprio)
 
     def actions(self, index: Tensor) -> Tensor:
         """The expert's chunks [B, T, A] for frames `index` [B]."""
         return self.data.chunks(index, self.steps)
-
-    def _draw_weights(self) -> Tensor:
-        task = self.data.task[self._train]
-        counts = torch.bincount(task, minlength=len(self.data.instructions))
-        closed = self.data.chunks(self._train, self.steps)[..., ARM_DIMS] > 0  # [F, T]
-        switches = (closed != closed[:, :1]).any(1)
-        return torch.where(switches, SWITCH_WEIGHT, 1.0) / counts[task]
