@@ -15,6 +15,7 @@ from rsd_trt.errors import UserError, named, shown
 from rsd_trt.eval.results import Results, run_name
 from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.summary import summarise
+from rsd_trt.files import opened
 from rsd_trt.records import from_text, parse, to_json
 
 MAX_BYTES = 1 << 29  # of a results file
@@ -87,8 +88,8 @@ def _text(path: Path) -> bytes:
     try:
         compressed = path.suffix == ".gz"
         most = min(MAX_BYTES, max(ALWAYS, MAX_RATIO * path.stat().st_size)) if compressed else MAX_BYTES
-        with gzip.open(path) if compressed else path.open("rb") as stream:
-            text = stream.read(most + 1)
+        with opened(path) as stream:
+            text = (gzip.GzipFile(fileobj=stream) if compressed else stream).read(most + 1)
     except FileNotFoundError:
         raise UserError(f"{path} is not there", "rsd-trt eval writes results") from None
     except (OSError, EOFError, zlib.error) as error:

@@ -6,9 +6,11 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from rsd_trt.errors import UserError
 
@@ -26,6 +28,20 @@ def own(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read. A pipe is not waited for.
+
+    Raises:
+        UserError: it is no regular file.
+        OSError: as `Path.open`.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise UserError(f"{path} is no regular file", "Put the file itself in its place")
+        yield stream
+
+
 MOST_BYTES = 1 << 26  # of a text file that is read as a whole: tokenizers have megabytes, all others less
 
 
@@ -33,10 +49,10 @@ def read_bounded(path: Path, most: int = MOST_BYTES) -> bytes:
     """What the file holds.
 
     Raises:
-        UserError: it is larger, however little of that is on the disk.
+        UserError: it is larger, however little of that is on the disk, or no regular file.
         OSError: as `Path.read_bytes`.
     """
-    with path.open("rb") as stream:
+    with opened(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         content = stream.read(most + 1) if size <= most else b""
     if max(size, len(content)) > most:
@@ -48,8 +64,9 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def check_whole(path: Path) -> None:
-    """Raises UserError if git-lfs's pointer stands in the place of a file, as it does in a clone without git-lfs."""
-    with contextlib.suppress(OSError), path.open("rb") as stream:
+    """Raises UserError if git-lfs's pointer stands in the place of a file, as it does in a clone without git-lfs, or a
+    pipe, on which reading may hang."""
+    with contextlib.suppress(OSError), opened(path) as stream:
         if stream.read(len(LFS)) == LFS:
             raise UserError(f"{path} is git-lfs's pointer to the file, and not the file", "Fetch it: git lfs pull")
 

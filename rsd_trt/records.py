@@ -6,6 +6,7 @@ one line that names the file, the key's path, the value, and for a slip of the k
 
 from __future__ import annotations
 
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,12 +43,24 @@ def parse(text: str | bytes, where: str) -> object:
     """JSON text as plain values.
 
     Raises:
-        UserError: `where` cannot be read: it is no JSON, no Unicode, too deep, or has a number out of range.
+        UserError: `where` cannot be read: it is no JSON, no Unicode, too deep, or has a number out of range or a key
+            twice.
     """
     try:
-        return msgspec.json.decode(text)
+        value = msgspec.json.decode(text)
+        json.loads(text, object_pairs_hook=_once)
+        return value
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise UserError(f"{where} cannot be read: {error}") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object, of whose values msgspec would take the last where a key stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {named(twice)} stands there twice")
+    return found
 
 
 def from_text(cls: type[RecordT], text: str | bytes, where: str) -> RecordT:
@@ -99,11 +112,14 @@ def read_record(cls: type[RecordT], path: Path) -> RecordT:
         NotADirectoryError: what should be its folder is a file.
     """
     try:
-        return from_text(cls, read_bounded(own(path)), str(path))
+        text = read_bounded(own(path))
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    record = from_text(cls, text, str(path))
+    parse(text, str(path))  # says whether a key stands there twice
+    return record
 
 
 def to_json(record: object) -> dict[str, object]:

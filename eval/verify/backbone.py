@@ -19,7 +19,6 @@ from torch import Tensor
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision, BundleConfig, Precision, torch_dtype
 from rsd_trt.errors import Unavailable, UserError
-from rsd_trt.eval.statistics import wilson
 from rsd_trt.eval.verify.components import BATCHES
 from rsd_trt.eval.verify.oracle import LEVELS, Oracle, pil_pixels, tower_features
 from rsd_trt.eval.verify.result import (
@@ -28,6 +27,7 @@ from rsd_trt.eval.verify.result import (
     Limit,
     NotMeasured,
     computed_in,
+    share_interval,
     worst,
 )
 from rsd_trt.manifest import Batch
@@ -271,11 +271,8 @@ def whole_parity(
     error = (found.actions - expected.actions).abs()
     steps = steps_beyond_tolerance(found, expected, config)
     mismatch = token_mismatch(found.tokens, expected.tokens)
-    step_interval = wilson(round(steps * error[..., 0].numel()), error[..., 0].numel())
-    token_interval = None
-    if mismatch is not None:
-        count = expected.tokens[..., 0].numel()
-        token_interval = wilson(round(max(mismatch) * count), count)
+    step_interval = share_interval(steps, error[..., 0].numel())
+    token_interval = share_interval(max(mismatch) if mismatch else None, expected.tokens[..., 0].numel())
     return BackboneParity(
         component="backbone",
         backend=backend,

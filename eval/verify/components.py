@@ -17,7 +17,7 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.config import ARM_DIMS, COMPONENTS, DEFAULT_ENGINES, Backend, Component, Precision, RsdConfig
 from rsd_trt.errors import Unavailable, UserError
 from rsd_trt.eval.verify.inputs import Case, clone, hidden_states, make_case
-from rsd_trt.eval.verify.result import NotMeasured, Parity
+from rsd_trt.eval.verify.result import NotMeasured, Parity, differ, share_interval
 from rsd_trt.manifest import Batch
 from rsd_trt.models.signature import BATCH
 from rsd_trt.runtime.backends import Launcher
@@ -26,7 +26,6 @@ from rsd_trt.runtime.session import Session, Tensors
 from rsd_trt.runtime.speculate import Check, rule_of
 
 GRIPPER_MIDDLE = 0.5  # of OpenVLA's gripper, 0 to 1; the environment's has its signs to either side, too
-LEAST_INPUTS = 64  # fewer prove little
 BATCHES: dict[Batch, int] = {"1": 1, "dynamic": 16}  # how many inputs each variant is given at a time
 
 
@@ -39,7 +38,7 @@ class VerifyRequest:
     device: torch.device
     precision: Precision = "fp32"
     engines: Path = DEFAULT_ENGINES
-    inputs: int = LEAST_INPUTS
+    inputs: int = 512
     hidden: Path | None = None
 
 
@@ -49,8 +48,8 @@ class Tolerance:
 
     logits: maximum absolute error over the reference's standard deviation, of logits, and of the arm's actions that a
     head gives without tokens. actions: maximum absolute error in environment units, of steps whose tokens are equal.
-    tokens: share of different tokens in any layer. decisions:
-    share of inputs whose accepted prefix differs.
+    tokens: share of different tokens in any layer, or of gripper's signs that a head gives without tokens. decisions:
+    share of inputs whose accepted prefix differs. Shares are judged by the upper end of their intervals.
     """
 
     logits: float
@@ -135,11 +134,15 @@ def parity(
     main = "logits" if "logits" in expected else "actions"
     error = (found[main] - expected[main]).abs().flatten()
     mismatch = _token_mismatch(expected, found)
+    token_interval = None
+    if mismatch:
+        layer = expected["tokens"][..., 0] if "tokens" in expected else expected["logits"][:, 0, :, 0]
+        token_interval = share_interval(max(mismatch), layer.numel())
     decisions = _decision_mismatch(component, case, expected, found, rsd)
-    checks = {
-        "token mismatch": (max(mismatch or (0.0,)), tolerance.tokens),
-        "decision mismatch": (decisions or 0.0, tolerance.decisions),
-    }
+    decision_interval = share_interval(decisions, len(case.actions))
+    exceeded = differ("tokens", token_interval, tolerance.tokens)
+    exceeded += differ("decisions", decision_interval, tolerance.decisions)
+    checks: dict[str, tuple[float, float]] = {}
     by_step: Tensor | None = None
     if "logits" in expected:
         checks["logits"] = (float(error.max() / expected["logits"].std()), tolerance.logits)
@@ -149,7 +152,8 @@ def parity(
         theirs, ours = (x["actions"].split(ARM_DIMS, dim=-1) for x in (expected, found))
         checks["arm's actions"] = (float((ours[0] - theirs[0]).abs().max() / theirs[0].std()), tolerance.logits)
         switched = (ours[1] > GRIPPER_MIDDLE) != (theirs[1] > GRIPPER_MIDDLE)
-        checks["gripper mismatch"] = (float(switched.float().mean()), tolerance.tokens)
+        signs = share_interval(float(switched.float().mean()), switched.numel())
+        exceeded += differ("gripper's signs", signs, tolerance.tokens)
     elif by_step is not None:
         alike = by_step
         if "tokens" in expected:
@@ -159,6 +163,7 @@ def parity(
         checks["finite flags"] = (float((expected["finite"] != found["finite"]).float().mean()), 0.0)
     if not all(bool(torch.isfinite(x).all()) for x in found.values() if x.is_floating_point()):
         checks["values that are not finite"] = (1.0, 0.0)
+    exceeded += [f"{name} {value:.2g} > {limit:g}" for name, (value, limit) in checks.items() if value > limit]
     return Parity(
         component=component,
         backend=backend,
@@ -172,7 +177,9 @@ def parity(
         token_mismatch=mismatch,
         decision_mismatch=decisions,
         action_max_abs=None if by_step is None else float(by_step.max()),
-        exceeded=tuple(f"{name} {value:.2g} > {limit:g}" for name, (value, limit) in checks.items() if value > limit),
+        token_interval=token_interval,
+        decision_interval=decision_interval,
+        exceeded=tuple(exceeded),
     )
 
 

@@ -16,6 +16,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.backends import Encoder, Launcher
 from rsd_trt.runtime.observation import Observation
+from rsd_trt.weights import open_tensors
 
 EDGE = 1.2  # a chunk differs from the guess by up to this many tolerances, so that agreement is a close call
 TRIALS = 5  # of each task
@@ -35,13 +36,8 @@ def hidden_states(bundle: Bundle, count: int, file: Path | None, device: torch.d
     recorded, shape = file or bundle.path / HIDDEN_STATES, bundle.config.backbone.hidden_shape
     if file is None and not recorded.is_file():
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(recorded).get("hidden")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{recorded} cannot be read as safetensors: {error}") from None
+    with open_tensors(recorded) as tensors:
+        state = tensors.get_tensor("hidden") if "hidden" in tensors.keys() else None  # noqa: SIM118 (not a mapping)
     if state is None or tuple(state.shape[1:]) != shape or len(state) < count:
         size = "nothing" if state is None else list(state.shape)
         raise UserError(f"{recorded} has {size} as 'hidden', not [>= {count}, {', '.join(map(str, shape))}]")

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneConfig, BackbonePrecision, Precision
-from rsd_trt.eval.statistics import Interval
+from rsd_trt.eval.statistics import Interval, wilson
 from rsd_trt.eval.table import Column, Measured, Table, number
 from rsd_trt.manifest import Batch
 
@@ -42,13 +42,19 @@ class Limit:
         """What does not pass, with both values. NaN passes nothing."""
         large = [] if max_abs <= self.max_abs else [f"max abs {max_abs:.2g} > {self.max_abs:g}"]
         small = [] if cosine >= self.cosine else [f"cosine {cosine:.6f} < {self.cosine:g}"]
-        shares = ("tokens", tokens, self.tokens), ("steps", steps, self.steps)
-        many = [
-            f"{what} that differ: up to {number(found[1], 'rate')} > {number(limit, '%')}"
-            for what, found, limit in shares
-            if found is not None and not found[1] <= limit
-        ]
-        return (*large, *small, *many)
+        return (*large, *small, *differ("tokens", tokens, self.tokens), *differ("steps", steps, self.steps))
+
+
+def differ(what: str, share: Interval | None, limit: float) -> list[str]:
+    """What does not pass of the share of something that differs, with both values. None: there is none to differ."""
+    if share is None or share[1] <= limit:
+        return []
+    return [f"{what} that differ: up to {number(share[1], 'rate')} > {number(limit, '%')}"]
+
+
+def share_interval(share: float | None, count: int) -> Interval | None:
+    """95% interval (Wilson) of a share of `count` things, taken as independent."""
+    return None if share is None else wilson(round(share * count), count)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class Parity(Subject):
     token_mismatch: tuple[float, ...] | None  # share of different tokens, for each RFSQ layer
     decision_mismatch: float | None  # share of inputs whose accepted prefix differs
     action_max_abs: float | None  # environment units, all steps
+    token_interval: Interval | None  # 95% (Wilson), of the layer with the most; tokens are counted as independent
+    decision_interval: Interval | None  # 95% (Wilson)
     exceeded: tuple[str, ...]  # which tolerances, with both values; empty: passed
 
     @property
@@ -107,9 +115,7 @@ class BackboneParity(Subject):
     action_max_abs: float | None = None  # of the chunks, in environment units
     action_mean_abs: float | None = None
     steps_beyond_tolerance: float | None = None  # share of the chunks' steps that differ by more than the bundle's
-    token_interval: Interval | None = (
-        None  # 95% (Wilson), of the layer with the most; tokens are counted as independent
-    )
+    token_interval: Interval | None = None  # as of `Parity`
     steps_interval: Interval | None = None  # 95% (Wilson)
     exceeded: tuple[str, ...] = ()  # which limits, with both values; empty: passed
 
@@ -171,8 +177,9 @@ def parity_table(results: Sequence[Parity]) -> Table:
             x.max_abs,
             x.p99_abs,
             x.cosine,
-            *_worst_layer(x.token_mismatch),
-            x.decision_mismatch,
+            Measured(_worst_layer(x.token_mismatch)[0], x.token_interval),
+            _worst_layer(x.token_mismatch)[1],
+            Measured(x.decision_mismatch, x.decision_interval),
             x.action_max_abs,
             _told(x),
         )

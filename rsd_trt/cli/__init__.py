@@ -23,6 +23,8 @@ GROUPS = {
     "Put it on a robot": ("serve", "edge"),
 }
 
+log = logging.getLogger(__name__)
+
 STOPPED = "stopped. What was finished is kept, and no file is half-written: run the same command again"
 
 
@@ -45,7 +47,10 @@ class Cli(click.Group):
         except KeyboardInterrupt:
             self._fail(ctx, STOPPED)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+            if error.filename is not None:  # a folder in a file's place, no permission, too long a name
+                log.debug("where it was:", exc_info=True)
+                self._fail(ctx, f"{error.filename} cannot be read or written: {error.strerror}")
+            if error.errno not in (errno.ENOSPC, errno.EIO):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
             self._fail(ctx, f"stdout cannot be written: {error.strerror}. What was to be kept is in its files")

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from rsd_trt.eval.table import Table
     from rsd_trt.eval.verify.result import Result
 
-LEAST_INPUTS = 64  # fewer prove little
-LEAST_IMAGES = 32  # with fewer, no share of tokens or steps is known well enough to pass
+# With fewer, no share of decisions, or of tokens or steps, is known well enough to pass.
+LEAST_INPUTS, INPUTS = 192, 512
+LEAST_IMAGES, IMAGES = 32, 64
 
 
 @click.command()
@@ -50,7 +51,7 @@ LEAST_IMAGES = 32  # with fewer, no share of tokens or steps is known well enoug
     "-n",
     "--inputs",
     type=click.IntRange(LEAST_INPUTS),
-    default=LEAST_INPUTS,
+    default=INPUTS,
     show_default=True,
     help="Hidden states that every component runs on.",
 )
@@ -66,7 +67,8 @@ LEAST_IMAGES = 32  # with fewer, no share of tokens or steps is known well enoug
 def verify(bundle: Path, device: str, as_json: bool, **options: object) -> None:
     """Compare every component on every backend with PyTorch: errors, token mismatch, decisions, actions.
 
-    Exit code 1 if a tolerance is exceeded, nothing could be measured, or a backend that is given could not.
+    Shares of tokens and decisions are judged by the upper end of their intervals. Exit code 1 if a tolerance is
+    exceeded, nothing could be measured, or a backend that is given could not.
 
     \b
     Example: rsd-trt verify --backend ort --precision fp16
@@ -89,7 +91,7 @@ def verify(bundle: Path, device: str, as_json: bool, **options: object) -> None:
 @backbones_option
 @backbone_precisions_option
 @click.option(
-    "-n", "--inputs", type=click.IntRange(LEAST_IMAGES), help=f"Images of noise to show it. [default: {LEAST_INPUTS}]"
+    "-n", "--inputs", type=click.IntRange(LEAST_IMAGES), help=f"Images of noise to show it. [default: {IMAGES}]"
 )
 @click.option("--libero", type=Suite(), help="Show it the first images of every task of a suite, not noise.")
 @device_option
@@ -125,9 +127,7 @@ def verify_backbone(
     request = from_options(backbone.BackboneRequest, options, backbones=backbones or usual, device=target)
     opened = Bundle.open(bundle)
     control = opened.config.control
-    seen = (
-        list(libero_observations(libero, control)) if libero else random_observations(control, inputs or LEAST_INPUTS)
-    )
+    seen = list(libero_observations(libero, control)) if libero else random_observations(control, inputs or IMAGES)
     shown = f"{len(seen)} first scenes of {libero}" if libero else f"{len(seen)} images of noise"
     results = list(backbone.verify_backbone(opened, request, seen))
     table = backbone_table([x for x in results if isinstance(x, BackboneParity)], shown)

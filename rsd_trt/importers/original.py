@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, CodecConfig, Dims, HeadConfig, HiddenDraftConfig
-from rsd_trt.errors import UserError, named, reason
+from rsd_trt.errors import UserError, named, reason, shown
 from rsd_trt.files import check_whole
 from rsd_trt.importers.archive import checked_archive
 from rsd_trt.weights import Entry
 
 WRAPPINGS = ("model_state_dict", "model", "state_dict")  # the keys under which a checkpoint may hold its state dict
 # What training on several GPUs and torch.compile put into keys, wherever the wrapped module stands.
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 HEADS = "OpenVLA-OFT's L1 regression head, and the RFSQ heads of the original RSD experiment"
-CONFIGS = ("extra_state", "hyper_parameters")  # what a configuration may lie below
+USES_LAYERNORM = "use_layernorm"  # of the codec, in whatever was saved with it
 
 Part = Literal["draft", "head", "codec", "proprio_projector"]
 MARKS: dict[Part, str] = {  # a key that only this part has
@@ -41,7 +41,7 @@ class Checkpoint:
     file: Path
     part: Part
     state: Mapping[str, Tensor]
-    config: Mapping[str, object]
+    layernorm: tuple[object, ...] = ()  # the values of `use_layernorm` that were saved with it
     unread: tuple[str, ...] = ()  # other sets of weights in the file, such as a moving average
 
     @property
@@ -100,7 +100,8 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     top = data if isinstance(data, Mapping) else {}
     under = next((key for key in WRAPPINGS if isinstance(top.get(key), Mapping)), None)
     wrapped = top if under is None else top[under]
-    state = {_unwrapped(str(key)): value for key, value in wrapped.items() if isinstance(value, Tensor)}
+    names = _unwrapped([str(key) for key in wrapped])
+    state = {name: value for name, value in zip(names, wrapped.values(), strict=True) if isinstance(value, Tensor)}
     if not state or len(state) != len(wrapped):
         raise UserError(f"{file} holds no state dict, neither bare nor under {' or '.join(WRAPPINGS)}")
     unread = tuple(named(key) for key, value in top.items() if key != under and _holds_tensors(value))
@@ -114,17 +115,42 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
         raise UserError(f"{file} has {size} bytes, its tensors would take {shown}. Save them as clones: they overlap")
     for key, value in state.items():
         check_finite(file, key, value.float() if value.dtype == torch.float64 else value)  # as it will be saved
-    below = (top[key] for key in CONFIGS if isinstance(top.get(key), Mapping))
-    config = next((c for x in (top, *below) if isinstance(c := x.get("config"), Mapping)), {})
-    return Checkpoint(file, part, state, config, unread)
+    beside = {key: value for key, value in top.items() if key != under} if under else {}
+    layernorm = tuple(inside for key, inside in _inside(beside) if key == USES_LAYERNORM)
+    return Checkpoint(file, part, state, layernorm, unread)
 
 
-def _unwrapped(key: str) -> str:
-    return ".".join(name for name in key.split(".") if name not in WRAPPERS)
+def _unwrapped(keys: Sequence[str]) -> list[str]:
+    """The keys without what wrappers put into them, nor what all have in front of one that marks a part: the name that
+    a trainer has for the model, as in `net.feature_proj.0.weight`."""
+    plain = [".".join(name for name in key.split(".") if name not in WRAPPERS) for key in keys]
+    marks = "|".join(MARKS.values())
+    if not any(re.fullmatch(marks, key) for key in plain):
+        fronts = {match[1] for key in plain if (match := re.fullmatch(rf"(.+\.)(?:{marks})", key))}
+        shared = [front for front in fronts if all(key.startswith(front) for key in plain)]
+        front = min(shared, key=len, default="")
+        plain = [key.removeprefix(front) for key in plain]
+    return plain
+
+
+def _inside(value: object) -> Iterator[tuple[object, object]]:
+    """Key and value of all that lies in plain containers, at any depth, even in one another."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        pairs = (
+            value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in (list, tuple) else ()
+        )
+        for pair in pairs:
+            yield pair
+            waiting.append(pair[1])
 
 
 def _holds_tensors(value: object) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
+    return isinstance(value, Tensor) or any(isinstance(inside, Tensor) for _, inside in _inside(value))
 
 
 def check_finite(file: Path, key: str, value: Tensor) -> None:
@@ -175,17 +201,20 @@ def check_actions(where: str, found: int, wanted: int) -> None:
 
 
 def codec_config(codec: Checkpoint, scale: Literal["plain", "layernorm"] | None) -> CodecConfig:
-    """ActionRFSQAE's width, and its scale: what `use_layernorm` of the saved configuration says.
+    """ActionRFSQAE's width, and its scale: what `use_layernorm` says, wherever it was saved beside the weights.
 
     Raises:
         UserError: neither the file nor `scale` says which, or they differ.
     """
-    saved = codec.config.get("use_layernorm")
     found: Literal["plain", "layernorm"] | None = scale
-    if isinstance(saved, bool):
-        found = "layernorm" if saved else "plain"
-        if scale not in (None, found):
-            raise UserError(f"{codec.file} was saved with use_layernorm {saved}: --codec-scale {scale} does not fit")
+    for saved in codec.layernorm:
+        if not isinstance(saved, (bool, int)) or saved not in (0, 1):
+            raise UserError(f"{codec.file} was saved with use_layernorm {shown(saved)}: true or false is read")
+        told: Literal["plain", "layernorm"] = "layernorm" if saved else "plain"
+        if found not in (None, told):
+            other = f"--codec-scale {scale} does not fit" if scale else "and with the opposite elsewhere in it"
+            raise UserError(f"{codec.file} was saved with use_layernorm {bool(saved)}: {other}")
+        found = told
     if found is None:
         raise UserError(
             f"{codec.file} does not say whether it normalises residuals (use_layernorm). "

@@ -116,18 +116,17 @@ def test_the_distribution_that_is_built_with(
 
 
 def test_verify_passes_what_is_equal(tiny_bundle: Path, exported: Callable[..., Path]) -> None:
-    command = ("verify", tiny_bundle, "--engines", exported("fp32"), "--device", "cpu")
-    result = rsd_trt(*command, "--backend", "ort", "-n", 64, "--json")
-    assert result.exit_code == 0, result.output
+    command = ("verify", tiny_bundle, "--engines", exported("fp32"), "--device", "cpu", "-n", 192)
+    result = rsd_trt(*command, "--json")
+    assert result.exit_code == 0, result.output  # of the default's backends, the others cannot run here
     record = json.loads(result.stdout)
     assert {*record} == {"command", "bundle", "bundle_sha256", "hardware", "versions", "rows"}
     assert record["bundle_sha256"] == Bundle.open(tiny_bundle).fingerprint
     assert (record["hardware"], record["versions"]) == (host.hardware("cpu"), host.versions())
-    rows = record["rows"]
+    rows = [row for row in record["rows"] if row["status"] != "not measured"]
     assert {(row["backend"], row["status"]) for row in rows} == {("ort", "passed")}
     assert len(rows) == 2 * len(COMPONENTS)
-    assert rsd_trt(*command).exit_code == 0  # of the default's backends, the others cannot run here
-    table = rsd_trt(*command, "--backend", "ort,graph", "-n", 64)
+    table = rsd_trt(*command, "--backend", "ort,graph")
     assert message(table).startswith("--backend graph was asked for and could not be measured: backend graph needs")
     assert table.stdout.count("passed") == 2 * len(COMPONENTS)
     assert "not measured: graph draft, graph head, graph decoder, graph propose, graph predict: backend" in table.stdout
@@ -138,11 +137,10 @@ def test_verify_fails_what_is_not(
 ) -> None:
     strict = {key: components.Tolerance(-1, -1, -1, -1) for key in components.TOLERANCES}
     monkeypatch.setattr(components, "TOLERANCES", strict)
-    command = ("verify", tiny_bundle, "--engines", exported("fp32"), "--backend", "ort", "--device", "cpu")
+    command = ("verify", tiny_bundle, "--engines", exported("fp32"), "--backend", "ort", "--device", "cpu", "-n", 192)
     result = rsd_trt(*command)
     assert message(result) == "10 of 10 comparisons failed"
     assert result.stdout.count("FAILED: ") == 10
-    assert "> -1" in result.stdout
     printed = rsd_trt(*command, "--json")
     assert message(printed) == "10 of 10 comparisons failed"
     assert {row["status"] for row in json.loads(printed.stdout)["rows"]} == {"failed"}
@@ -207,13 +205,16 @@ def test_no_number_of_a_table_is_cut(monkeypatch: pytest.MonkeyPatch, width: int
     from rich.console import Console
 
     numbers = (1.1234e-5, 2.3456e-6, 3.4567e-7)
-    parity = Parity("propose", "ort", "fp32", "dynamic", 64, *numbers, 0.999999, (0.01234, 0.0), 0.3125, 2.2e-6, ())
+    parity = Parity(
+        "propose", "ort", "fp32", "dynamic", 64, *numbers, 0.999999,
+        (0.01234, 0.0), 0.3125, 2.2e-6, (0.011, 0.013), (0.213, 0.434), (),
+    )  # fmt: skip
     whole = BackboneParity(
         "backbone", "compiled", "bf16", "dynamic", "timm + transformers fp32", 64, 1.1e-5, 0.99999,
         (0.02,), 0.3, 0.1, 0.05, (0.018, 0.0225), (0.04, 0.0625),
     )  # fmt: skip
     for table, shown in (
-        (parity_table([parity]), ("1.1e-05", "1.234%", "31.2%", "passed")),
+        (parity_table([parity]), ("1.1e-05", "1.234%", "1.300", "31.2%", "43.4", "passed")),
         (backbone_table([whole], "64 scenes"), ("1.1e-05", "0.999990", "2.000%", "2.250", "5.0%", "6.2", "64 scenes")),
     ):
         console = Console(width=width, record=True, file=io.StringIO())
@@ -229,7 +230,7 @@ def test_no_number_of_a_table_is_cut(monkeypatch: pytest.MonkeyPatch, width: int
         (("export", "--target", "gpu"), "'gpu' is not one of 'auto'"),
         (("export", "--component", "codec"), "'codec' is not one of 'draft'"),
         (("export", "--precision", "fp8"), "'fp8' is unknown"),
-        (("verify", "-n", "63"), "63 is not in the range"),
+        (("verify", "-n", "191"), "191 is not in the range"),
         (("verify", "--backend", "grahp"), "'grahp' is unknown; did you mean 'graph'?"),
         (("verify", "--backend", ","), "the list is empty"),
         (("verify", "--libero", "libero_goal"), "No such option"),

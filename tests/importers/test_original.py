@@ -226,31 +226,51 @@ def test_how_a_codec_scales_is_never_guessed(saved_as: bool | None, scale: str, 
         codec_config(codec, scale)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module._checkpoint_wrapped_module.", "net._orig_mod."],
+)
 def test_what_wrappers_put_into_keys_is_no_part_of_them(prefix: str, tmp_path: Path) -> None:
     state = original.RFSQHead().state_dict()
-    inside = {key.replace("layer_heads.", f"layer_heads.{prefix}"): value for key, value in state.items()}
+    own = prefix.removeprefix("net.")  # the name that a trainer has for the model, in front of all keys
+    inside = {key.replace("layer_heads.", f"layer_heads.{own}"): value for key, value in state.items()}
     for number, saved in enumerate(({prefix + key: value for key, value in state.items()}, inside)):
         torch.save(saved, tmp_path / f"{number}.pt")
         assert read_checkpoint(tmp_path / f"{number}.pt", "head").state.keys() == state.keys()
 
 
-@pytest.mark.parametrize("below", ["extra_state", "hyper_parameters"])
-def test_a_configuration_may_lie_deeper(below: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"extra_state": {"config": {"use_layernorm": True}}},
+        {"hyper_parameters": {"use_layernorm": 1}},
+        {"cfg": [{"model": {"codec": {"use_layernorm": True}}}]},
+        {"use_layernorm": True},
+    ],
+)
+def test_a_configuration_may_lie_anywhere(beside: dict[str, object], tmp_path: Path) -> None:
     state = original.ActionRFSQAE(True).state_dict()
-    torch.save({"state_dict": state, below: {"config": {"use_layernorm": True}}}, tmp_path / "x.pt")
+    torch.save({"state_dict": state, **beside}, tmp_path / "x.pt")
     codec = read_checkpoint(tmp_path / "x.pt", "codec")
     assert codec_config(codec, None).scale == "layernorm"
     with pytest.raises(UserError, match="was saved with use_layernorm True"):
         codec_config(codec, "plain")
+    for also, told in ((False, "with the opposite elsewhere in it"), ("maybe", "use_layernorm 'maybe': true or false")):
+        torch.save({"state_dict": state, **beside, "also": {"use_layernorm": also}}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=told):
+            codec_config(read_checkpoint(tmp_path / "x.pt", "codec"), None)
 
 
 def test_other_sets_of_weights_in_a_file_are_named(tmp_path: Path) -> None:
     state = original.RFSQHead().state_dict()
     average = {key: value + 1 for key, value in state.items()}
-    torch.save({"ema_state_dict": average, "model_state_dict": state, "epoch": 1}, tmp_path / "x.pt")
+    shadow = {"decay": 0.9, "shadow_params": list(average.values())}  # as torch_ema saves it
+    knot: list[object] = []
+    knot.append(knot)
+    others = {"ema_state_dict": average, "ema": shadow, "swa": {"module": average}, "epoch": 1, "knot": knot}
+    torch.save({**others, "model_state_dict": state}, tmp_path / "x.pt")
     checkpoint = read_checkpoint(tmp_path / "x.pt", "head")
-    assert checkpoint.unread == ("ema_state_dict",)
+    assert checkpoint.unread == ("ema_state_dict", "ema", "swa")
     assert all(torch.equal(checkpoint.state[key], value) for key, value in state.items())
 
 
