@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from rsd_trt.errors import UserError, named, shown
+from rsd_trt.errors import UserError, named, reason, shown
 from rsd_trt.eval.results import Results, run_name
 from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.summary import summarise
@@ -92,8 +92,11 @@ def _text(path: Path) -> bytes:
             text = (gzip.GzipFile(fileobj=stream) if compressed else stream).read(most + 1)
     except FileNotFoundError:
         raise UserError(f"{path} is not there", "rsd-trt eval writes results") from None
+    except IsADirectoryError:
+        beside = next(path.glob("*_results.json*"), path / "SUITE_MODE_results.json")
+        raise UserError(f"{path} is a folder", f"Give a results file: {beside}") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     if path.suffix == ".jsonl":
         whole = path.name.replace("_episodes.jsonl", "_results.json")
         raise UserError(f"{path} is a run's log of episodes", f"Give its results: {path.with_name(whole)}")

@@ -38,8 +38,10 @@ class PolicyFault(UserError):
 
 
 def reason(error: BaseException) -> str:
-    """What a library's error says: one short line that can be printed, though it may quote a hostile file."""
-    text = " ".join(str(error).split())[:MOST_SHOWN] or type(error).__name__
+    """What a library's error says: one short line that can be printed, though it may quote a hostile file. Of an error
+    about a file, without its name."""
+    told = error.strerror if isinstance(error, OSError) and error.filename is not None else None
+    text = " ".join((told or str(error)).split())[:MOST_SHOWN] or type(error).__name__
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -94,7 +94,8 @@ def _seconds(pid: int, tick: int) -> float:
 
 
 def fit_threads(workers: int) -> None:
-    """Has PyTorch use as many threads as there are cores free of simulator workers; OMP_NUM_THREADS overrules it."""
+    """Has PyTorch use as many threads as there are cores free of simulator workers, or of what else this command keeps
+    busy; OMP_NUM_THREADS overrules it. With one more, one busy process makes a query several times as long."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:

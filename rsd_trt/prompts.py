@@ -35,7 +35,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         data = parse(read_bounded(file), str(file))
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+        raise UserError(f"{file} cannot be read: {reason(error)}") from None
     if isinstance(data, dict) and growth([data.get("normalizer"), data.get("pre_tokenizer")]) > MOST_GROWTH:
         raise UserError(f"{file}: its normalisers may make text more than {MOST_GROWTH} times as long")
     try:

@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, inspect
 
-from rsd_trt.errors import UserError, did_you_mean, named, shown
+from rsd_trt.errors import UserError, did_you_mean, named, reason, shown
 from rsd_trt.files import own, read_bounded, write_atomically
 
 RecordT = TypeVar("RecordT")
@@ -116,7 +116,7 @@ def read_record(cls: type[RecordT], path: Path) -> RecordT:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     record = from_text(cls, text, str(path))
     parse(text, str(path))  # says whether a key stands there twice
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def read_runs(
         UserError: as `read_run` and `read_price`, a file is given twice, or a run is not of a bundle.
     """
     paths = [file for path in paths for file in (_of_folder(path) if path.is_dir() else [path])]
-    resolved = [path.resolve() for path in paths]
+    resolved = [os.path.realpath(path) for path in paths]  # of a loop of links, too
     for path, place in zip(paths, resolved, strict=True):
         if resolved.count(place) > 1:
             raise UserError(f"{path} is given twice")

@@ -33,9 +33,10 @@ def describe(bundle: Bundle, engines: Path, whole: bool = False) -> Json:
     Backbone weights in another folder are compared by size, header and samples, and byte by byte if `whole`.
 
     Raises:
-        UserError: a part that does not fit the configuration, or has changed since it was packed.
+        UserError: a part that does not fit the configuration or has changed since it was packed, or no tokenizer.
     """
     config = bundle.config
+    bundle.tokenizer()  # raises, if it cannot be read
     return {
         "path": str(bundle.path),
         "name": config.name,

@@ -201,7 +201,7 @@ def _read_object(file: Path) -> dict[str, object]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+        raise UserError(f"{file} cannot be read: {reason(error)}") from None
 
 
 def _object(value: object, where: str = "") -> dict[str, object]:

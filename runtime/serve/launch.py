@@ -62,10 +62,13 @@ def open_service(served: ServedPolicy, options: ServeOptions) -> Service:
     )
 
     def load() -> Answering:
+        from rsd_trt.load import fit_threads
         from rsd_trt.runtime.backends import check_device
         from rsd_trt.runtime.policy import Policy
 
         device = check_device(served.device)
+        if device.type == "cpu":
+            fit_threads(1)  # a core is left for the network
         return Policy.load(
             bundle,
             served.mode,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ class LeRobotSource:
             path = self.folder / str(self._info[key]).format(**values)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise UserError(f"{self.folder / 'meta' / 'info.json'}: {key} cannot be used: {reason(error)}") from None
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
             raise UserError(f"{self.folder / 'meta' / 'info.json'}: {key} leads out of the folder: {shown(str(path))}")
         return path
 
