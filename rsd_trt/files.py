@@ -65,7 +65,9 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 def check_whole(path: Path) -> None:
     """Raises UserError if git-lfs's pointer stands in the place of a file, as it does in a clone without git-lfs, or a
-    pipe, on which reading may hang."""
+    folder, or a pipe, on which reading may hang."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file")
     with contextlib.suppress(OSError), opened(path) as stream:
         if stream.read(len(LFS)) == LFS:
             raise UserError(f"{path} is git-lfs's pointer to the file, and not the file", "Fetch it: git lfs pull")

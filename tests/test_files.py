@@ -11,7 +11,8 @@ from hostile import memory
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.files import locked, read_bounded, replacing, write_atomically
+from rsd_trt.eval.read import read_run
+from rsd_trt.files import check_whole, locked, read_bounded, replacing, write_atomically
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +80,7 @@ def test_a_file_is_bounded_before_it_is_read(tmp_path: Path) -> None:
         read_bounded(Path("/proc/self/status"), 9)
 
 
-def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path: Path) -> None:
+def test_a_link_or_a_pipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("content")
     (tmp_path / "link").symlink_to(tmp_path / "kept")
     os.mkfifo(tmp_path / "pipe")
@@ -87,4 +88,7 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"{name} is (a symbolic link|no regular file)"):  # noqa: SIM117
             with locked(tmp_path / name, lambda: None):
                 pass
+    for read in (read_bounded, check_whole, read_run):
+        with pytest.raises(UserError, match="pipe is no regular file"):
+            read(tmp_path / "pipe")
     assert (tmp_path / "kept").read_text() == "content"

@@ -82,7 +82,7 @@ def verify(bundle: Bundle, request: VerifyRequest) -> Iterator[Parity | NotMeasu
     references = Launcher(bundle, "torch", device)
     case = make_case(references, hidden_states(bundle, request.inputs, request.hidden, device))
     for component, inputs in case.inputs.items():
-        expected = run_batches(references.open(component, "dynamic"), inputs, request.inputs)
+        expected: Tensors | None = None  # not computed before there is something to compare
         for backend in request.backends:
             launcher = Launcher(bundle, backend, device, precision, request.engines)
             for variant, batch in BATCHES.items():
@@ -92,6 +92,8 @@ def verify(bundle: Bundle, request: VerifyRequest) -> Iterator[Parity | NotMeasu
                     failed = not isinstance(error, Unavailable)
                     yield NotMeasured(component, backend, precision, variant, str(error), failed)
                     continue
+                if expected is None:
+                    expected = run_batches(references.open(component, "dynamic"), inputs, request.inputs)
                 found = run_batches(session, inputs, batch)
                 result = parity(component, backend, precision, variant, bundle.config.rsd, case, expected, found)
                 if "finite" in found and not flags_nan(session, inputs, batch):

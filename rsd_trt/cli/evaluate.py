@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
+COUNT = click.IntRange(1, 1_000_000)  # more is a slip of the keyboard, and may not fit into a results file
 MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
 
 
@@ -117,7 +118,7 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
 )
 @option("--suite", type=Suite(), help="Choose the suite; help lists all of them.")
 @option("--tasks", type=TaskList(), help="Run these tasks, as in 0,3 or 0-4. [default: all]")
-@option("--trials", type=click.IntRange(1), help="Run so many trials of every task.")
+@option("--trials", type=COUNT, help="Run so many trials of every task.")
 @option(
     "--mode",
     type=Several(MODES),
@@ -128,12 +129,12 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
 @device_option
 @option(
     "--n-action-steps",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Commit so many actions of a new chunk, at a full query. [default: the bundle's]",
 )
 @option(
     "--check-steps",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Commit so many actions of the old chunk, at an accepted check. [default: the bundle's]",
 )
 @option("--rule", type=Choice(RULES), help="Choose what a check has to pass. [default: the bundle's]")
@@ -150,7 +151,7 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
 )
 @option(
     "--refresh",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Make a full query after so many steps of a chunk. [default: the bundle's]",
 )
 @option(
@@ -164,7 +165,7 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
     type=Choice(sorted(PROTOCOLS)),
     help="Follow OpenVLA-OFT's evaluation (oft) or the original experiment's. [default: the bundle's control]",
 )
-@option("--max-steps", type=click.IntRange(1), help="End an episode after so many steps. [default: the protocol's]")
+@option("--max-steps", type=COUNT, help="End an episode after so many steps. [default: the protocol's]")
 @option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed every random generator.")
 @option(
     "--perturb",
@@ -207,7 +208,7 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
     type=click.Path(path_type=Path, file_okay=False),
     help="Record what every query sees and says into this folder, for rsd-trt distill.",
 )
-@option("--record-size", type=click.IntRange(1), help="Record frames of so many pixels a side.")
+@option("--record-size", type=COUNT, help="Record frames of so many pixels a side.")
 @option("--record-limit", type=FiniteRange(0), help="Record so many GB at the most.")
 @json_option
 def evaluate(as_json: bool, **options: object) -> None:

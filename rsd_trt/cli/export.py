@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from rsd_trt.cli.console import BuildProgress, Several, bundle_argument, json_option, precision_option, show
+from rsd_trt.cli.console import BuildProgress, Choice, Several, bundle_argument, json_option, precision_option, show
 from rsd_trt.config import COMPONENTS, DEFAULT_ENGINES, Component, Precision
 from rsd_trt.errors import UserError
 
@@ -27,11 +27,11 @@ ExportTarget = Literal["auto", "tensorrt", "rtx", "onnx"]
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=DEFAULT_ENGINES, show_default=True, help="Folder."
 )
-@click.option("--component", type=click.Choice(COMPONENTS), multiple=True, help="Only this one; may be repeated.")
+@click.option("--component", type=Choice(COMPONENTS), multiple=True, help="Only this one; may be repeated.")
 @precision_option
 @click.option(
     "--target",
-    type=click.Choice(typing.get_args(ExportTarget)),
+    type=Choice(typing.get_args(ExportTarget)),
     default="auto",
     show_default=True,
     help="Engines to build beside ONNX. auto: what is installed and can build here, else none; onnx: none.",

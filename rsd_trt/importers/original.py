@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,13 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     wrapped = top if under is None else top[under]
     names = _unwrapped([str(key) for key in wrapped])
     state = {name: value for name, value in zip(names, wrapped.values(), strict=True) if isinstance(value, Tensor)}
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"{file} holds {named(twice)} with and without a wrapper's prefix")
     if not state or len(state) != len(wrapped):
         raise UserError(f"{file} holds no state dict, neither bare nor under {' or '.join(WRAPPINGS)}")
-    unread = tuple(named(key) for key, value in top.items() if key != under and _holds_tensors(value))
+    beside = {key: value for key, value in top.items() if key != under} if under is not None else {}
+    unread = tuple(named(key) for key, value in beside.items() if _holds_tensors(value))
     if any(key.startswith("noise_predictor.") for key in state):
         raise UserError(f"{file} is OpenVLA-OFT's diffusion head, which is not supported", f"Supported are {HEADS}")
     kind = next((kind for kind, mark in MARKS.items() if any(re.fullmatch(mark, key) for key in state)), None)
@@ -115,7 +120,6 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
         raise UserError(f"{file} has {size} bytes, its tensors would take {shown}. Save them as clones: they overlap")
     for key, value in state.items():
         check_finite(file, key, value.float() if value.dtype == torch.float64 else value)  # as it will be saved
-    beside = {key: value for key, value in top.items() if key != under} if under else {}
     layernorm = tuple(inside for key, inside in _inside(beside) if key == USES_LAYERNORM)
     return Checkpoint(file, part, state, layernorm, unread)
 
@@ -125,10 +129,10 @@ def _unwrapped(keys: Sequence[str]) -> list[str]:
     a trainer has for the model, as in `net.feature_proj.0.weight`."""
     plain = [".".join(name for name in key.split(".") if name not in WRAPPERS) for key in keys]
     marks = "|".join(MARKS.values())
-    if not any(re.fullmatch(marks, key) for key in plain):
+    if plain and not any(re.fullmatch(marks, key) for key in plain):
         fronts = {match[1] for key in plain if (match := re.fullmatch(rf"(.+\.)(?:{marks})", key))}
-        shared = [front for front in fronts if all(key.startswith(front) for key in plain)]
-        front = min(shared, key=len, default="")
+        first, last = min(plain), max(plain)  # what both begin with, all between them do
+        front = min((x for x in fronts if first.startswith(x) and last.startswith(x)), key=len, default="")
         plain = [key.removeprefix(front) for key in plain]
     return plain
 
@@ -141,12 +145,10 @@ def _inside(value: object) -> Iterator[tuple[object, object]]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        pairs = (
-            value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in (list, tuple) else ()
-        )
-        for pair in pairs:
-            yield pair
-            waiting.append(pair[1])
+        items = enumerate(value) if isinstance(value, (list, tuple)) else ()
+        for key, inside in value.items() if isinstance(value, Mapping) else items:
+            yield key, inside
+            waiting.append(inside)
 
 
 def _holds_tensors(value: object) -> bool:

@@ -24,10 +24,16 @@ SAID = {
     "report empty": (1, "empty has no *_results.json. rsd-trt eval writes them"),
     "report nosuch.json": (1, "nosuch.json is not there. rsd-trt eval writes results"),
     "report x_episodes.jsonl": (1, "is a run's log of episodes. Give its results: x_results.json"),
+    "report loop": (1, "loop cannot be read: Too many levels of symbolic links"),
+    "compare . .": (1, ". is a folder. Give a results file: SUITE_MODE_results.json"),
+    "compare twice.json twice.json": (1, "twice.json cannot be read: the key a stands there twice"),
+    f"init {'x' * 300} --size tiny": (1, "cannot be read or written: File name too long"),
+    "report x_episodes.jsonl/y -o z": (1, "x_episodes.jsonl/y cannot be read: Not a directory"),
     "calibrate nosuch.json": (1, "nosuch.json is not there"),
     "calibrate a b c": (2, "got 3 paths"),
     "eval --backend tensorrt": (2, "did you mean 'trt'?"),
     "eval --backend onnx": (2, "did you mean 'ort'?"),
+    "eval --max-steps 99999999999999999999": (2, "is not in the range 1<=x<=1000000"),
     "eval --mode rds": (2, "did you mean 'rsd'?"),
     "eval --mode random": (2, "needs --accept-rate, such as 0.68 or an rsd run's results file"),
     "profile --device gpu": (1, "device 'gpu' is unknown: there are cpu, cuda, cuda:N and auto"),
@@ -39,6 +45,8 @@ def test_a_slip_is_one_line(command: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "x_episodes.jsonl").write_text("{}\n{}\n")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "twice.json").write_text('{"a": 1, "a": 2}')
     write(tmp_path / "baseline.json", run("baseline"))
     code, message = SAID[command]
     done = CliRunner().invoke(main, command.split())

@@ -227,8 +227,8 @@ def test_no_number_of_a_table_is_cut(monkeypatch: pytest.MonkeyPatch, width: int
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("export", "--target", "gpu"), "'gpu' is not one of 'auto'"),
-        (("export", "--component", "codec"), "'codec' is not one of 'draft'"),
+        (("export", "--target", "tensort"), "'tensort' is unknown; did you mean 'tensorrt'?"),
+        (("export", "--component", "heads"), "'heads' is unknown; did you mean 'head'?"),
         (("export", "--precision", "fp8"), "'fp8' is unknown"),
         (("verify", "-n", "191"), "191 is not in the range"),
         (("verify", "--backend", "grahp"), "'grahp' is unknown; did you mean 'graph'?"),

@@ -236,7 +236,10 @@ def test_what_wrappers_put_into_keys_is_no_part_of_them(prefix: str, tmp_path: P
     inside = {key.replace("layer_heads.", f"layer_heads.{own}"): value for key, value in state.items()}
     for number, saved in enumerate(({prefix + key: value for key, value in state.items()}, inside)):
         torch.save(saved, tmp_path / f"{number}.pt")
-        assert read_checkpoint(tmp_path / f"{number}.pt", "head").state.keys() == state.keys()
+        checkpoint = read_checkpoint(tmp_path / f"{number}.pt", "head")
+        assert (checkpoint.state.keys(), checkpoint.unread) == (state.keys(), ())
+    torch.save({**state, f"module.{next(iter(state))}": torch.zeros(1)}, tmp_path / "both.pt")
+    assert "feature_proj.0.weight with and without a wrapper's prefix" in refused(tmp_path / "both.pt", "head")
 
 
 @pytest.mark.parametrize(
