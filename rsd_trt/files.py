@@ -136,6 +136,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_folder(folder: Path) -> None:
+    """For before what takes long: whether there can be such a folder, and files be written into it.
+
+    Raises:
+        UserError: a file is in its place or on the way there, or what is there may not be written into.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{folder} cannot be made: {there} is no folder", "Choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: {there} may not be written into", "Choose another place")
+
+
 def check_disk(path: Path, needed: int) -> None:
     """Raises UserError if the disk that `path` will lie on has fewer than `needed` bytes free."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())

@@ -12,7 +12,7 @@ from hostile import memory
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
 from rsd_trt.eval.read import read_run
-from rsd_trt.files import check_whole, locked, read_bounded, replacing, write_atomically
+from rsd_trt.files import check_folder, check_whole, locked, read_bounded, replacing, write_atomically
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,3 +92,16 @@ def test_a_link_or_a_pipe_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="pipe is no regular file"):
             read(tmp_path / "pipe")
     assert (tmp_path / "kept").read_text() == "content"
+
+
+def test_where_no_folder_can_be_is_known_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    check_folder(tmp_path / "a" / "b")
+    for name in ("file", "file/a/b", "loop"):
+        with pytest.raises(UserError, match=rf"{name} cannot be made: .*(file|loop) is no folder"):
+            check_folder(tmp_path / name)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="may not be written into"):
+        check_folder(tmp_path / "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"}

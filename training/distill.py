@@ -20,7 +20,7 @@ from rsd_trt import host
 from rsd_trt.bundle import Bundle, bundle_name, copy_with
 from rsd_trt.config import BundleConfig, RsdConfig, VisionDraftConfig
 from rsd_trt.errors import UserError, shown
-from rsd_trt.files import check_disk, locked, write_atomically
+from rsd_trt.files import check_disk, check_folder, locked, write_atomically
 from rsd_trt.models.vision_draft import Resize, VisionDraft, instruction_rows
 from rsd_trt.presets import preset
 from rsd_trt.recordings import main_fingerprint
@@ -126,6 +126,7 @@ def _check_out(request: DistillRequest, bundle: Bundle) -> None:
     """Raises UserError if the new bundle has no name or no room: said before the training, not after it."""
     if not bundle_name(request.out):
         raise UserError(f"-o {request.out} has no letter or digit to name a bundle by")
+    check_folder(request.out.parent)
     check_disk(request.out, sum(file.stat().st_size for file in bundle.path.iterdir() if file.is_file()))
 
 

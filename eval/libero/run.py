@@ -28,7 +28,7 @@ from rsd_trt.eval.libero.simulator import Simulator, check_task, initial_states,
 from rsd_trt.eval.libero.worker import recorded_name
 from rsd_trt.eval.results import Episode, EpisodeKey, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
-from rsd_trt.files import locked, write_atomically
+from rsd_trt.files import check_folder, locked, write_atomically
 from rsd_trt.host import GpuMeter
 from rsd_trt.load import LoadMeter
 from rsd_trt.recorder import Recorder
@@ -251,7 +251,7 @@ def own_folder(request: EvalRequest) -> Iterator[None]:
     """The folder for results, which no other run of that name writes meanwhile.
 
     Raises:
-        UserError: another one does.
+        UserError: another one does, or there can be no such folder.
     """
 
     def refuse() -> None:
@@ -259,8 +259,8 @@ def own_folder(request: EvalRequest) -> Iterator[None]:
             f"another evaluation writes {request.out / request.name}_*", "Wait for it, or choose another --out"
         )
 
-    if request.out.exists() and not request.out.is_dir():
-        raise UserError(f"--out {request.out} is a file, and results go into a folder")
+    for folder in (request.out, *([request.record_hidden.parent] if request.record_hidden else [])):
+        check_folder(folder)
     request.out.mkdir(parents=True, exist_ok=True)
     with locked(request.out / f".{request.name}.lock", refuse):
         yield

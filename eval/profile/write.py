@@ -24,7 +24,7 @@ from rsd_trt.eval.profile.stages import QueryProfile, QueryRequest
 from rsd_trt.eval.profile.tables import cost_table, latency_table, machine_table, stage_tables, startup_table
 from rsd_trt.eval.table import Column, Table
 from rsd_trt.eval.verify.result import record
-from rsd_trt.files import write_atomically
+from rsd_trt.files import check_folder, write_atomically
 from rsd_trt.load import LoadMeter, Steadiness, fit_threads, steadiness
 from rsd_trt.records import from_json, to_json
 
@@ -52,8 +52,7 @@ def write_components(
     Raises:
         UserError: nothing can be timed here, `out` cannot be written, or matplotlib is not installed.
     """
-    check_plots()
-    load = _begin(request.device)
+    load = _begin(request.device, out)
     priced = list(costs(bundle, request))
     timings = list(components.profile(bundle, request))
     if not any(timing.ms for timing in timings):
@@ -88,8 +87,7 @@ def write_query(
     Raises:
         UserError: nothing can be timed here, `out` cannot be written, or matplotlib is not installed.
     """
-    check_plots()
-    load = _begin(request.device)
+    load = _begin(request.device, out)
     profile = stages.profile_query(bundle, request)
     if not any(row.ms for row in profile.rows):
         raise UserError(f"nothing could be measured: {profile.rows[0].reason}")
@@ -112,8 +110,14 @@ def write_query(
     return found, profile, tables
 
 
-def _begin(device: torch.device) -> LoadMeter:
-    """Measures what else runs here from now on, beside the threads that a run with one worker has."""
+def _begin(device: torch.device, out: Path) -> LoadMeter:
+    """Measures what else runs here from now on, beside the threads that a run with one worker has.
+
+    Raises:
+        UserError: `out` cannot be written, or matplotlib is not installed.
+    """
+    check_plots()
+    check_folder(out)
     if device.type == "cpu":
         fit_threads(workers=1)
     return LoadMeter()

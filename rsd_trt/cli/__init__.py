@@ -13,7 +13,7 @@ import click
 
 from rsd_trt import __version__
 from rsd_trt.cli import bundles, distill, doctor, edge, evaluate, export, profile, report, serve, sweep, verify
-from rsd_trt.errors import UserError, did_you_mean, missing_extra, out_of_memory
+from rsd_trt.errors import UserError, did_you_mean, missing_extra, out_of_memory, reason
 
 # In order of use: help and the command reference have them like this.
 GROUPS = {
@@ -54,6 +54,9 @@ class Cli(click.Group):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
             self._fail(ctx, f"stdout cannot be written: {error.strerror}. What was to be kept is in its files")
+        except Warning as error:
+            remedy = f"PYTHONWARNINGS is {os.environ.get('PYTHONWARNINGS')!r}. Unset it, or set it to default"
+            self._fail(ctx, f"a library warns, which is an error here: {reason(error)}: {remedy}")
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise

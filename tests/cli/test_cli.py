@@ -111,11 +111,23 @@ def test_a_damaged_bundle_is_one_line(bundle_copy: Path) -> None:
     file = bundle_copy / "draft.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert f"{file} cannot be read as safetensors" in failed(rsd_trt("info", bundle_copy))
+    (bundle_copy / "tokenizer.json").write_text("")
+    assert "tokenizer.json cannot be read: " in failed(rsd_trt("info", bundle_copy))
 
 
 def test_a_bug_keeps_its_traceback(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rsd_trt.cli.info.describe", lambda *_: 1 / 0)
     assert isinstance(rsd_trt("info", tiny_bundle).exception, ZeroDivisionError)
+
+
+def test_a_warning_that_is_an_error_names_the_variable(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warns(*_: object) -> None:
+        raise DeprecationWarning("x is deprecated")
+
+    monkeypatch.setattr("rsd_trt.cli.info.describe", warns)
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    told = "a library warns, which is an error here: x is deprecated: PYTHONWARNINGS is 'error'. Unset it"
+    assert told in failed(rsd_trt("info", tiny_bundle))
 
 
 def test_init_then_info(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(
     assert refused.exit_code == 1
     assert "suite_sha256 is " in refused.stderr
     (tmp_path / "file").write_text("")
-    assert "file is a file, and results go into a folder" in rsd_trt(*arguments, "--out", tmp_path / "file").stderr
+    assert "file is no folder. Choose another place" in rsd_trt(*arguments, "--out", tmp_path / "file").stderr
 
 
 @pytest.mark.libero
