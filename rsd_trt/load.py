@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,5 +99,5 @@ def fit_threads(workers: int) -> None:
     busy; OMP_NUM_THREADS overrules it. With one more, one busy process makes a query several times as long."""
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not re.match(r"\s*[1-9]", os.environ.get("OMP_NUM_THREADS", "")):  # what is no number overrules nothing
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) - workers, 1))

@@ -141,5 +141,6 @@ def test_threads_are_the_cores_free_of_workers(monkeypatch: pytest.MonkeyPatch) 
         for workers, threads in ((1, 5), (4, 2), (6, 1), (9, 1)):
             fit_threads(workers)
             assert torch.get_num_threads() == threads
+            monkeypatch.setenv("OMP_NUM_THREADS", "all")  # PyTorch does not know it either
     finally:
         torch.set_num_threads(before)
