@@ -7,9 +7,16 @@ from rsd_trt.errors import missing_extra
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's palette
 
 
-def check_plots() -> None:
-    """Raises UserError unless charts can be drawn: to be called before what they show is measured."""
+def can_plot() -> bool:
+    """Whether charts can be drawn."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise missing_extra("matplotlib", "report") from None
+        return False
+    return True
+
+
+def check_plots() -> None:
+    """Raises UserError unless charts can be drawn: to be called before what they show is measured."""
+    if not can_plot():
+        raise missing_extra("matplotlib", "report")

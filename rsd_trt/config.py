@@ -6,6 +6,7 @@ Bounds stand beside the fields, and are checked where a file is read. A bundle's
 
 from __future__ import annotations
 
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,9 @@ ACTION_DIMS = ARM_DIMS + 1
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "reference"  # the policy that is shipped with the toolkit
-DEFAULT_ENGINES = Path("engines")
+HOME = Path(os.environ.get("RSD_TRT_HOME", ""))  # of what is written without being told where; "": the current folder
+DEFAULT_ENGINES = HOME / "engines"
+DEFAULT_RESULTS = HOME / "results"
 OWN_FOLDER = "."  # of weights that were copied into their bundle
 
 Backend = Literal["torch", "graph", "ort", "trt"]

@@ -65,7 +65,13 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 def missing_extra(package: str, extra: str) -> Unavailable:
     """The error for an optional dependency that is not installed."""
-    return Unavailable(f"{package} is not installed", f"Install it: pip install 'rsd-trt[{extra}]'")
+    return Unavailable(f"{package} is not installed", f"Install it: {installing(extra)}")
+
+
+def installing(*extras: str) -> str:
+    """The command that brings one of `extras`, from an index and in a clone."""
+    index, clone = (" or ".join(f"'{name}[{extra}]'" for extra in extras) for name in ("rsd-trt", "."))
+    return f"pip install {index}, or in a clone pip install -e {clone}"
 
 
 def out_of_memory(error: BaseException) -> UserError | None:

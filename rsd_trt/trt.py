@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from rsd_trt.errors import Unavailable
+from rsd_trt.errors import Unavailable, installing
 from rsd_trt.host import Gpu
 
 # `lean` is TensorRT's small runtime: it builds nothing, and loads the full TensorRT's version-compatible engines.
@@ -44,7 +44,7 @@ class Distribution:
             raise Unavailable(
                 f"TensorRT-RTX {self.version} runs on compute capability {', '.join(RTX_CAPABILITIES)}; "
                 f"{gpu.name} has {gpu.compute_capability}",
-                "Use: --backend ort, or pip install 'rsd-trt[trt]' or 'rsd-trt[lean]'",
+                f"Use: --backend ort, or {installing('trt', 'lean')}",
             )
 
 
@@ -61,8 +61,7 @@ def find_distribution(target: Target | None = None) -> Distribution:
             return Distribution(name, importlib.import_module(MODULES[name]))
         except ImportError as error:
             problems.append(f"{MODULES[name]} cannot be imported ({error})")
-    extras = " or ".join(f"'rsd-trt[{EXTRAS[name]}]'" for name in wanted)
-    raise Unavailable("; ".join(problems), f"Install it: pip install {extras}")
+    raise Unavailable("; ".join(problems), f"Install it: {installing(*(EXTRAS[name] for name in wanted))}")
 
 
 def runnable_distribution(gpu: Gpu | None) -> Distribution:

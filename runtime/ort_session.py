@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rsd_trt.errors import Unavailable, UserError, missing_extra, shown
+from rsd_trt.errors import Unavailable, UserError, installing, missing_extra, shown
 from rsd_trt.manifest import File
 from rsd_trt.models.signature import Signature
 from rsd_trt.runtime.external_data import locations
@@ -48,7 +48,7 @@ class OrtSession(BufferedSession):
             raise missing_extra("onnxruntime", "cuda" if cuda else "cpu") from None
         onnxruntime.set_default_logger_severity(LOG_ERRORS)
         provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
-        remedy = f"Install it: pip install 'rsd-trt[{'cuda' if cuda else 'cpu'}]'"
+        remedy = f"Install it: {installing('cuda' if cuda else 'cpu')}"
         if provider not in onnxruntime.get_available_providers():
             raise Unavailable(
                 f"onnxruntime {onnxruntime.__version__} has no {provider} (it has "

@@ -27,8 +27,9 @@ def pages() -> dict[str, str]:
         overview += [f"| `rsd-trt {one.name}` | {_cell(one.get_short_help_str(1000))} |" for one in commands] + [""]
         made[name] = "\n".join([f"# {title}", NOTE, "", *(line for one in commands for line in section(one, context))])
     overview += [
-        "Each takes a bundle as its first argument, and the shipped policy without one; `init`, `pack`, `compare` and",
-        "`report` excepted. `rsd-trt --version` tells the version, `rsd-trt -v COMMAND` shows what the library logs.",
+        "Where a command takes a BUNDLE, it takes the shipped policy without one. `rsd-trt --version` tells the",
+        "version, `rsd-trt -v COMMAND` shows what the library logs. By default files lie in the current folder, or in",
+        "`RSD_TRT_HOME`.",
         "Exit codes: 0 done, 1 a check failed or something that the message names is wrong, 2 wrong usage. Results go",
         "to stdout, progress to stderr.",
     ]

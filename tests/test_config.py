@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from rsd_trt.config import PROTOCOLS, SIZES, BundleConfig, ControlConfig, Quantiles, Size, protocol_name, with_protocol
-from rsd_trt.errors import UserError, did_you_mean, missing_extra
+from rsd_trt.errors import UserError, did_you_mean, installing, missing_extra
 from rsd_trt.presets import preset
 from rsd_trt.records import from_text, to_json
 
@@ -231,6 +231,7 @@ def test_did_you_mean(name: str, options: list[str], expected: str) -> None:
 
 
 def test_a_missing_extra_names_the_command() -> None:
-    assert (
-        str(missing_extra("LIBERO", "libero")) == "LIBERO is not installed. Install it: pip install 'rsd-trt[libero]'"
+    assert str(missing_extra("LIBERO", "libero")) == (
+        "LIBERO is not installed. Install it: pip install 'rsd-trt[libero]', or in a clone pip install -e '.[libero]'"
     )
+    assert installing("trt", "lean").startswith("pip install 'rsd-trt[trt]' or 'rsd-trt[lean]', or ")

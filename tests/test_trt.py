@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import tensorrt_rtx
 
-from rsd_trt.errors import Unavailable, UserError
+from rsd_trt.errors import Unavailable, UserError, installing
 from rsd_trt.host import Gpu
 from rsd_trt.trt import MODULES, RTX_CAPABILITIES, Distribution, Target, find_distribution, runnable_distribution
 
@@ -57,17 +57,17 @@ def test_the_distribution_asked_for_or_the_first_one_installed(
             None,
             "tensorrt cannot be imported (No module named 'tensorrt'); tensorrt_rtx cannot be imported (No module "
             "named 'tensorrt_rtx'); tensorrt_lean cannot be imported (No module named 'tensorrt_lean'). "
-            "Install it: pip install 'rsd-trt[trt]' or 'rsd-trt[rtx]' or 'rsd-trt[lean]'",
+            f"Install it: {installing('trt', 'rtx', 'lean')}",
         ),
         (
             ("rtx",),
             "tensorrt",
-            "tensorrt cannot be imported (No module named 'tensorrt'). Install it: pip install 'rsd-trt[trt]'",
+            f"tensorrt cannot be imported (No module named 'tensorrt'). Install it: {installing('trt')}",
         ),
         (
             ("tensorrt",),
             "rtx",
-            "tensorrt_rtx cannot be imported (No module named 'tensorrt_rtx'). Install it: pip install 'rsd-trt[rtx]'",
+            f"tensorrt_rtx cannot be imported (No module named 'tensorrt_rtx'). Install it: {installing('rtx')}",
         ),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_missing_distribution_says_what_to_install(
             "rtx",
             HOPPER,
             "TensorRT-RTX 1.2.3 runs on compute capability 8.0, 8.6, 8.9, 12.0, 12.1; NVIDIA H200 has 9.0. "
-            "Use: --backend ort, or pip install 'rsd-trt[trt]' or 'rsd-trt[lean]'",
+            f"Use: --backend ort, or {installing('trt', 'lean')}",
         ),
         ("lean", HOPPER, None),
         ("lean", None, "TensorRT engines need an NVIDIA GPU, and none is usable here. Use: --backend ort"),

@@ -107,6 +107,16 @@ def test_the_installed_package_works(installed: Path, tmp_path: Path) -> None:
     assert run(installed, tmp_path, "python", "-c", example) == "7\n"
 
 
+@pytest.mark.libero
+@pytest.mark.slow
+def test_the_installed_package_runs_what_the_demo_runs(installed: Path, tmp_path: Path) -> None:
+    shown = ("--tasks", "0", "--trials", "1", "--max-steps", "12", "--perturb", "late:7", "--video", "--out", "demo")
+    run(installed, tmp_path, "rsd-trt", "eval", "--mode", "baseline,rsd", *shown)
+    run(installed, tmp_path, "rsd-trt", "report", "demo")
+    assert len(list((tmp_path / "demo" / "videos" / "beside").glob("*.mp4"))) == 1
+    assert (tmp_path / "report" / "report.html").stat().st_size
+
+
 def test_the_installed_package_reports(installed: Path, tmp_path: Path) -> None:
     recorded = ROOT / "docs" / "results" / "reference"
     files = [str(recorded / f"{name}.json.gz") for name in ("late_baseline_6", "late_rsd_first")]

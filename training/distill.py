@@ -20,6 +20,7 @@ from rsd_trt import host
 from rsd_trt.bundle import Bundle, bundle_name, copy_with
 from rsd_trt.config import BundleConfig, RsdConfig, VisionDraftConfig
 from rsd_trt.errors import UserError, shown
+from rsd_trt.eval.plots import can_plot
 from rsd_trt.files import check_disk, check_folder, locked, write_atomically
 from rsd_trt.models.vision_draft import Resize, VisionDraft, instruction_rows
 from rsd_trt.presets import preset
@@ -310,9 +311,7 @@ def _stored(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _picture(folder: Path) -> Path | None:
     """The learning curve, where matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if not can_plot():
         return None
     from rsd_trt.training.curve import learning_curve
 

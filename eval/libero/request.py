@@ -14,6 +14,7 @@ from rsd_trt.config import (
     ACTION_DIMS,
     DEFAULT_BUNDLE,
     DEFAULT_ENGINES,
+    DEFAULT_RESULTS,
     RECORD_GB,
     RECORD_SIZE,
     BackboneKind,
@@ -71,7 +72,7 @@ class EvalRequest(PolicyOptions):
     max_steps: int | None = None
     seed: int = 7
     perturb: PerturbSpec | None = None
-    out: Path = Path("results")
+    out: Path = DEFAULT_RESULTS
     workers: int = 1  # simulator processes; with one, each query is answered alone
     timeout: float = 300.0  # s of a simulator's silence after which its process is replaced
     fresh: bool = False

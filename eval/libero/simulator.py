@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.config import ControlConfig, Rotation
-from rsd_trt.errors import Unavailable, UserError, did_you_mean, missing_extra, reason
+from rsd_trt.errors import Unavailable, UserError, did_you_mean, installing, missing_extra, reason
 from rsd_trt.eval.libero.course import Cameras, Course, Perturbation
 from rsd_trt.eval.libero.rendering import check_gl, choose_gl, explaining_gl, robosuite_alone
 from rsd_trt.runtime.observation import Observation
@@ -290,7 +290,7 @@ def instruction(benchmark: Benchmark, suite: str, task_id: int) -> str:
     path = task_file(benchmark, task_id)
     found = re.search(r"\(:language\s+([^()]*)\)", path.read_text("utf-8"))
     if found is None:
-        raise UserError(f"{path} has no (:language ...)", "Install it again: pip install 'rsd-trt[libero]'")
+        raise UserError(f"{path} has no (:language ...)", f"Install it again: {installing('libero')}")
     return " ".join(found[1].split())
 
 
@@ -323,7 +323,7 @@ def _explaining_paths() -> Iterator[None]:
         yield
     except Exception as error:  # whatever its readers of YAML and of arrays raise
         folder = os.environ.get("LIBERO_CONFIG_PATH")
-        led, remedy = "", "Install it again: pip install 'rsd-trt[libero]'"
+        led, remedy = "", f"Install it again: {installing('libero')}"
         if folder is not None:
             led, remedy = f": LIBERO_CONFIG_PATH is {folder!r}", "Unset it, or correct config.yaml there"
         raise UserError(f"LIBERO does not find its files{led} ({reason(error)})", remedy) from None

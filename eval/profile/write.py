@@ -15,7 +15,7 @@ import torch
 from rsd_trt import __version__
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.plots import check_plots
+from rsd_trt.eval.plots import can_plot
 from rsd_trt.eval.profile import components, stages
 from rsd_trt.eval.profile.charts import latency_chart, stage_chart
 from rsd_trt.eval.profile.components import ProfileRequest, speedups
@@ -50,7 +50,7 @@ def write_components(
     record, what is missing and why, and the tables.
 
     Raises:
-        UserError: nothing can be timed here, `out` cannot be written, or matplotlib is not installed.
+        UserError: nothing can be timed here, or `out` cannot be written.
     """
     load = _begin(request.device, out)
     priced = list(costs(bundle, request))
@@ -85,7 +85,7 @@ def write_query(
     Returns the record, what was measured, and the tables of it.
 
     Raises:
-        UserError: nothing can be timed here, `out` cannot be written, or matplotlib is not installed.
+        UserError: nothing can be timed here, or `out` cannot be written.
     """
     load = _begin(request.device, out)
     profile = stages.profile_query(bundle, request)
@@ -114,9 +114,8 @@ def _begin(device: torch.device, out: Path) -> LoadMeter:
     """Measures what else runs here from now on, beside the threads that a run with one worker has.
 
     Raises:
-        UserError: `out` cannot be written, or matplotlib is not installed.
+        UserError: `out` cannot be written.
     """
-    check_plots()
     check_folder(out)
     if device.type == "cpu":
         fit_threads(workers=1)
@@ -137,7 +136,7 @@ def _write(
     missing: Sequence[str],
     draw: Callable[[str, Path], None],
 ) -> None:
-    """JSON, chart and page of one name.
+    """JSON, chart (where matplotlib is installed) and page of one name.
 
     Raises:
         UserError: `out` cannot be written.
@@ -148,11 +147,14 @@ def _write(
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / f"{name}.json", json.dumps(found) + "\n")
-        draw(device, out / f"{name}.png")
-        chart = base64.b64encode((out / f"{name}.png").read_bytes()).decode("ascii")
+        parts, chart = [], out / f"{name}.png"
+        chart.unlink(missing_ok=True)
+        if can_plot():
+            draw(device, chart)
+            drawn = base64.b64encode(chart.read_bytes()).decode("ascii")
+            parts.append(f'<p><img alt="The chart of the tables below" src="data:image/png;base64,{drawn}"></p>')
         pairs = tuple((str(key), str(value)) for key, value in (hardware | versions).items())
         settings = Table("hardware and versions", (Column(""), Column("")), pairs, headless=True)
-        parts = [f'<p><img alt="The chart of the tables below" src="data:image/png;base64,{chart}"></p>']
         clock = from_json(Steadiness, found["clock"], "clock")
         parts += [f"<p><strong>Disturbed: {html.escape(sentence)}.</strong></p>" for sentence in clock.disturbed]
         parts += [table.__html__() for table in tables if table]

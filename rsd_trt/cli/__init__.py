@@ -111,10 +111,11 @@ def _is_open(number: int) -> bool:
 @click.version_option(__version__, prog_name="rsd-trt")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the library logs, down to details.")
 def main(verbose: bool) -> None:
-    """Deploy Residual Speculative Decoding robot policies, and prove that the deployment is right.
+    """Run a vision-language-action policy's big model only when something has changed, and measure what that gains.
 
     A policy is a bundle: one folder with its configuration, weights and tokenizer. Commands that are not given a
-    BUNDLE take the reference policy, which is shipped with the toolkit and solves libero_spatial.
+    BUNDLE take the reference policy, which is shipped with the toolkit and solves libero_spatial. Files go to the
+    current folder, or to RSD_TRT_HOME if that is set.
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"

@@ -13,17 +13,17 @@ from rsd_trt.config import GRIPPERS, PRESETS, ROTATIONS, SIZES, BundleConfig, Di
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--size", type=Choice(SIZES), default="reference", show_default=True, help="Size preset.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random weights.")
+@click.option("--size", type=Choice(SIZES), default="reference", show_default=True, help="Make it of this size.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed the weights.")
 @click.option(
     "--device",
     type=Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="What draws the weights: cuda is faster for 7B, and its numbers are others.",
+    help="Draw the weights on this device: cuda is faster for 7B, and its numbers are others.",
 )
 @click.option(
-    "--head", type=Choice(["rfsq", "oft-l1"]), default="rfsq", show_default=True, help="The main head's kind."
+    "--head", type=Choice(["rfsq", "oft-l1"]), default="rfsq", show_default=True, help="Give it this main head."
 )
 @click.option("--without-backbone", is_flag=True, help="Write draft, head and codec only (7B: saves 15 GB).")
 def init(path: Path, size: Size, seed: int, device: str, head: HeadKind, without_backbone: bool) -> None:
@@ -41,7 +41,7 @@ def init(path: Path, size: Size, seed: int, device: str, head: HeadKind, without
 @click.command()
 @bundle_argument
 @engines_option
-@click.option("--hash", "whole", is_flag=True, help="Hash backbone weights that lie elsewhere, too: all gigabytes.")
+@click.option("--hash", "whole", is_flag=True, help="Hash backbone weights that lie elsewhere, too.")
 @json_option
 def info(bundle: Path, engines: Path, whole: bool, as_json: bool) -> None:
     """Show a bundle: parts, parameters, dimensions, fingerprints, conventions, and whether its exports are fresh.
@@ -67,23 +67,37 @@ def info(bundle: Path, engines: Path, whole: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--backbone", required=True, help="Hugging Face folder of OpenVLA or OpenVLA-OFT, or a hub id.")
-@click.option("--draft", type=click.Path(path_type=Path), help="The draft's .pt file.")
+@click.option("--backbone", required=True, help="Take this folder or hub id of OpenVLA or OpenVLA-OFT.")
+@click.option("--draft", type=click.Path(path_type=Path), help="Take the draft of this .pt file.")
 @click.option(
-    "--head", type=click.Path(path_type=Path), help="The main head's .pt file. [openvla-oft: its folder's action_head]"
+    "--head",
+    type=click.Path(path_type=Path),
+    help="Take the main head of this .pt file. [openvla-oft: its folder's]",
 )
-@click.option("--codec", type=click.Path(path_type=Path), help="The RFSQ codec's .pt file.")
-@click.option("--preset", type=Choice(PRESETS), required=True, help="How the policy is driven.")
-@click.option("--statistics", help="Data set to normalise by. [default: the only one]")
-@click.option("--codec-scale", type=Choice(["plain", "layernorm"]), help="[default: as the codec's file says]")
-@click.option("--chunk", type=click.IntRange(1), default=Dims().T, show_default=True, help="Steps of an action chunk.")
-@click.option("--prompt", help="openvla, instruction (bare), or a text with {instruction}. [default: the preset's]")
-@click.option("--cameras", type=Several(), help="In the order of the backbone's images. [default: the preset's]")
-@click.option("--rotate-images/--images-as-rendered", default=None, help="By 180 degrees. [default: the preset's]")
-@click.option("--rotation", type=Choice(ROTATIONS), help="Axis-angle of the hand in the state. [default: the preset's]")
-@click.option("--gripper", type=Choice(GRIPPERS), help="Of the actions: env 1 closes, openvla 1 opens. [the preset's]")
+@click.option("--codec", type=click.Path(path_type=Path), help="Take the RFSQ codec of this .pt file.")
+@click.option("--preset", type=Choice(PRESETS), required=True, help="Drive the policy by these conventions.")
+@click.option("--statistics", help="Normalise by this data set's statistics. [default: the only ones]")
+@click.option(
+    "--codec-scale",
+    type=Choice(["plain", "layernorm"]),
+    help="Scale layers so. [default: as the codec's file says]",
+)
+@click.option("--chunk", type=click.IntRange(1), default=Dims().T, show_default=True, help="Give chunks so many steps.")
+@click.option("--prompt", help="Ask with openvla, instruction (bare), or a text with {instruction}. [the preset's]")
+@click.option("--cameras", type=Several(), help="Show these cameras, in this order. [default: the preset's]")
+@click.option(
+    "--rotate-images/--images-as-rendered",
+    default=None,
+    help="Turn images by 180 degrees. [default: the preset's]",
+)
+@click.option("--rotation", type=Choice(ROTATIONS), help="Compute the hand's axis-angle so. [default: the preset's]")
+@click.option(
+    "--gripper",
+    type=Choice(GRIPPERS),
+    help="Read the gripper so: env 1 closes, openvla 1 opens. [the preset's]",
+)
 @click.option("--copy", is_flag=True, help="Copy the backbone's weights into the bundle (7B: 15 GB).")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The bundle.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Write the bundle to this folder.")
 @json_option
 def pack(as_json: bool, **options: object) -> None:
     """Make a bundle of OpenVLA's weights and OpenVLA-OFT's head or the original RSD experiment's draft, head and codec.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Request = TypeVar("Request")
 
+BAR = 12  # columns: a terminal of 80 has room for words beside it
+
 
 def from_options(make: Callable[..., Request], options: Mapping[str, object], **more: object) -> Request:
     """A request from a command's parameters, which have the names of its fields. more: fields that are made of some."""
@@ -100,14 +102,14 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout instead.")
-device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
+device_option = click.option("--device", default="auto", show_default=True, help="Run on cpu, cuda, cuda:N, or auto.")
 precision_option = click.option(
-    "--precision", type=Choice(PRECISIONS), default="fp32", show_default=True, help="Of draft and head."
+    "--precision", type=Choice(PRECISIONS), default="fp32", show_default=True, help="Run draft and head in this."
 )
 backbone_option = click.option(
     "--backbone",
     type=Choice(BACKBONES),
-    help="How the backbone runs: eager PyTorch, CUDA graphs, or CUDA graphs of what torch.compile made. [default: "
+    help="Run the backbone in eager PyTorch, as CUDA graphs, or as CUDA graphs of what torch.compile made. [default: "
     "eager with --backend torch and on the CPU, else graph]",
 )
 backbone_precision_option = click.option(
@@ -115,14 +117,14 @@ backbone_precision_option = click.option(
     type=Choice(BACKBONE_PRECISIONS),
     default="bundle",
     show_default=True,
-    help="bundle: what its weights are stored in; fp8: E4M3 in the MLPs of the Llama blocks.",
+    help="Run the backbone in this. bundle: what its weights are stored in; fp8: E4M3 in the MLPs of the Llama blocks.",
 )
 backbones_option = click.option(
     "--backbone",
     "backbones",
     type=Several(BACKBONES),
     default=(),
-    help=f"Of {', '.join(BACKBONES)}. [default: all that may run here]",
+    help=f"Run it in these ways: {', '.join(BACKBONES)}. [default: all that may run here]",
 )
 backbone_precisions_option = click.option(
     "--backbone-precision",
@@ -130,10 +132,14 @@ backbone_precisions_option = click.option(
     type=Several(BACKBONE_PRECISIONS),
     default="bundle",
     show_default=True,
-    help=f"Of {', '.join(BACKBONE_PRECISIONS)}.",
+    help=f"Run each in these precisions: {', '.join(BACKBONE_PRECISIONS)}.",
 )
 engines_option = click.option(
-    "--engines", type=click.Path(path_type=Path), default=DEFAULT_ENGINES, show_default=True, help="Folder of exports."
+    "--engines",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_ENGINES,
+    show_default=True,
+    help="Find exports here.",
 )
 
 
@@ -151,7 +157,7 @@ class Bar:
             TimeRemainingColumn,
         )
 
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (TextColumn(what), BarColumn(BAR), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, TextColumn("{task.fields[words]}"), console=Console(stderr=True))
         self.bar = self.progress.add_task("", total=total, words="")
 
@@ -175,16 +181,23 @@ class EpisodeProgress(Bar):
         self.timed = timed
 
     def __enter__(self) -> EpisodeProgress:
-        """It shows itself when it is told how many episodes there are: before that, errors stand alone."""
+        """The bar shows itself when it is told how many episodes there are: before that, errors stand alone."""
+        self.loading = self.progress.console.status("loading the policy")
+        self.loading.start()
         return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loading.stop()
+        super().__exit__()
 
     def start(self, total: int, done: list[Episode]) -> None:
         from rsd_trt.eval.statistics import what_can_be_shown
 
+        self.loading.stop()
         self.episodes = done
         self.total, self.found = total, len(done)
         self.progress.console.print(what_can_be_shown(total), soft_wrap=True)
-        words = "" if self.found == total else "simulators are built, and the first episode is run"
+        words = "" if self.found == total else "waiting for simulator and episode 1"
         self.progress.update(self.bar, total=total, completed=len(done), words=words)
         self.progress.start()
 

@@ -22,6 +22,7 @@ from rsd_trt.cli.console import (
     json_option,
     show,
 )
+from rsd_trt.errors import missing_extra
 from rsd_trt.training.request import DistillRequest, DraftSize
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _say(result: Distilled) -> None:
     if result.cost.reason is not None:
         click.echo(f"the costs are not known: {result.cost.reason}")
     if result.curve is None:
-        click.echo("no picture of the learning curve: pip install 'rsd-trt[report]'")
+        click.echo(f"no picture of the learning curve: {missing_extra('matplotlib', 'report')}")
     picture = " and curve.png" if result.curve else ""
     click.echo(f"report, metrics{picture}: {result.folder} (with frames/, which may be removed)")
     rule = f"{result.rsd.rule} {result.rsd.threshold:g}" if result.rsd.threshold is not None else result.rsd.rule

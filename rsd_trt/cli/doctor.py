@@ -27,7 +27,7 @@ from rsd_trt import __version__, host
 from rsd_trt.bundle import Bundle
 from rsd_trt.cli.console import Choice, bundle_argument, engines_option, json_option, show
 from rsd_trt.config import BACKENDS, PARTS, Backend, Component
-from rsd_trt.errors import Unavailable, UserError, missing_extra
+from rsd_trt.errors import Unavailable, UserError, installing, missing_extra
 from rsd_trt.eval.table import Column, Table
 from rsd_trt.isolated import Crashed, call
 from rsd_trt.manifest import Artefact, ArtefactKind, Batch, folder_of, freshness, read_manifest
@@ -92,7 +92,7 @@ class Line:
     type=Choice(BACKENDS),
     default="torch",
     show_default=True,
-    help="What has to work; all else is only noted.",
+    help="Demand what this backend needs; all else is only noted.",
 )
 @engines_option
 @json_option
@@ -131,6 +131,7 @@ def all_checks(backend: Backend, path: Path, engines: Path) -> tuple[Check, ...]
         Check("engines run here", engines_run, ("trt",)),
         Check("rendering", rendering),
         Check("LIBERO", libero),
+        Check("extras", extras, isolated=False),
         Check("disk", partial(disk, engines), isolated=False),
         Check("bundle", partial(bundle_loads, path), BACKENDS, remedy=whole),
         Check("exports", partial(exports, backend, path, engines), ("ort", "trt"), remedy=whole),
@@ -191,7 +192,7 @@ def pytorch() -> Found:
     try:
         import torch
     except ImportError as error:
-        return Found(f"torch cannot be imported ({error})", "pip install -c constraints.txt 'rsd-trt[torch]'")
+        return Found(f"torch cannot be imported ({error})", installing("torch"))
     text = f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'built without CUDA'}"
     ones = torch.ones(2, 2)
     if (ones @ ones).tolist() != [[2.0, 2.0], [2.0, 2.0]]:
@@ -283,7 +284,7 @@ def rendering() -> Found:
         import mujoco
         from OpenGL.GL import GL_RENDERER, glGetString
     except ImportError as error:
-        return Found(f"{name}: {error}", "pip install 'rsd-trt[libero]', or another MUJOCO_GL")
+        return Found(f"{name}: {error}", f"{installing('libero')}; or choose another MUJOCO_GL")
     model = mujoco.MjModel.from_xml_string(SCENE)
     try:
         with mujoco.Renderer(model, FRAME, FRAME) as renderer:
@@ -335,6 +336,20 @@ def libero() -> Found:
             f"pip install --force-reinstall --no-deps {packages}",
         )
     return Found(f"{text}, assets complete")
+
+
+def extras() -> Found:
+    """Which of the package's extras are whole, and what the others lack."""
+    lacking: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires("rsd-trt") or ():
+        name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"](\w+)", line)
+        if name is not None and extra is not None:
+            absent = lacking.setdefault(extra[1], [])
+            if next(iter(importlib.metadata.distributions(name=name[0])), None) is None:
+                absent.append(name[0])
+    whole = ", ".join(sorted(extra for extra, absent in lacking.items() if not absent))
+    others = [f"{extra} (lacks {', '.join(absent)})" for extra, absent in sorted(lacking.items()) if absent]
+    return Found(f"complete: {whole or 'none'}" + (f"; not: {', '.join(others)}" if others else ""))
 
 
 def disk(folder: Path) -> Found:

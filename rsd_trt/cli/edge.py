@@ -19,13 +19,13 @@ from rsd_trt.cli.console import Choice, FiniteRange, engines_option, json_option
     type=Choice(("rsd", "baseline")),
     default="rsd",
     show_default=True,
-    help="rsd: check here, with the exported draft; baseline: without one.",
+    help="Check here, with the exported draft (rsd), or without one (baseline).",
 )
-@click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="Of a check; 0: all cores.")
-@click.option("-n", "--samples", type=click.IntRange(2), default=100, show_default=True, help="Queries of either kind.")
+@click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="Check on so many; 0: all.")
+@click.option("-n", "--samples", type=click.IntRange(2), default=100, show_default=True, help="Time so many of each.")
 @click.option("--instruction", default="pick up the bowl", show_default=True, help="Ask with this instruction.")
 @click.option("--timeout", type=FiniteRange(0.01, 3600), default=30, show_default=True, help="Wait so many s at most.")
-@click.option("--api-key", envvar="RSD_TRT_API_KEY", help="Of the server. Better set it as RSD_TRT_API_KEY.")
+@click.option("--api-key", envvar="RSD_TRT_API_KEY", help="Show the server this key. Better set it as RSD_TRT_API_KEY.")
 @json_option
 def edge(
     url: str,

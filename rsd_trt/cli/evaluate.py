@@ -238,8 +238,8 @@ def evaluate(as_json: bool, **options: object) -> None:
     else:
         from rsd_trt.eval.report.tables import counts_table, tasks_table
 
-        if progress.found == progress.total:
-            click.echo(f"all {progress.total} episodes were there already; to run them again: --fresh")
+        if progress.found:
+            click.echo(f"{progress.found} of {progress.total} were done already; to run them again: --fresh")
         for one, found in zip(requests, results, strict=True):
             show(tasks_table(found), counts_table(found))
             click.echo(f"results: {one.results_file}")

@@ -25,20 +25,27 @@ ExportTarget = Literal["auto", "tensorrt", "rtx", "onnx"]
 @click.command()
 @bundle_argument
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), default=DEFAULT_ENGINES, show_default=True, help="Folder."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_ENGINES,
+    show_default=True,
+    help="Write to it.",
 )
-@click.option("--component", type=Choice(COMPONENTS), multiple=True, help="Only this one; may be repeated.")
+@click.option("--component", type=Choice(COMPONENTS), multiple=True, help="Export only this one; may be repeated.")
 @precision_option
 @click.option(
     "--target",
     type=Choice(typing.get_args(ExportTarget)),
     default="auto",
     show_default=True,
-    help="Engines to build beside ONNX. auto: what is installed and can build here, else none; onnx: none.",
+    help="Build these engines beside ONNX. auto: what is installed and can build here, else none; onnx: none.",
 )
-@click.option("--compute-capability", type=Several(), default=(), help="rtx: GPUs to build for, as in 8.9,12.0. [all]")
-@click.option("--version-compatible", is_flag=True, help="tensorrt: engines that later versions can load.")
-@click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines that run on Ampere GPUs and later.")
+@click.option(
+    "--compute-capability", type=Several(), default=(), help="rtx: build for these GPUs, as in 8.9,12.0. [all]"
+)
+@click.option("--version-compatible", is_flag=True, help="tensorrt: build engines that later versions load.")
+@click.option("--hardware-compatible", is_flag=True, help="tensorrt: build engines that run on Ampere GPUs and later.")
 @click.option("--report", is_flag=True, help="Write the engine inspector's layers beside each engine (needs the GPU).")
 @click.option("--force", is_flag=True, help="Build everything again, fresh or not.")
 @json_option

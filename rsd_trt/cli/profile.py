@@ -27,16 +27,17 @@ from rsd_trt.cli.console import (
     precision_option,
     show,
 )
-from rsd_trt.config import BACKBONES, BACKENDS
+from rsd_trt.config import BACKBONES, BACKENDS, DEFAULT_RESULTS
+from rsd_trt.errors import missing_extra
 
 samples_option = click.option(
-    "-n", "--samples", type=click.IntRange(2), default=300, show_default=True, help="Launches of each row."
+    "-n", "--samples", type=click.IntRange(2), default=300, show_default=True, help="Time so many launches of each row."
 )
 warm_up_option = click.option(
-    "--warm-up", type=click.IntRange(1), default=50, show_default=True, help="Launches before them."
+    "--warm-up", type=click.IntRange(1), default=50, show_default=True, help="Launch so often before."
 )
 out_option = click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder to write into."
+    "--out", type=click.Path(path_type=Path), default=DEFAULT_RESULTS, show_default=True, help="Write to this folder."
 )
 
 
@@ -48,9 +49,9 @@ out_option = click.option(
     type=Several(BACKENDS),
     default="torch,graph,ort,trt",
     show_default=True,
-    help="Backends to time; on CUDA, ort with and without its CUDA graph.",
+    help="Time these backends; on CUDA, ort with and without its CUDA graph.",
 )
-@click.option("--batch", "batches", type=Sizes(), default="1", show_default=True, help="Batch sizes, as in 1,8.")
+@click.option("--batch", "batches", type=Sizes(), default="1", show_default=True, help="Time these sizes, as in 1,8.")
 @samples_option
 @warm_up_option
 @out_option
@@ -94,8 +95,8 @@ def profile(bundle: Path, device: str, out: Path, as_json: bool, **options: obje
 @bundle_argument
 @backbones_option
 @backbone_precisions_option
-@click.option("--images", type=Sizes(), default=(), help="Images of an observation, as in 1,2. [default: the bundle's]")
-@click.option("--prompt-tokens", type=Sizes(), default=(), help="As in 28,64. [default: a LIBERO instruction's]")
+@click.option("--images", type=Sizes(), default=(), help="Show so many images, as in 1,2. [default: the bundle's]")
+@click.option("--prompt-tokens", type=Sizes(), default=(), help="Ask so many tokens, as in 28,64. [default: as LIBERO]")
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -147,7 +148,10 @@ def profile_query(bundle: Path, device: str, out: Path, trace: Path | None, as_j
 
 def _print_files(out: Path, name: str) -> None:
     for what, ending in (("raw samples", "json"), ("page", "html"), ("chart", "png")):
-        click.echo(f"{what}: {out / f'{name}.{ending}'}")
+        if (file := out / f"{name}.{ending}").exists():
+            click.echo(f"{what}: {file}")
+        else:
+            click.echo(f"no {what}: {missing_extra('matplotlib', 'report')}")
 
 
 COMMANDS = (profile, profile_query)

@@ -9,7 +9,7 @@ import click
 from msgspec import structs
 
 from rsd_trt.cli.console import FiniteRange, command_line, json_option, note_untrained, show
-from rsd_trt.config import DEFAULT_BUNDLE, MAX_TOLERANCE
+from rsd_trt.config import DEFAULT_BUNDLE, DEFAULT_RESULTS, HOME, MAX_TOLERANCE
 from rsd_trt.errors import UserError
 
 profile_option = click.option(
@@ -63,13 +63,22 @@ def compare(a: Path, b: Path, profile: Path | None, within: int | None, as_json:
 
 
 @click.command()
-@click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True, help="Folder.")
+@click.argument("results", type=click.Path(path_type=Path), nargs=-1)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=HOME / "report",
+    show_default=True,
+    help="Write the report to this folder.",
+)
 @profile_option
 @within_option
 @json_option
 def report(results: tuple[Path, ...], out: Path, profile: Path | None, within: int | None, as_json: bool) -> None:
-    """Write a report on results files, or on those of a folder: OUT/report.html, .md, performance_comparison.json.
+    """Write a report on results files, or on those of a folder: report.html, .md, performance_comparison.json.
+
+    Without RESULTS: on those in ./results, or in $RSD_TRT_HOME/results.
 
     Every run that checks is set against open loop: with one action a query, and the best that costs no more. With
     --profile, cost is in ms. OUT/frontier.png shows success against it. report.html needs no network.
@@ -80,7 +89,7 @@ def report(results: tuple[Path, ...], out: Path, profile: Path | None, within: i
     from rsd_trt.eval.report.write import write_report
     from rsd_trt.records import to_json
 
-    written = write_report(results, out, command_line(), profile, within)
+    written = write_report(results or (DEFAULT_RESULTS,), out, command_line(), profile, within)
     if as_json:
         click.echo(json.dumps(to_json(written.comparison), indent=2))
         return

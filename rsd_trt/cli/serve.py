@@ -26,7 +26,7 @@ from rsd_trt.errors import missing_extra
 @click.command()
 @bundle_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address; 0.0.0.0 is all of them.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Listen on it; 0: any.")
 @click.option("--sessions", type=click.IntRange(1, 1024), default=16, show_default=True, help="Refuse more clients.")
 @click.option(
     "--mode",

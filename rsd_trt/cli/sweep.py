@@ -14,6 +14,7 @@ import click
 
 from rsd_trt.cli.console import Bar, command_line, json_option, show
 from rsd_trt.cli.report import profile_option, within_option
+from rsd_trt.config import BACKENDS, DEFAULT_RESULTS, MODES, RULES
 from rsd_trt.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 # The options of a TOML file, as far as a question about settings is asked on the command line. Lists have commas.
 LISTS = {
-    "mode": "Answer queries in these ways, as in baseline,rsd.",
+    "mode": f"Answer queries in these ways: {', '.join(MODES)}.",
     "n_action_steps": "Commit so many actions of a new chunk, as in 1,2,4,8.",
     "check_steps": "Commit so many actions of the old chunk, at an accepted check.",
-    "rule": "Choose what a check has to pass.",
+    "rule": f"Choose what a check has to pass: {', '.join(RULES)}.",
     "tolerance": "Let draft and chunk differ by so much, as in 0.1,0.2.",
     "threshold": "Accept chunks of this mean log-probability and above, with the rule likelihood.",
     "perturb": "Perturb every episode, as in none,7 or late:7:0.02-0.05: none leaves them undisturbed.",
@@ -38,8 +39,8 @@ SINGLE = {
     "policy": "Run act(simulator) of a Python module, MODULE:FUNCTION, instead of a bundle.",
     "tasks": "Run these tasks, as in 0,3 or 0-4. [default: all]",
     "trials": "Run so many trials of every task.",
-    "backend": "Choose what runs draft, head and decoder.",
-    "device": "cpu, cuda or auto.",
+    "backend": f"Choose what runs draft, head and decoder: {', '.join(BACKENDS)}.",
+    "device": "Run on cpu, cuda or auto.",
     "max_steps": "End an episode after so many steps.",
     "workers": "Run so many simulator processes for each model that is loaded. [default: one a core]",
 }
@@ -68,7 +69,7 @@ def plan_options(command: Callable[..., object]) -> Callable[..., object]:
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    default=Path("results/sweep"),
+    default=DEFAULT_RESULTS / "sweep",
     show_default=True,
     help="Write a folder for each run, and report, to this folder.",
 )
@@ -273,7 +274,8 @@ class SweepProgress(Bar):
 
     def start(self, total: int, done: int, successes: int) -> None:
         self.done, self.successes, self.began = done, successes, time.monotonic()
-        self.progress.update(self.bar, total=total, completed=done)
+        words = "" if done == total else "waiting for simulators and a first episode"
+        self.progress.update(self.bar, total=total, completed=done, words=words)
         self.progress.start()
 
     def add(self, run: str, episode: Episode) -> None:

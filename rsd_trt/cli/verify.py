@@ -45,7 +45,7 @@ LEAST_IMAGES, IMAGES = 32, 64
     type=Several(BACKENDS),
     default="graph,ort,trt",
     show_default=True,
-    help="Backends to check.",
+    help="Check these backends.",
 )
 @click.option(
     "-n",
@@ -53,12 +53,12 @@ LEAST_IMAGES, IMAGES = 32, 64
     type=click.IntRange(LEAST_INPUTS),
     default=INPUTS,
     show_default=True,
-    help="Hidden states that every component runs on.",
+    help="Run every component on so many hidden states.",
 )
 @click.option(
     "--hidden",
     type=click.Path(path_type=Path),
-    help="safetensors with recorded hidden states. [default: the bundle's, else seeded ones]",
+    help="Take the hidden states of this safetensors file. [default: the bundle's, else seeded ones]",
 )
 @precision_option
 @device_option
@@ -90,9 +90,7 @@ def verify(bundle: Path, device: str, as_json: bool, **options: object) -> None:
 @bundle_argument
 @backbones_option
 @backbone_precisions_option
-@click.option(
-    "-n", "--inputs", type=click.IntRange(LEAST_IMAGES), help=f"Images of noise to show it. [default: {IMAGES}]"
-)
+@click.option("-n", "--inputs", type=click.IntRange(LEAST_IMAGES), help=f"Show it so much noise. [default: {IMAGES}]")
 @click.option("--libero", type=Suite(), help="Show it the first images of every task of a suite, not noise.")
 @device_option
 @json_option

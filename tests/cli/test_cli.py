@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +66,13 @@ def test_help_lists_every_command() -> None:
     assert all(name in result.output for name in main.commands)
     assert rsd_trt("-h").output == result.output
     assert rsd_trt("--version").output == f"rsd-trt, version {__version__}\n"
+
+
+def test_the_environment_says_where_files_lie_by_default(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rsd_trt", "report"]
+    done = subprocess.run(command, env=os.environ | {"RSD_TRT_HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path / 'results'} is not there. rsd-trt eval writes results\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import pickle
 import shutil
@@ -287,6 +288,12 @@ def test_libero_that_is_not_installed(monkeypatch: Patch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "libero"]:
         monkeypatch.setitem(sys.modules, name, None)
     broken(found(doctor.libero), "LIBERO is not installed", "pip install 'rsd-trt[libero]'")
+
+
+def test_the_extras(monkeypatch: Patch) -> None:
+    wanted = ["click>=8", "click>=8; extra == 'cpu'", "pytest>=8; extra == 'trt'", "not_there<2; extra == 'trt'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
+    assert doctor.extras() == Found("complete: cpu; not: trt (lacks not_there)")
 
 
 def test_the_disk(monkeypatch: Patch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, PRECISIONS, Component, HeadConfig, Precision
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.export import to_onnx
 from rsd_trt.export.to_onnx import OPSET, example_inputs, export_onnx
 from rsd_trt.manifest import Batch, File, folder_of, read_manifest
@@ -182,7 +182,7 @@ def test_a_missing_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError) as error:
         export_onnx(bundle.component("decoder"), "1", tmp_path / "graph.onnx")
-    assert str(error.value) == f"{package} is not installed. Install it: pip install 'rsd-trt[export]'"
+    assert str(error.value) == str(missing_extra(package, "export"))
 
 
 def test_example_inputs_repeat(bundle: Bundle) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import COMPONENTS, MAX_BATCH, Component
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, installing, missing_extra
 from rsd_trt.export.to_onnx import example_inputs
 from rsd_trt.manifest import Batch, File, usable
 from rsd_trt.models.signature import BATCH, Port, Signature
@@ -108,13 +108,13 @@ def graph(bundle: Bundle, exported: Callable[..., Path]) -> Path:
         (
             "cpu",
             ["AzureExecutionProvider"],
-            "has no CPUExecutionProvider (it has AzureExecutionProvider). Install it: pip install 'rsd-trt[cpu]'",
+            f"has no CPUExecutionProvider (it has AzureExecutionProvider). Install it: {installing('cpu')}",
         ),
         (
             "cuda",
             ["AzureExecutionProvider", "CPUExecutionProvider"],
             "has no CUDAExecutionProvider (it has AzureExecutionProvider, CPUExecutionProvider). "
-            "Install it: pip install 'rsd-trt[cuda]'",
+            f"Install it: {installing('cuda')}",
         ),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_provider_that_was_not_taken_is_told(bundle: Bundle, graph: Path, monk
         OrtSession(graph, bundle.component("draft").signature, CPU)
     assert str(error.value) == (
         "onnxruntime took AzureExecutionProvider instead of CPUExecutionProvider, which cannot be loaded. "
-        "Install it: pip install 'rsd-trt[cpu]'"
+        f"Install it: {installing('cpu')}"
     )
 
 
@@ -263,4 +263,4 @@ def test_onnxruntime_that_is_not_installed_is_told(
     for device, extra in (("cpu", "cpu"), ("cuda", "cuda")):
         with pytest.raises(UserError) as error:
             OrtSession(graph, bundle.component("draft").signature, torch.device(device))
-        assert str(error.value) == f"onnxruntime is not installed. Install it: pip install 'rsd-trt[{extra}]'"
+        assert str(error.value) == str(missing_extra("onnxruntime", extra))

@@ -95,7 +95,7 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(
     before = episodes.read_text()
     again = rsd_trt(*arguments)
     assert again.exit_code == 0
-    assert "all 1 episodes were there already" in again.stdout
+    assert "1 of 1 were done already; to run them again: --fresh" in again.stdout
     assert episodes.read_text() == before
     refused = rsd_trt(*arguments, "--seed", 8)
     assert refused.exit_code == 1

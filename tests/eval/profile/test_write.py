@@ -67,7 +67,7 @@ def test_nothing_measured_is_an_error(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_matplotlib_and_a_file_in_the_way_are_told(
+def test_a_file_in_the_way_is_told_and_without_matplotlib_all_but_the_chart_is_written(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(components, "profile", lambda *_: iter(MADE_UP))
@@ -76,6 +76,8 @@ def test_a_missing_matplotlib_and_a_file_in_the_way_are_told(
     with pytest.raises(UserError, match=r"file/out cannot be written: Not a directory"):
         write_components(bundle, REQUEST, tmp_path / "file" / "out", "")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError) as error:
-        write_components(bundle, REQUEST, tmp_path, "")
-    assert str(error.value) == "matplotlib is not installed. Install it: pip install 'rsd-trt[report]'"
+    (tmp_path / "profile.png").write_text("of an earlier run")
+    _, _, tables = write_components(bundle, REQUEST, tmp_path, "")
+    assert len(tables) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "profile.json", "profile.html"}
+    assert "<img" not in (tmp_path / "profile.html").read_text("utf-8")

@@ -16,7 +16,7 @@ from msgspec import structs
 from synthetic import TASKS, profile, run, throughput, write
 
 from rsd_trt.cli import main
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.eval.report.page import code
 from rsd_trt.eval.report.svg import INK
 from rsd_trt.eval.report.write import PerformanceComparison, write_report
@@ -296,7 +296,7 @@ def test_a_missing_extra_is_told_before_anything_is_read(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError) as error:
         write_report([tmp_path / "absent.json"], tmp_path / "report", "")
-    assert str(error.value) == f"{package} is not installed. Install it: pip install 'rsd-trt[report]'"
+    assert str(error.value) == str(missing_extra(package, "report"))
 
 
 def rsd_trt(*arguments: object) -> Result:
