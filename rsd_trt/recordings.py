@@ -270,8 +270,9 @@ class RecordedEpisode:
 def check_facts(folder: Path, found: Facts, wanted: Facts, but: Sequence[str] = ()) -> None:
     """Raises UserError if recordings `found` in a folder are not those of the bundle that is `wanted`, fields of `but`
     apart."""
-    differences = sorted(differing(to_json(found), to_json(wanted)), key=lambda one: one[0] == "fingerprint")
-    for key, there, here in differences:  # the fingerprint last: it differs with the chunks and cameras, too
+    differences = differing(to_json(found), to_json(wanted))
+    # Chunks and cameras say more than the fingerprint, which differs with them; a size is of the same bundle.
+    for key, there, here in sorted(differences, key=lambda one: (one[0] == "size", one[0] == "fingerprint")):
         if key in but or key == "bundle":
             continue
         if key == "fingerprint":
