@@ -104,14 +104,16 @@ def arrays(value: object, depth: int = 0) -> object:
     if depth > MAX_DEPTH:
         raise BadMessage(f"the message has more than {MAX_DEPTH} maps and lists inside one another")
     if isinstance(value, dict):
-        if "__ndarray__" in value or b"__ndarray__" in value:
-            return _array(*_fields(value, "data", "dtype", "shape"))
+        if b"__ndarray__" in value:
+            return _array(value.get(b"data"), value.get(b"dtype"), value.get(b"shape"))
+        if "__ndarray__" in value:
+            return _array(value.get("data"), value.get("dtype"), value.get("shape"))
         if "__numpy__" in value:
-            return _array(_base64(value["__numpy__"]), *_fields(value, "dtype", "shape"))
+            return _array(_base64(value["__numpy__"]), value.get("dtype"), value.get("shape"))
         if "__image__" in value:
             return _image(value)
         if b"__npgeneric__" in value:
-            return _number(*_fields(value, "data", "dtype"))
+            return _number(value.get(b"data"), value.get(b"dtype"))
         if not all(isinstance(key, str) for key in value):
             raise BadMessage("the message has a key that is no text")
         return {key: arrays(x, depth + 1) for key, x in value.items()}
@@ -122,14 +124,6 @@ def arrays(value: object, depth: int = 0) -> object:
     if value is None or isinstance(value, (str, bool, int, float, bytes)):
         return value
     raise BadMessage(f"the message has a value of type {type(value).__name__}")
-
-
-def _fields(value: Mapping[Any, object], *names: str) -> list[object]:
-    """The values of a map's keys, which may be text or bytes."""
-    found = [value.get(name, value.get(name.encode())) for name in names]
-    if any(x is None for x in found):
-        raise BadMessage(f"an array lacks one of {', '.join(names)}")
-    return found
 
 
 def _array(data: object, dtype: object, shape: object) -> Array:
@@ -164,7 +158,7 @@ def _number(data: object, dtype: object) -> int | float | bool:
 def _image(value: Mapping[Any, object]) -> Array:
     """vla-eval's way of writing an image: PNG or JPEG, looked at before it is decoded, or raw."""
     if value.get("format") == "raw":
-        return _array(*_fields(value, "data", "dtype", "shape"))
+        return _array(value.get("data"), value.get("dtype"), value.get("shape"))
     data, kind = value.get("data"), value.get("format")
     if kind not in ("png", "jpeg") or not isinstance(data, bytes):
         raise BadMessage(f"an image has the format {shown(kind)}, not png, jpeg or raw")

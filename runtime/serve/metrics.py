@@ -28,17 +28,19 @@ class Metrics:
         self._seconds = Histogram(
             "rsd_seconds", "Time of a query: waiting, in the policy, in all", ["part"], buckets=BUCKETS, registry=kept
         )
-        self._parts = {part: self._seconds.labels(part) for part in ("queue", "policy", "total")}
+        self._parts = [self._seconds.labels(part) for part in ("queue", "policy", "total")]
         Gauge("rsd_sessions", "Sessions that are open", registry=kept).set_function(sessions)
         Gauge("rsd_waiting", "Requests that are not answered yet", registry=kept).set_function(waiting)
 
     def answered(self, query: Query, queue: float, policy: float, total: float, alarm: bool) -> None:
         """A query's reply; times in s."""
         self._queries.labels(query.route).inc()
-        self._clipped.inc(query.clipped)
-        self._alarms.inc(alarm)
-        for part, seconds in (("queue", queue), ("policy", policy), ("total", total)):
-            self._parts[part].observe(seconds)
+        if query.clipped:
+            self._clipped.inc(query.clipped)
+        if alarm:
+            self._alarms.inc()
+        for part, seconds in zip(self._parts, (queue, policy, total), strict=True):
+            part.observe(seconds)
 
     def late(self) -> None:
         self._late.inc()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import hmac
 import logging
 import socket
@@ -17,6 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from rsd_trt.errors import UserError
 from rsd_trt.runtime.serve.protocols import Openpi, VlaEval, act
@@ -27,6 +30,8 @@ log = logging.getLogger(__name__)
 VLA_EVAL = "/vla-eval"
 PATIENCE = 10.0  # s that a client may take for the head of a request
 DRAINING = 30.0  # s that requests under way may take at the end
+KEPT = 32 << 20  # bytes of free memory that are kept
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PING = 20.0  # s between pings
 PONG = 120.0  # s that a client may be silent: it is not read from while its query is computed, which warms up at first
 
@@ -48,6 +53,18 @@ class PatientHttp(H11Protocol):
             return
         self._requests_before = id(self.cycle)
         self.loop.call_later(PATIENCE / 2, self._hurry)
+
+
+class Websocket(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
+    """uvicorn's websocket, which reads into memory that is there already, and more than 256 kB at a time."""
+
+    _read = memoryview(bytearray(1 << 20))  # of all connections: it is emptied before anything else is read
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._read
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(self._read[:nbytes])  # type: ignore[arg-type]  # which copies it
 
 
 class Server(uvicorn.Server):
@@ -187,7 +204,7 @@ def build(service: Service) -> Server:
     config = uvicorn.Config(
         application(service),
         http=PatientHttp,
-        ws="websockets-sansio",
+        ws=Websocket,
         ws_max_size=service.options.max_message,
         ws_ping_interval=PING,
         ws_ping_timeout=PONG,
@@ -202,6 +219,15 @@ def build(service: Service) -> Server:
     return Server(config, service)
 
 
+def keep_memory() -> None:
+    """Has glibc keep the memory of a request for the next. By default it goes back to the system with each: with two
+    frames of 256 pixels 70 page faults a query, a fifth of the server's time."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(option, KEPT)
+
+
 def serve(service: Service, listening: socket.socket) -> bool:
     """Serves until a signal ends it, or until the policy turns out not to be loadable -> whether the policy's thread
     has ended, too: it may be in the middle of loading.
@@ -209,6 +235,7 @@ def serve(service: Service, listening: socket.socket) -> bool:
     Raises:
         UserError: the policy cannot be loaded.
     """
+    keep_memory()
     service.worker.start()
     try:
         build(service).run([listening])

@@ -62,7 +62,7 @@ class Session:
     alarm: Alarm = field(default_factory=Alarm)
     answered: int = 0  # actions of the last reply
     steps: int = 0  # that were executed in this episode
-    position: NDArray[np.float32] | None = None  # of the hand, at the last query
+    position: list[float] | None = None  # of the hand, at the last query
     waiting: NDArray[np.float32] | None = None  # actions that were committed and not sent, for one-at-a-time protocols
 
     def __post_init__(self) -> None:
@@ -83,18 +83,17 @@ class Session:
         done = self.answered if executed is None else executed
         if not 0 <= done <= self.answered:
             raise BadMessage(f"executed is {executed}, and the last reply had {self.answered} actions")
-        hand = None if observation.proprio is None else observation.proprio[:POSITION].copy()
+        hand = None if observation.proprio is None else observation.proprio[:POSITION].tolist()
         if hand is not None and self.position is not None and self.hand_step is not None:
-            moved = float(np.linalg.norm(hand - self.position))
+            moved = math.dist(hand, self.position)
             if moved > self.hand_step * (done + 1):  # one more: the state is as old as the frames
                 self.reset()
                 done = 0
-        chunk = replace(self.chunk)
-        if chunk.actions is not None and done < self.answered:
-            chunk.take_back(self.answered - done)
-        self.chunk, self.answered, self.position = chunk, 0, hand
+        if self.chunk.actions is not None and done < self.answered:
+            self.chunk.take_back(self.answered - done)
+        self.answered, self.position = 0, hand
         self.steps += done
-        return replace(chunk)
+        return replace(self.chunk)
 
     def finish(self, chunk: Chunk, query: Query) -> None:
         """What a query that was answered in time did to the chunk."""
