@@ -99,19 +99,12 @@ class Loop:
     def query(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
         """One query for each observation and the chunk of whoever made it, which is brought up to date. A fault ends
         that query only, and its chunk."""
-        if self.mode == "baseline":
-            queries = self._full(observations, chunks, [Query(NOTHING, "full")] * len(chunks))
-        else:
-            queries = (self._shadow if self.mode == "shadow" else self._speculate)(observations, chunks)
-        for query, chunk in zip(queries, chunks, strict=True):
-            chunk.queries += 1
-            if query.fault is not None:
-                chunk.forget()
-        return queries
-
-    def _speculate(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
-        """Checks the chunks that are alive, and makes full queries for the others and those that are rejected."""
-        queries = [Query(NOTHING, reason or "rejected") for reason in self._due(observations, chunks)]
+        if self.mode == "shadow":
+            return self._shadow(observations, chunks)
+        due: Sequence[Route | None] = ["full"] * len(chunks)
+        if self.mode != "baseline":
+            due = self._due(observations, chunks)
+        queries = [Query(NOTHING, reason or "rejected") for reason in due]
         guesses: dict[int, Tokens] = {}
         if live := [i for i, query in enumerate(queries) if query.route == "rejected"]:
             guess = self._check([observations[i] for i in live])
@@ -167,6 +160,7 @@ class Loop:
         count = min(query.prefix or 0, chunk.fixed or self.check_steps)
         actions, clipped = self._within_limits(chunk.left[:count])
         chunk.cursor += count
+        chunk.queries += 1
         return replace(query, actions=actions, clipped=clipped, full_query=False)
 
     def _full(
@@ -184,7 +178,9 @@ class Loop:
         main = self._ask_main(observations, np.stack([zeros if guess is None else guess for guess in guesses]))
         answers = []
         for i, (chunk, query, guess) in enumerate(zip(chunks, queries, guesses, strict=True)):
+            chunk.queries += 1
             if not main.finite[i]:
+                chunk.forget()
                 answers.append(replace(query, fault=self._fault(i)))
                 continue
             chunk.actions = main.actions[i].copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ class OrtSession(BufferedSession):
             binding.bind_output(name, self.device.type, index, element, tuple(tensor.shape), tensor.data_ptr())
         options = self.new_run_options()
         if self.stream is None:
-            return lambda: self.session.run_with_iobinding(binding, options)
+            return partial(self.session.run_with_iobinding, binding, options)
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if self.cuda_graph:
             options.add_run_config_entry("gpu_graph_id", str(batch))

@@ -185,7 +185,7 @@ class Policy:
         Raises:
             PolicyFault: as `act`.
         """
-        query = self.act_batch([observation], [0])[0]
+        [query] = self.answer([observation], self._chunks[:1])
         if query.fault is not None:
             raise PolicyFault(query.fault)
         return query
@@ -201,16 +201,15 @@ class Policy:
         if not observations or len(observations) != len(environments):
             raise UserError(f"act_batch got {len(observations)} observations for {len(environments)} environments")
         self._check_environments(environments)
+        return self.answer(observations, [self._chunks[env] for env in environments])
+
+    def answer(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
+        """`act_batch` for a caller who keeps the chunks, which are brought up to date."""
         if strange := [type(x).__name__ for x in observations if not hasattr(x, "instruction")]:
-            raise UserError(f"act_batch got {strange[0]}, not an Observation")
+            raise UserError(f"the policy got {strange[0]}, not an Observation")
         if self._resize:
             control, mean = self.config.control, self.config.backbone.towers[0].mean
             observations = [replace(x, images=fit_frames(x.images, control, mean)) for x in observations]
-        with self._turn:
-            return self.answer(observations, [self._chunks[env] for env in environments])
-
-    def answer(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
-        """`act_batch` for a caller who keeps the chunks, which are brought up to date, and has frames that fit."""
         with self._turn:
             started = self._now()
             queries = self._loop.query(observations, chunks)
