@@ -59,6 +59,7 @@ TYPES = {  # of the tensors, as safetensors names them
     "committed": "I32",
 }
 OPTIONAL = {"tokens"}
+SERVER = "server "  # begins the fingerprint of chunks that somebody else's server gave
 
 Array = NDArray[Any]
 
@@ -67,7 +68,7 @@ class Facts(Record, frozen=True):
     """Whose recordings lie in a folder."""
 
     bundle: str  # its name
-    fingerprint: str  # of all that makes the main head's chunks: `main_fingerprint`
+    fingerprint: str  # of all that makes the main head's chunks: `main_fingerprint`, or `SERVER` and an address
     cameras: Annotated[tuple[str, ...], Meta(min_length=1)]
     size: Pixels  # of a frame, a side
     chunk: Count  # T

@@ -3,10 +3,7 @@
 python -m examples.robot.robot ws://gpu-box:8000 --engines engines --task "pick up the bowl"
 """
 
-from __future__ import annotations
-
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +29,7 @@ def move(action: np.ndarray) -> None:
 
 def stop(why: str) -> None:
     """The robot stands still. Your brake goes here."""
-    print(f"stopped: {why}", file=sys.stderr)
-    raise SystemExit(1)
+    raise SystemExit(f"stopped: {why}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,15 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", default="pick up the bowl")
     parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args(arguments)
-
-    def surprised(share: float) -> None:
-        stop(f"{share:.0%} of the recent checks were rejected: the scene is not what the policy knows")
-
-    with EdgePolicy(
-        given.url, given.engines, mode=given.mode, timeout_s=1.0, expected_rejections=0.3, on_alarm=surprised
-    ) as policy:
+    alarm = {"expected_rejections": 0.3, "on_alarm": lambda share: stop(f"{share:.0%} of the checks were rejected")}
+    with EdgePolicy(given.url, given.engines, mode=given.mode, timeout_s=1.0, **alarm) as policy:
         policy.prepare(given.task)
-        policy.reset()
         step, due = 0, time.monotonic()
         while step < given.steps:
             try:

@@ -49,7 +49,7 @@ def edge(
     import numpy as np
 
     from rsd_trt.eval.table import Column, Table
-    from rsd_trt.runtime.serve.edge import EdgePolicy, measure
+    from rsd_trt.runtime.serve.edge import EdgePolicy
 
     with EdgePolicy(
         url,
@@ -60,7 +60,7 @@ def edge(
         timeout_s=timeout,
         api_key=api_key,
     ) as policy:
-        timing = measure(policy, instruction, samples)
+        timing = policy.measure(instruction, samples)
         name = policy.name
     found = {"check": timing.check, "full query": timing.full, "of that, in the server": timing.server}
     rows = {what: [float(np.percentile(ms, p)) for p in (50, 90, 99)] for what, ms in found.items() if ms}

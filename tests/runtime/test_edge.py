@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from msgspec import structs
 from serving import SIDE, STUB_CONTROL, STUB_DIMS, STUB_RSD, Stub, bundle_service, running, stub_service
 from websockets.sync.server import ServerConnection, serve
 
 from rsd_trt.bundle import Bundle
+from rsd_trt.cli import main
 from rsd_trt.errors import PolicyFault, UserError
 from rsd_trt.recordings import Recordings
 from rsd_trt.runtime.chunk import Chunk
@@ -26,7 +28,9 @@ from rsd_trt.runtime.loop import Loop
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.serve.arrays import arrays, pack, unpack
-from rsd_trt.runtime.serve.edge import EdgePolicy, Known, Unreachable
+from rsd_trt.runtime.serve.edge import EdgePolicy
+from rsd_trt.runtime.serve.line import Unreachable
+from rsd_trt.runtime.serve.remote import Known
 
 Observe = Callable[..., Observation]
 
@@ -146,7 +150,7 @@ def test_any_openpi_server_can_be_the_main_model(
                 np.testing.assert_array_equal(query.actions, expected.actions)
                 routes.add(query.route)
             with pytest.raises(UserError, match="cannot say what the draft reads"):
-                edge._known = replace(known, rows=None)
+                edge._main.known = replace(known, rows=None)
                 edge.prepare("another")
         with pytest.raises(UserError, match="needs the main model's tokens"):
             rule = structs.replace(config.rsd, rule="tokens")
@@ -174,6 +178,35 @@ def test_any_openpi_server_can_be_the_main_model(
         edge.act(observation)
 
 
+@pytest.mark.slow
+def test_a_draft_follows_somebody_elses_server(lenient: Bundle, observe: Observe, tmp_path: Path) -> None:
+    """From what the server answered to a bundle, from there to an export, and with it the loop at the robot's side."""
+    config = lenient.config
+    known = Known(config.name, config.dims, config.rsd, config.control)
+    chunk = np.zeros((10, 7))
+    chunk[:, 0] = np.linspace(0, 0.5, 10)
+
+    def run(*arguments: object) -> None:
+        done = CliRunner().invoke(main, [str(x) for x in arguments])
+        assert done.exit_code == 0, done.output
+
+    with plain_server(lambda request: chunk) as url:
+        with EdgePolicy(url, mode="baseline", known=known, record=tmp_path / "seen") as edge:
+            for i in range(40):
+                if i % 8 == 0:
+                    edge.reset()
+                edge.act(observe(config.control, i, "go"))
+        out, engines = tmp_path / "theirs", tmp_path / "engines"
+        run("distill", lenient.path, tmp_path / "seen", "-o", out, "--device", "cpu", "--steps", 4, "--batch", 8)
+        run("export", out, "-o", engines, "--target", "onnx", "--component", "propose")
+        made = Bundle.open(out)
+        rows = Policy.load(lenient, device="cpu").instruction_rows
+        known = replace(known, name=made.config.name, propose=made.component_fingerprint("propose"), rows=rows)
+        with EdgePolicy(url, engines, known=known) as edge:
+            queries = [edge.query(observe(config.control, i, "go")) for i in range(8)]
+    assert [query.checked for query in queries] == [False] + 7 * [True]
+
+
 def see(first: int, second: int = 0) -> Observation:
     images = np.zeros((2, SIDE, SIDE, 3), np.uint8)
     images[0, 0, 0], images[0, 0, 1] = first, second
@@ -182,7 +215,7 @@ def see(first: int, second: int = 0) -> Observation:
 
 def with_draft(edge: EdgePolicy, stub: Stub) -> EdgePolicy:
     """The stub's draft in the place of an export."""
-    edge._loop = Loop(STUB_DIMS, STUB_RSD, STUB_CONTROL.limits, "rsd", stub.check, edge._full)
+    edge._loop = Loop(STUB_DIMS, STUB_RSD, STUB_CONTROL.limits, "rsd", stub.check, edge._main.full)
     return edge
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError, shown
-from rsd_trt.recordings import Array, Facts, Recordings
+from rsd_trt.recordings import SERVER, Array, Facts, Recordings
 from rsd_trt.training.sources import Frames, in_parts
+
+log = logging.getLogger(__name__)
 
 
 class RecordedSource:
@@ -19,9 +23,13 @@ class RecordedSource:
     labelled = True
 
     def __init__(self, folder: Path, bundle: Bundle) -> None:
-        """Raises UserError: they are not of this bundle, or damaged."""
+        """Raises UserError: they are neither of this bundle nor of somebody else's server, or damaged."""
         self.recordings = Recordings(folder)
-        self.recordings.check(Facts.of(bundle))
+        facts, theirs = Facts.of(bundle), self.recordings.facts.fingerprint
+        if theirs.startswith(SERVER):
+            facts = structs.replace(facts, fingerprint=theirs)
+            log.warning("the draft will follow %s, not the head of %s: use it there", theirs, bundle.path)
+        self.recordings.check(facts)
         if not self.recordings.episodes:
             raise UserError(f"{folder} has no whole episode yet")
         dims = bundle.config.dims
