@@ -16,7 +16,10 @@ from rsd_trt.eval.table import Column, Measured, Table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "docs" / "reference-results.md")
+PAGES = (
+    *(ROOT / "docs" / name for name in ("performance.md", "reference-results.md", "deploy.md")),
+    ROOT / "README.md",
+)
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 LAUNCHES = ("draft + head + decoder, with host decisions", "propose + predict")
@@ -84,6 +87,19 @@ def still() -> str:
     return whole(None)
 
 
+def network() -> str:
+    """Reaction and success behind a network. Costs of a full query that change nothing share a row."""
+    rows = read("network/late.json")["rows"]
+    rtts = sorted({row["rtt_ms"] for row in rows})
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for way, full in dict.fromkeys((row["way"], row["full_ms"]) for row in rows):
+        cells = [row for row in rows if (row["way"], row["full_ms"]) == (way, full)]
+        said = tuple(f"{x['reaction_p50']:g} ({x['solved']}/{x['episodes']})" for x in cells)
+        found.setdefault((way, said), []).append(f"{full:g}")
+    columns = (Column("way"), Column("full query, ms"), *(Column(f"{rtt:g} ms: steps, p50 (solved)") for rtt in rtts))
+    return Table("", columns, tuple((way, ", ".join(full), *said) for (way, said), full in found.items())).markdown()
+
+
 def whole(perturb: str | None) -> str:
     """All runs of a condition."""
     found = runs(perturb)
@@ -130,6 +146,7 @@ def device(record: dict[str, Any]) -> str:
 
 
 TABLES = {
+    "network": network,
     "components": components,
     "stages": stages,
     "late": late,
@@ -143,7 +160,7 @@ def fill(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=("performance", "README", "reference-results"))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_pages_say_what_the_results_say(page: Path) -> None:
     text = page.read_text("utf-8")
     assert BLOCK.search(text)

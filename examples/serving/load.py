@@ -2,11 +2,12 @@
 
     python -m examples.serving.load --stub --clients 1 --queries 5000
     python -m examples.serving.load --clients 16 --seconds 30 --device cuda --backend graph
-    python -m examples.serving.load --clients 8 --seconds 600
+    python -m examples.serving.load --clients 8 --seconds 600 --rate 5
 
 With --stub the policy takes no time: what is measured is the server, the protocol and the loopback. Each client is a
-process of its own, which asks again as soon as it is answered. Prints one line of JSON: milliseconds from before a
-request is packed until its reply is unpacked, over all clients and by tenth of the run, and the server's memory.
+process of its own, which asks again as soon as it is answered, or --rate times a second. Prints one line of JSON:
+milliseconds from before a request is packed until its reply is unpacked, over all clients and by tenth of the run, and
+the server's memory.
 """
 
 from __future__ import annotations
@@ -90,8 +91,15 @@ def started(stub: bool, options: Sequence[str]) -> Iterator[tuple[str, int]]:
             server.wait(60)
 
 
-def ask(url: str, seed: int, queries: int | None, seconds: float | None, out: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
-    """One client: when each of its queries was answered, and how long that took, in ms."""
+def ask(
+    url: str,
+    seed: int,
+    queries: int | None,
+    seconds: float | None,
+    rate: float | None,
+    out: multiprocessing.Queue,  # type: ignore[type-arg]
+) -> None:
+    """One client: when each of its queries was answered, how long that took, and without its own packing, in ms."""
     from websockets.sync.client import connect
 
     from rsd_trt.runtime.serve.arrays import arrays, pack, unpack
@@ -99,7 +107,7 @@ def ask(url: str, seed: int, queries: int | None, seconds: float | None, out: mu
     random = np.random.default_rng(seed)
     frames = random.integers(0, 256, (8, 2, SIDE, SIDE, 3), np.uint8)
     state = random.uniform(-0.2, 0.2, 8)
-    found: list[tuple[float, float]] = []
+    found: list[tuple[float, float, float]] = []
     with connect(url, compression=None, max_size=None) as line:
         line.recv()
         started = time.perf_counter()
@@ -111,13 +119,18 @@ def ask(url: str, seed: int, queries: int | None, seconds: float | None, out: mu
                 "observation/state": state,
                 "prompt": INSTRUCTIONS[seed % len(INSTRUCTIONS)],
             }
+            if rate:
+                time.sleep(max(0.0, started + len(found) / rate - time.perf_counter()))
             before = time.perf_counter()
-            line.send(pack(message))
+            packed = pack(message)
+            sending = time.perf_counter()
+            line.send(packed)
             reply = line.recv()
+            received = time.perf_counter()
             assert isinstance(reply, bytes), reply
             arrays(unpack(reply))
             after = time.perf_counter()
-            found.append((after - started, (after - before) * 1e3))
+            found.append((after - started, (after - before) * 1e3, (received - sending) * 1e3))
     out.put(found)
 
 
@@ -127,16 +140,18 @@ def resident(pid: int) -> float:
     return int(text.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def measure(url: str, pid: int, clients: int, queries: int | None, seconds: float | None) -> dict[str, object]:
+def measure(
+    url: str, pid: int, clients: int, queries: int | None, seconds: float | None, rate: float | None
+) -> dict[str, object]:
     """What the clients found."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
-    processes = [context.Process(target=ask, args=(url, seed, queries, seconds, out)) for seed in range(clients)]
+    processes = [context.Process(target=ask, args=(url, seed, queries, seconds, rate, out)) for seed in range(clients)]
     for process in processes:
         process.start()
     memory: list[float] = []
     waiting = len(processes)
-    found: list[list[tuple[float, float]]] = []
+    found: list[list[tuple[float, float, float]]] = []
     next_look = time.monotonic()
     while waiting:
         if time.monotonic() >= next_look:
@@ -158,6 +173,7 @@ def measure(url: str, pid: int, clients: int, queries: int | None, seconds: floa
         "queries": len(moments),
         "p50_ms": round(float(np.percentile(moments[:, 1], 50)), 4),
         "p99_ms": round(float(np.percentile(moments[:, 1], 99)), 4),
+        "p50_without_packing_ms": round(float(np.percentile(moments[:, 2], 50)), 4),
         "max_ms": round(float(moments[:, 1].max()), 3),
         "queries_per_s": round(len(moments) / lasted, 2),
         "p50_ms_by_tenth": [round(float(np.median(part)), 3) for part in tenths],
@@ -172,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--queries", type=int, help="of each client")
     parser.add_argument("--seconds", type=float, help="instead: how long")
+    parser.add_argument("--rate", type=float, help="queries a second of each client; default: no pause")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--serve-stub", action="store_true", help="be the stub's server")
@@ -182,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.queries and not given.seconds:
         given.queries = 5000
     with started(given.stub, ("--device", given.device, "--backend", given.backend)) as (url, pid):
-        print(json.dumps(measure(url, pid, given.clients, given.queries, given.seconds)))
+        print(json.dumps(measure(url, pid, given.clients, given.queries, given.seconds, given.rate)))
 
 
 if __name__ == "__main__":

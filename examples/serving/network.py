@@ -19,10 +19,13 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,16 +70,43 @@ class Network:
         return tuple(self.steps(way, Query(none, "full", checked=c, full_query=f)) for c, f in kinds)
 
 
+class Asked(Protocol):
+    """A query under way."""
+
+    def answer(self, step: int) -> Query | None:
+        """What came back, if it is there in time for the action of that step."""
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """A query that was computed, and is there from step `at` on."""
+
+    query: Query
+    at: int
+
+    def answer(self, step: int) -> Query | None:
+        return self.query if step >= self.at else None
+
+
+def virtual(policy: Policy, way: str, network: Network) -> Callable[[int, Observation], Asked]:
+    """Asks a policy, behind a network that is not there."""
+    chunk = Chunk()
+
+    def ask(step: int, observation: Observation) -> Asked:
+        [query] = policy.answer([observation], [chunk])
+        return Virtual(query, step + network.steps(way, query))
+
+    return ask
+
+
 @dataclass
 class Robot:
     """What stands between the policy and the world: what is under way, and what is to be executed."""
 
-    policy: Policy
     way: str
-    network: Network
-    chunk: Chunk = field(default_factory=Chunk)
+    ask: Callable[[int, Observation], Asked]
     ahead: list[Step] = field(default_factory=list)
-    coming: tuple[int, list[Step]] | None = None  # at which step, and what
+    coming: tuple[int, Asked] | None = None  # with the frames of which step
     last: NDArray[np.float32] = field(default_factory=IDLE.copy)
     seen: int | None = None  # the step of the last full query's frames
     full_queries: int = 0
@@ -90,39 +120,39 @@ class Robot:
 
     def looks(self, step: int) -> bool:
         """Whether a query is asked at this step."""
-        idle = self.coming is None or self.coming[0] <= step
+        self._arrive(step)
         if self.asynchronous:
-            return idle and step % self.asynchronous == 0
+            return self.coming is None and step % self.asynchronous == 0
         return not self.ahead and self.coming is None
 
-    def act(self, step: int, observation: Observation | None) -> Step:
-        """The action of a step. observation: where it `looks`."""
+    def look(self, step: int, observation: Observation) -> None:
+        """Asks, where it `looks`."""
+        self.coming = step, self.ask(step, observation)
+
+    def act(self, step: int) -> Step:
+        """The action of a step, at its end: the last one where there is nothing else."""
         self._arrive(step)
-        if observation is not None:
-            [query] = self.policy.answer([observation], [self.chunk])
-            if query.fault is not None:
-                raise RuntimeError(query.fault)
-            self.full_queries += query.full_query
-            self.checks += query.checked
-            if query.full_query:
-                self.seen = step
-            actions = query.actions
-            if self.asynchronous:
-                assert query.chunk is not None
-                actions = np.clip(query.chunk, -1, 1)
-            delay = self.network.steps(self.way, query)
-            self.coming = step + delay, [(action, self.seen) for action in actions][delay if self.asynchronous else 0 :]
-            self._arrive(step)
         if not self.ahead:
             self.held += 1
             return self.last, None
-        action, seen = self.ahead.pop(0)
-        self.last = action
-        return action, seen
+        self.last, seen = self.ahead.pop(0)
+        return self.last, seen
 
     def _arrive(self, step: int) -> None:
-        if self.coming is not None and self.coming[0] <= step:
-            self.ahead, self.coming = self.coming[1], None
+        if self.coming is None or (query := self.coming[1].answer(step)) is None:
+            return
+        asked, self.coming = self.coming[0], None
+        if query.fault is not None:
+            raise RuntimeError(query.fault)
+        self.full_queries += query.full_query
+        self.checks += query.checked
+        if query.full_query:
+            self.seen = asked
+        actions = query.actions
+        if self.asynchronous:
+            assert query.chunk is not None
+            actions = np.clip(query.chunk, -1, 1)[step - asked :]  # the rest came too late
+        self.ahead = [(action, self.seen) for action in actions]
 
 
 @dataclass(frozen=True)
@@ -145,14 +175,16 @@ class Outcome:
 
 def episode(policies: dict[str, Policy], simulator, cell: Cell, task: int, trial: int, perturb: str) -> Outcome:  # type: ignore[no-untyped-def]
     """One trial in real time's stead."""
-    robot = Robot(policies[policy_of(cell.way)], cell.way, cell.network)
+    robot = Robot(cell.way, virtual(policies[policy_of(cell.way)], cell.way, cell.network))
     simulator.reset(trial, render=True)
     course = simulator.perturbed(PerturbSpec.parse(perturb).draw(task, trial)) if perturb != "none" else None
     executed: list[Step] = []
     success = False
     while len(executed) < MAX_STEPS and not success:
         step = len(executed)
-        action, seen = robot.act(step, simulator.observation() if robot.looks(step) else None)
+        if robot.looks(step):
+            robot.look(step, simulator.observation())
+        action, seen = robot.act(step)
         if course is not None:
             course.before_step(step, action)
         success = simulator.step(action, render=robot.looks(step + 1))
@@ -225,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--perturb", default="late:7", help="as rsd-trt eval has it; none: undisturbed")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--rtt", default="0,50,100", help="ms")
-    parser.add_argument("--full", default="2.4,10.8,48", help="ms: reference policy, 7B compiled, 7B eager on an H200")
+    parser.add_argument("--full", default="2.4,9,36", help="ms: reference policy, 7B compiled, 7B eager on an H200")
     parser.add_argument("--check", type=float, default=0.3, help="ms, in the server")
     parser.add_argument("--edge-check", type=float, default=15.0, help="ms, at the robot's side (rsd-trt edge)")
     parser.add_argument("--out", type=Path, required=True)
@@ -247,14 +279,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for trial in range(given.trials)
     ]
     found: dict[Cell, list[Outcome]] = defaultdict(list)
+    words = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "examples.serving.network", *words])
     context = multiprocessing.get_context("spawn")
     with context.Pool(given.workers, prepare, (given.bundle, given.device, ways), maxtasksperchild=None) as pool:
         for outcomes in pool.imap_unordered(run, jobs):
             for cell, outcome in zip(cells, outcomes, strict=True):
                 found[cell].append(outcome)
-            given.out.write_text(json.dumps(_rows(ways, networks, unique, found, given.perturb), indent=1))
+            rows = _rows(ways, networks, unique, found, given.perturb)
+            given.out.write_text(json.dumps({"command": command, "rows": rows}, indent=1))
     print(f"{'way':14} {'rtt':>4} {'full':>5}  solved  steps  reaction p50/p90  full/action  held")
-    for row in _rows(ways, networks, unique, found, given.perturb):
+    for row in rows:
         print(
             f"{row['way']:14} {row['rtt_ms']:4g} {row['full_ms']:5g} {row['solved']:3}/{row['episodes']:<3}"
             f" {row['mean_steps']:6}  {row['reaction_p50']!s:>6} / {row['reaction_p90']!s:<6}"

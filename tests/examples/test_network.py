@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from examples.serving.network import Network, Robot, Step
+from examples.serving.network import Network, Robot, Step, virtual
 from rsd_trt.config import ACTION_DIMS
 from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.observation import Observation
@@ -35,11 +35,12 @@ class Counting:
 
 def play(policy: Counting, way: str, network: Network, steps: int) -> list[tuple[int, int | None]]:
     """Ten thousand times what was executed, and the step whose frames it came from."""
-    robot = Robot(policy, way, network)  # type: ignore[arg-type]
+    robot = Robot(way, virtual(policy, way, network))  # type: ignore[arg-type]
     out = []
     for step in range(steps):
-        seen = Observation(np.zeros(0, np.uint8), np.full(8, step, np.float32), "") if robot.looks(step) else None
-        executed: Step = robot.act(step, seen)
+        if robot.looks(step):
+            robot.look(step, Observation(np.zeros(0, np.uint8), np.full(8, step, np.float32), ""))
+        executed: Step = robot.act(step)
         out.append((round(float(executed[0][0]) * 1e4), executed[1]))
     return out
 

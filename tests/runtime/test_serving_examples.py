@@ -1,14 +1,27 @@
-"""The robot's loop and the load test run as their pages say."""
+"""The robot's loop, the load test and the proxy run as their pages say."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
-from serving import running, stub_service
+from serving import SIDE, STUB_CONTROL, STUB_DIMS, STUB_RSD, Stub, running, stub_service
 
 from examples.robot import robot
 from examples.serving import load
+from examples.serving.network import DT_MS, Network, Robot, virtual
+from rsd_trt.runtime.chunk import Query
+from rsd_trt.runtime.loop import Loop
+from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.serve.edge import EdgePolicy
+
+JUMP = 11  # the step at which the stub's world jumps
 
 
 def test_the_robots_loop_runs_and_stops_where_there_is_nobody(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,3 +38,57 @@ def test_the_load_test_measures(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert (found["clients"], found["queries"]) == (2, 80)  # without the first 20 of each
     assert 0 < found["p50_ms"] <= found["p99_ms"]
+
+
+@dataclass
+class Waiting:
+    """A query that a thread asks over a network that is there."""
+
+    future: Future[Query]
+
+    def answer(self, step: int) -> Query | None:
+        return self.future.result() if self.future.done() else None
+
+
+def walk(robot: Robot, seconds: float, steps: int = 20) -> list[tuple[int, int | None]]:
+    """What is executed at each step, and the step whose frames it was computed from. The stub's world moves on with
+    each action, and jumps once. seconds: of a step."""
+    executed, began = [], time.monotonic()
+    for step in range(steps):
+        if robot.looks(step):
+            images = np.zeros((2, SIDE, SIDE, 3), np.uint8)
+            images[0, 0, 0] = 10 * (step - robot.held) + 60 * (step >= JUMP)
+            robot.look(step, Observation(images, np.zeros(8, np.float32), "go"))
+        time.sleep(max(0.0, began + (step + 1) * seconds - time.monotonic()))
+        action, seen = robot.act(step)
+        executed.append((round(float(action[0]) * 1e3), seen))
+    return executed
+
+
+def walk_in_real_time(stub: Stub, way: str, rtt: int) -> list[tuple[int, int | None]]:
+    """`walk` at 20 Hz, with the client at the robot's side, over the proxy."""
+    command = [sys.executable, "-m", "examples.serving.proxy", "--rtt", str(rtt), "--to"]
+    with (
+        running(stub_service(stub)) as port,
+        ThreadPoolExecutor(1) as thread,
+        subprocess.Popen([*command, f"127.0.0.1:{port}"], stdout=subprocess.PIPE, text=True) as proxy,
+    ):
+        assert proxy.stdout is not None
+        edge = EdgePolicy(f"ws://{proxy.stdout.readline().split()[0]}", mode="baseline")
+        edge._loop = Loop(STUB_DIMS, STUB_RSD, STUB_CONTROL.limits, stub.loop.mode, stub.check, edge._main.full)
+        found = walk(Robot(way, lambda step, seen: Waiting(thread.submit(edge.query, seen))), DT_MS / 1e3)
+        edge.close()
+        proxy.terminate()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rtt", [0, 50, 100])
+@pytest.mark.parametrize("way", ["rsd (edge)", "open loop 2", "async 4"])
+def test_the_network_studys_clock_is_the_real_one(way: str, rtt: int) -> None:
+    """The same actions at the same steps, with full queries of 20 ms. A busy machine may be late: it may try again."""
+    stub = Stub("rsd" if way.startswith("rsd") else "baseline", seconds=0.02)
+    expected = walk(Robot(way, virtual(stub, way, Network(rtt, 20, 0.3, 1))), 0)  # type: ignore[arg-type]
+    assert any(walk_in_real_time(stub, way, rtt) == expected for _ in range(5))
+    reaction = next(step for step, (_, seen) in enumerate(expected) if seen is not None and seen >= JUMP) - JUMP
+    print(f"{way}, {rtt} ms: reaction {reaction} steps")

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from serving import as_request, running
 from rsd_trt.bundle import Bundle
 from rsd_trt.cli import main
 from rsd_trt.config import ARM_DIMS, DEFAULT_BUNDLE, Mode
-from rsd_trt.runtime.chunk import Chunk
+from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.serve.launch import ServedPolicy, open_service
@@ -96,7 +97,7 @@ def test_episodes_are_those_of_the_policy_in_process(published: Path, kind: str,
             client.begin()
             chunk = Chunk(fixed=n)
 
-            def act(simulator: Simulator, step: int, chunk: Chunk = chunk) -> NDArray[np.float32]:
+            def act(simulator: Simulator, step: int, chunk: Chunk = chunk) -> Query:
                 observation: Observation = simulator.observation()
                 [expected] = policy.answer([observation], [chunk])
                 actions = client.act(as_request(observation, control))
@@ -104,7 +105,7 @@ def test_episodes_are_those_of_the_policy_in_process(published: Path, kind: str,
                     np.testing.assert_array_equal(actions[:, ARM_DIMS], np.sign(expected.actions[:, ARM_DIMS]))
                     actions[:, ARM_DIMS] = expected.actions[:, ARM_DIMS]
                 np.testing.assert_array_equal(actions, expected.actions)
-                return actions
+                return replace(expected, actions=actions)
 
             finished = run_episode(simulator, Assignment(0, trial, 220), act)
             steps, solved = steps + len(finished.actions), solved + finished.success
