@@ -72,9 +72,7 @@ class Policy:
         self.config = config
         self.mode = mode
         rsd = config.rsd if n_action_steps is None else structs.replace(config.rsd, n_action_steps=n_action_steps)
-        self._loop = Loop(
-            config.dims, rsd, config.control.limits, mode, forward.check, self._ask_main, rule, self._fault
-        )
+        self._loop = Loop(config.dims, rsd, config.control.limits, mode, forward.check, forward.full, rule, self._fault)
         self.n_action_steps, self.check_steps = self._loop.n_action_steps, self._loop.check_steps
         if mode != "baseline" and "propose" not in forward.sessions:
             raise UserError(f"{config.name} has no draft, and mode {mode} checks with one", "Use: --mode baseline")
@@ -214,6 +212,8 @@ class Policy:
             started = self._now()
             queries = self._loop.query(observations, chunks)
             ms = (self._now() - started) * 1e3
+            if self.hidden_states is not None:
+                self.hidden_states.append(self._forward.hidden.cpu())
             return [replace(query, ms=ms) for query in queries]
 
     def full(self, observations: Sequence[Observation], condition: Tokens | None = None) -> Main:
@@ -226,12 +226,6 @@ class Policy:
         """What a draft with eyes of its own reads of an instruction [P, E], for a caller who runs it elsewhere."""
         with self._turn:
             return self._forward.rows(instruction).cpu().numpy()
-
-    def _ask_main(self, observations: Sequence[Observation], condition: Tokens | None) -> Main:
-        main = self._forward.full(observations, condition)
-        if self.hidden_states is not None:
-            self.hidden_states.append(self._forward.hidden.cpu())
-        return main
 
     @property
     def reads_state(self) -> bool:

@@ -216,7 +216,7 @@ def test_settings_of_another_shape_are_refused(mode: Mode, rate: float | None) -
         run(mode, accept_rate=rate)
 
 
-def test_a_query_reaches_its_kernels_in_eleven_calls(
+def test_a_query_reaches_its_kernels_in_ten_calls(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the command's function on, up to the session that runs the component."""
@@ -234,4 +234,4 @@ def test_a_query_reaches_its_kernels_in_eleven_calls(
     arguments = ("--trials", "1", "--max-steps", "6", "--out", str(tmp_path))
     result = CliRunner().invoke(main, ["eval", str(tiny_bundle), *arguments])
     assert result.exit_code == 0, result.output
-    assert depths and max(depths) <= 11
+    assert depths and max(depths) <= 10
