@@ -115,6 +115,10 @@ class ActionStatistics(Record, frozen=True):
         told("by dimension, counts in equal bins over [-1, 1], outliers at its ends"),
     ]
     gripper_switches: Annotated[Natural, told("times that the gripper command changed its sign")]
+    closed: Annotated[
+        tuple[tuple[Natural, Natural], ...] | None,
+        told("spans of steps, the first and the one after the last, that closed the gripper; null: not recorded"),
+    ] = None
 
     def __post_init__(self) -> None:
         """Raises UserError: a minimum above its maximum."""
@@ -127,12 +131,14 @@ class ActionStatistics(Record, frozen=True):
         edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
         counts = [np.histogram(column.clip(-1, 1), edges)[0].tolist() for column in actions.T]
         closed = actions[:, ARM_DIMS] > 0
+        ends = np.flatnonzero(np.diff(closed, prepend=False, append=False)).reshape(-1, 2)
         return cls(
             minimum=_rounded(actions.min(0)),
             maximum=_rounded(actions.max(0)),
             mean=_rounded(actions.mean(0)),
             histogram=tuple(map(tuple, counts)),
             gripper_switches=int((closed[1:] != closed[:-1]).sum()),
+            closed=tuple((int(start), int(end)) for start, end in ends),
         )
 
 

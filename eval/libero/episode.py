@@ -57,7 +57,7 @@ class Assignment:
     task: int
     trial: int
     max_steps: int
-    failures: Path | None = None  # folder for film strips of failed episodes
+    strips: Path | None = None  # folder for a film strip of the episode
     videos: Path | None = None  # folder for a video of the episode, which has the name of what acts
     perturbation: Perturbation | None = None
     run: str = ""  # which of the runs that go on together it is of
@@ -113,7 +113,7 @@ def run_episode(
     simulator.reset(assignment.trial, render=looks or every_step)
     course = simulator.perturbed(assignment.perturbation) if assignment.perturbation is not None else None
     film = Film(simulator.observation().instruction, assignment.videos.name if assignment.videos else "")
-    film.views.append(_look(simulator, every_step))
+    film.look(0, _look(simulator, every_step))
     executed: list[NDArray[np.float32]] = []
     success = False
     while len(executed) < assignment.max_steps and not success:
@@ -127,18 +127,22 @@ def run_episode(
             success = simulator.step(action, render=rendered)
             executed.append(action)
             if rendered:
-                film.views.append(_look(simulator, every_step))
+                film.look(len(executed), _look(simulator, every_step))
             if success:
                 break
+    film.outcome = "success" if success else "failure"
+    if assignment.strips is not None and film.steps[-1] < len(executed):  # solved within a chunk: seen a step later
+        simulator.step(executed[-1], render=True)
+        film.look(len(executed), _look(simulator, every_step))
     event = None if course is None else course.event
     finished = Finished(success, np.array(executed, np.float32), time.perf_counter() - started, event)
     name = f"task{assignment.task}_trial{assignment.trial}"
     try:
         if assignment.videos is not None:
-            outcome = "success" if success else "failure"
-            write_video(assignment.videos / f"{name}_{outcome}.mp4", film.frames())
-        if assignment.failures is not None and not success:
-            write_strip(assignment.failures / f"{name}.jpg", [views[0] for views in film.views])
+            seen = film.frames((event.kind, event.step) if event is not None else None)
+            write_video(assignment.videos / f"{name}_{film.outcome}.mp4", seen)
+        if assignment.strips is not None:
+            write_strip(assignment.strips / f"{name}.jpg", film.strip())
     except OSError as error:
         raise UserError(f"{error.filename or name}: {error.strerror or error}") from None
     return finished

@@ -89,7 +89,7 @@ class EvalRequest(PolicyOptions):
         return self.out / f"{self.name}_results.json"
 
     def pictures(self, kind: str) -> Path:
-        """The run's folder for `failures` or `videos`."""
+        """The run's folder for `strips` or `videos`."""
         return self.out / kind / self.name
 
 

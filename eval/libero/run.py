@@ -100,8 +100,8 @@ class Executor:
     ) -> Generator[Episode, None, None]:
         """Executes episodes of the requests that were opened last, of which `job` is one: gives each as it finishes.
 
-        keys: the episodes of each request. pictures: whether those that the requests ask for, and those of failures,
-        are kept. recorder: keeps what queries see and say, where it is wanted.
+        keys: the episodes of each request. pictures: whether strips, and the videos that the requests ask for, are
+        kept. recorder: keeps what queries see and say, where it is wanted.
 
         Raises:
             UserError: as `rsd_trt.eval.libero.pool.Pool.run`.
@@ -155,7 +155,7 @@ class Run:
             policy.hidden_states = []
         if request.fresh:
             request.results_file.unlink(missing_ok=True)
-            for kind in ("failures", "videos"):
+            for kind in ("strips", "videos"):
                 shutil.rmtree(request.pictures(kind), ignore_errors=True)
         earlier = tuple(episode for episode in log.episodes.values() if episode.error is None)
         return cls(request, job, log, tuple(log.missing()), earlier)
@@ -289,10 +289,10 @@ def _check_recorded(run: Run, recorder: Recorder | None) -> None:
 def _assignments(request: EvalRequest, driver: Driver, keys: Sequence[EpisodeKey], pictures: bool) -> list[Assignment]:
     videos = request.pictures("videos") if request.video and pictures else None
     seen = driver.script is None  # a script sees no images to keep
-    failures = request.pictures("failures") if seen and pictures else None
+    strips = request.pictures("strips") if seen and pictures else None
     drawn = {key: request.perturb.draw(*key) for key in keys} if request.perturb is not None else {}
     steps, run = driver.settings.max_steps, driver.settings.run
-    return [Assignment(*key, steps, failures, videos, drawn.get(key), run) for key in keys]
+    return [Assignment(*key, steps, strips, videos, drawn.get(key), run) for key in keys]
 
 
 def _in_turn(runs: Sequence[Sequence[Assignment]]) -> list[Assignment]:

@@ -84,6 +84,7 @@ def test_action_statistics() -> None:
     actions[:, 6] = (-1, 1, 1, -1)
     found = ActionStatistics.of(actions)
     assert (found.minimum[0], found.maximum[0], found.mean[0]) == (-1.0, 3.0, pytest.approx(0.3875))
-    assert found.gripper_switches == 2
+    assert (found.gripper_switches, found.closed) == (2, ((1, 3),))
+    assert ActionStatistics.of(actions[:3]).closed == ((1, 3),), "it ends closed"
     assert (found.histogram[0][0], found.histogram[0][15], found.histogram[0][19]) == (2, 1, 1)
     assert all(sum(column) == 4 for column in found.histogram)

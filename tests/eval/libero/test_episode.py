@@ -15,7 +15,7 @@ from rsd_trt.config import Dims
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.course import Event
 from rsd_trt.eval.libero.episode import Answer, Assignment, Finished, run_episode
-from rsd_trt.eval.libero.film import BLUE, CAPTION, CHECKED, VIEW, Film, write_beside, write_strip, write_video
+from rsd_trt.eval.libero.film import BLUE, CAPTION, CHECKED, FPS, VIEW, Film, write_beside, write_video
 from rsd_trt.eval.libero.target import Displace
 
 
@@ -32,7 +32,7 @@ class Until(World):
 def run(
     simulator: World,
     max_steps: int = 10,
-    failures: Path | None = None,
+    strips: Path | None = None,
     videos: Path | None = None,
     perturbation: Displace | None = None,
     looks: bool = True,
@@ -43,7 +43,7 @@ def run(
         asked.append(step)
         return Answer(np.full((4, Dims().A), step, np.float32), "accepted" if step else "start")
 
-    return run_episode(simulator, Assignment(0, 0, max_steps, failures, videos, perturbation), act, looks), asked
+    return run_episode(simulator, Assignment(0, 0, max_steps, strips, videos, perturbation), act, looks), asked
 
 
 def test_renders_only_before_queries() -> None:
@@ -86,22 +86,18 @@ def test_success_ends_the_episode_inside_a_chunk() -> None:
     assert len(simulator.rendered) == 6
 
 
-def test_a_failure_leaves_a_film_strip_and_a_success_does_not(tmp_path: Path) -> None:
-    run(Until(0), max_steps=40, failures=tmp_path)
+def test_failures_and_successes_leave_film_strips(tmp_path: Path) -> None:
+    """Of the frames nearest to evenly spaced steps, from the first to the last."""
+    run(Until(0), max_steps=40, strips=tmp_path)
     with Image.open(tmp_path / "task0_trial0.jpg") as strip:
-        assert strip.size == (6 * 8, 8)  # from the first frame to the last
-        assert abs(int(strip.getpixel((1, 1))[0])) < 4  # type: ignore[index]
-        assert abs(int(strip.getpixel((46, 6))[0]) - 40) < 4  # type: ignore[index]
+        assert strip.size == (6 * 8, 8)
+        shades = [int(strip.getpixel((8 * i + 4, 4))[0]) for i in range(6)]  # type: ignore[index]
+        assert shades == pytest.approx([0, 8, 16, 24, 32, 40], abs=4)
     solved = Until(0)
-    solved.solved_at = 5
-    run(solved, failures=tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def test_a_short_episode_has_a_short_strip(tmp_path: Path) -> None:
-    write_strip(tmp_path / "a.jpg", [np.zeros((8, 8, 3), np.uint8)] * 2)
-    with Image.open(tmp_path / "a.jpg") as strip:
-        assert strip.size == (2 * 8, 8)
+    solved.solved_at = 3
+    run(solved, strips=tmp_path / "won")
+    with Image.open(tmp_path / "won" / "task0_trial0.jpg") as strip:
+        assert strip.size == (2 * 8, 8), "a short episode has a short strip"
 
 
 def test_a_video_renders_every_step(tmp_path: Path) -> None:
@@ -112,32 +108,36 @@ def test_a_video_renders_every_step(tmp_path: Path) -> None:
     assert simulator.rendered == [True] * 5
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "task0_trial0_success.mp4"))
     assert next(reader)["size"] == (VIEW, VIEW + CAPTION)
-    assert sum(1 for _ in reader) == 6
+    assert sum(1 for _ in reader) == 5 + FPS, "the last of six frames stays for a second"
 
 
 def test_the_border_says_what_became_of_the_query() -> None:
     """From the frame that a query was answered from until the next one."""
-    film = Film("pick it up", "libero_spatial_rsd")
+    film = Film("pick it up", "libero_spatial_rsd", outcome="success")
     routes = {0: "start", 2: "accepted", 3: "rejected"}
     for step in range(5):
-        film.views.append(np.full((2, 8, 8, 3), 255, np.uint8))
+        film.look(step, np.full((2, 8, 8, 3), 255, np.uint8))
         if step in routes:
             film.query(routes[step])  # type: ignore[arg-type]
     frames = list(film.frames())
+    assert len(frames) == 4 + FPS
+    frames = frames[:5]
     assert {frame.shape for frame in frames} == {(VIEW + CAPTION, 2 * VIEW, 3)}
     borders = [tuple(frame[VIEW // 2, 2].tolist()) for frame in frames]
     assert borders == [BLUE, BLUE, CHECKED["accepted"], CHECKED["rejected"], CHECKED["rejected"]]
-    counts = [frame[VIEW:, -205:] for frame in frames]  # "full queries N"
+    counts = [frame[VIEW + 64 :, :160] for frame in frames]  # "full queries N"
     assert [np.array_equal(*pair) for pair in pairwise(counts)] == [True, True, False, True]
+    moved = list(film.frames(("late", 2)))[:5]
+    assert [np.array_equal(*pair) for pair in zip(frames, moved, strict=True)] == [True, True, False, False, False]
 
 
-def test_videos_stand_above_each_other_until_the_longest_ends(tmp_path: Path) -> None:
+def test_videos_stand_side_by_side_until_the_longest_ends(tmp_path: Path) -> None:
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     for name, count in (("a", 4), ("b", 9)):
         write_video(tmp_path / f"{name}.mp4", [np.full((64, 96, 3), 90, np.uint8)] * count)
     write_beside(tmp_path / "c.mp4", [tmp_path / "a.mp4", tmp_path / "b.mp4"])
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "c.mp4"))
-    assert next(reader)["size"] == (96, 128)
+    assert next(reader)["size"] == (192, 64)
     assert sum(1 for _ in reader) == 9
 
 
@@ -156,4 +156,4 @@ def test_write_video_makes_h264(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
-        run(Until(0), failures=tmp_path / "file" / "failures")
+        run(Until(0), strips=tmp_path / "file" / "strips")

@@ -138,7 +138,7 @@ def test_the_expert_succeeds_perturbed_or_not(tmp_path: Path) -> None:
         found[name] = read_run(out / "libero_spatial_scripted.act_results.json")
         assert found[name].total_successes == 1
         assert (found[name].queries, found[name].avg_inference_time_ms, found[name].query_ms) == (0, None, None)
-        assert not (out / "failures").exists()
+        assert not (out / "strips").exists()
         refused = rsd_trt(*arguments, "--perturb", "5")
         assert refused.exit_code == 1
         assert "perturb is" in refused.stderr
