@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 from typing import Annotated
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 PERCENTILES = (50, 90, 95, 99)
+POWER = 0.8  # with which a difference that there is has to be shown
 RESAMPLES = 10_000
 CHUNK = 500  # resamples at a time: bounds the memory for any number of episodes
 LEAST_RESAMPLED = 10  # with fewer episodes a bootstrap interval is far too narrow to be shown
@@ -137,7 +138,7 @@ def power_of_mcnemar(pairs: int, gained: float, lost: float, alpha: float) -> fl
 
 
 def smallest_difference(
-    pairs: int, tests: int = 1, discordant: float = 0.1, power: float = 0.8, alpha: float = 1 - CONFIDENCE
+    pairs: int, tests: int = 1, discordant: float = 0.1, power: float = POWER, alpha: float = 1 - CONFIDENCE
 ) -> float | None:
     """The smallest true difference of two success rates that McNemar's exact test of so many pairs shows with this
     power, to a tenth of a point. Holm's adjustment for `tests` is counted as `alpha` / `tests`, its strictest step.
@@ -156,6 +157,33 @@ def smallest_difference(
         middle = (low + high) // 2
         low, high = (low, middle) if shown(middle) else (middle, high)
     return high / 1000
+
+
+def pairs_to_show(pairs: int, gained: int, lost: int, tests: int = 1) -> int | None:
+    """About how many pairs McNemar's test would need to show a difference as large as this one with `POWER` (Connor
+    1987), at Holm's strictest level of so many tests; None where there is no difference."""
+    share, difference = (gained + lost) / pairs, abs(gained - lost) / pairs
+    if not difference:
+        return None
+    level, likely = _deviates(tests)
+    return math.ceil(((level * math.sqrt(share) + likely * math.sqrt(share - difference**2)) / difference) ** 2)
+
+
+def groups_to_show(differences: Sequence[float], tests: int = 1) -> int | None:
+    """The same of `sign_flip` over groups whose differences are spread like these. It needs some at the least: n groups
+    of one sign have p = 2 / 2^n, and those without a difference do not count."""
+    if not (average := abs(fmean(differences))):
+        return None
+    fewest = math.floor(math.log2(2 * tests / (1 - CONFIDENCE))) + 1
+    fewest = math.ceil(fewest * len(differences) / sum(map(bool, differences)))
+    spread = stdev(differences) if len(differences) > 1 else 0.0
+    return max(fewest, math.ceil((sum(_deviates(tests)) * spread / average) ** 2))
+
+
+def _deviates(tests: int) -> tuple[float, float]:
+    """The normal deviates of the two-sided level, divided by the number of tests, and of `POWER`."""
+    normal = NormalDist()
+    return normal.inv_cdf(1 - (1 - CONFIDENCE) / tests / 2), normal.inv_cdf(POWER)
 
 
 def what_can_be_shown(episodes: int, near: float = 0.9) -> str:

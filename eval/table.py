@@ -225,22 +225,28 @@ class Table:
     # Pages
 
     def __html__(self) -> str:
-        """A `<table>` in a box that scrolls; each cell says its column, so that a phone can show a row as a card."""
-        kind = "names" if self.headless else "cards" if len(self.columns) > 3 else "plain"
+        """A `<table>` in a box that scrolls; each cell says its column, so that a phone can show a row as a card. Of a
+        grouped one the first column becomes a line above its rows."""
+        shown = range(int(self.grouped), len(self.columns))
+        kind = "names" if self.headless else "cards" if len(shown) > 3 else "plain"
         title = f"<caption>{html.escape(self.title)}</caption>\n" if self.title else ""
-        heads = "".join(f"<th{self._class(i)}>{html.escape(column.head)}</th>" for i, column in enumerate(self.columns))
+        heads = "".join(f"<th{self._class(i)}>{html.escape(self.columns[i].head)}</th>" for i in shown)
         head = "" if self.headless else f"<thead><tr>{heads}</tr></thead>\n"
-        rows = "\n".join(
-            f"<tr>{''.join(self._html_cell(row, i) for i in range(len(self.columns)))}</tr>" for row in self.rows
-        )
+        rows, before = [], None
+        for row in self.rows:
+            if self.grouped and (first := self.cell(row, 0)) != before:
+                rows.append(f'<tr class="group"><th colspan="{len(shown)}">{html.escape(first)}</th></tr>')
+                before = first
+            rows.append(f"<tr>{''.join(self._html_cell(row, i) for i in shown)}</tr>")
         note = f'\n<p class="faint">{html.escape(self.note)}</p>' if self.note else ""
-        table = f'<table class="{kind}">\n{title}{head}<tbody>\n{rows}\n</tbody>\n</table>'
+        table = f'<table class="{kind}">\n{title}{head}<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table>'
         return f'<div class="wide">{table}</div>{note}'
 
     def _html_cell(self, row: Sequence[Value], index: int) -> str:
         text, column = self.cell(row, index), self.columns[index]
         style = _style(text) if column.unit == "verdict" else None
-        label = f' data-label="{html.escape(column.head)}"' if index and not self.headless else ""
+        labelled = index > self.grouped and not self.headless and row[index] is not None
+        label = f' data-label="{html.escape(column.head)}"' if labelled else ""
         return f"<td{self._class(index, style[1] if style else '')}{label}>{html.escape(text)}</td>"
 
     def _class(self, index: int, more: str = "") -> str:

@@ -40,6 +40,7 @@ TESTS = {
 # By how the mutated line begins: why no test can tell.
 EQUIVALENT = {
     "number: RESAMPLES = ": "a precision that was chosen",
+    "number: POWER = ": "a power that was chosen; the tests go by it",
     "number: SHORTEST = ": "a length that was chosen; the tests go by it",
     "number: MOST_DEPTH = ": "a depth that was chosen",
     "comparison: if depth > MOST_DEPTH": "a depth that was chosen",

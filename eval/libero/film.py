@@ -60,7 +60,7 @@ class Film:
                 answers += 1
                 full += route is not None and route not in ("accepted", "partial")
             told = [self.run, f"step {step}"]
-            told += [f"{perturbed[0]} at step {perturbed[1]}"] if perturbed and step >= perturbed[1] else []
+            told += [f"perturbed ({perturbed[0]}) at step {perturbed[1]}"] if perturbed and step >= perturbed[1] else []
             last = i == len(self.views) - 1
             frame = _frame(views, self.task, [*told, self.outcome] if last else told, route, full)
             yield from [frame] * (FPS if last else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -16,7 +17,9 @@ from rsd_trt.eval.statistics import (
     McNemar,
     bootstrap_share,
     bootstrap_speedup,
+    groups_to_show,
     mcnemar_exact,
+    pairs_to_show,
     sign_flip,
     smallest_provable_loss,
 )
@@ -75,7 +78,8 @@ class Comparison:
     points_interval: Annotated[Interval | None, "95%, bootstrap over episodes; null for too few of them"]
     mcnemar: McNemar
     by_task_p: Annotated[float, "two-sided, sign-flip test of the tasks' sums of differences"]
-    difference: Annotated[Difference, "of the second run's success within the steps, by McNemar's exact test at 5%"]
+    by_task: Annotated[tuple[float, ...], "episodes gained less those lost, of each task"]
+    difference: Annotated[Difference, "of the second run's success within the steps: what both tests show at 5%"]
     provable_loss: Annotated[int | None, "fewest episodes lost, none gained, that would show; null: none would"]
     steps: Annotated[tuple[float, float], "restricted mean steps to success"]
     steps_p: Annotated[float, "two-sided, sign-flip test of the paired differences"]
@@ -124,8 +128,9 @@ def compare(
         points=fmean(gained) * 100,
         points_interval=None if spread is None else (spread[0] * 100, spread[1] * 100),
         mcnemar=test,
-        by_task_p=sign_flip(list(by_task.values())),
-        difference=judge(test, test.p),
+        by_task_p=(by_task_p := sign_flip(list(by_task.values()))),
+        by_task=tuple(by_task.values()),
+        difference=judge(test, test.p, by_task_p),
         provable_loss=smallest_provable_loss(len(pairs)),
         steps=(fmean(steps[0]), fmean(steps[1])),
         steps_p=sign_flip([y - x for x, y in zip(*steps, strict=True)]),
@@ -136,11 +141,36 @@ def compare(
     )
 
 
-def judge(test: McNemar, p: float) -> Difference:
-    """What a test says at 5%; p: its own, or adjusted."""
-    if p >= 1 - CONFIDENCE:
+def judge(test: McNemar, *ps: float) -> Difference:
+    """What a test shows at 5%, if all of these p do."""
+    if max(ps) >= 1 - CONFIDENCE:
         return "not shown"
     return "above" if test.gained > test.lost else "below"
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What would show a difference as large as that measured: by both tests, with 80% power."""
+
+    episodes: Annotated[int, "rounded up to two digits"]
+    tasks: Annotated[int, "that they have to be of, at least"]
+
+    def __str__(self) -> str:
+        return f"{self.episodes:,} episodes of {self.tasks} tasks"
+
+
+def needed(found: Comparison, p: float, by_task_p: float, tests: int = 1) -> Needed | None:
+    """What it would take to show the difference by the tests that do not, together with so many others; None: no
+    difference was measured."""
+    pairs = pairs_to_show(found.pairs, found.mcnemar.gained, found.mcnemar.lost, tests)
+    groups = groups_to_show(found.by_task, tests)
+    if pairs is None or groups is None:
+        return None
+    now = len(found.by_task)
+    tasks = now if by_task_p < 1 - CONFIDENCE else max(groups, now + 1)
+    episodes = max(math.ceil(tasks * found.pairs / now), 0 if p < 1 - CONFIDENCE else max(pairs, found.pairs + 1))
+    unit = 10 ** max(0, len(str(episodes)) - 2)
+    return Needed(math.ceil(episodes / unit) * unit, tasks)
 
 
 def differences(a: Settings, b: Settings) -> list[str]:

@@ -125,11 +125,12 @@ def measured(run: Results) -> float | None:
     return sum(median(ms) * len(ms) for ms in times.values()) / run.steps if times else None
 
 
-def disturbances(runs: Sequence[tuple[str, Results]], price: Price) -> list[str]:
+def disturbances(runs: Sequence[tuple[str, Results]], price: Price) -> str | None:
     """What disturbed the clocks that a report shows; runs: with their names."""
     found = [(name, run.clock.disturbed) for name, run in runs if run.clock is not None]
     found.append(("the profile", price.disturbed))
-    return [f"Disturbed while {name} was timed: {'; '.join(said)}." for name, said in found if said]
+    told = [f"{name} ({'; '.join(said)})" for name, said in found if said]
+    return f"Disturbed while they were timed: {', '.join(told)}." if told else None
 
 
 def cannot_save_time(runs: Sequence[Results]) -> str | None:

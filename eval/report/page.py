@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rsd_trt import __version__
 from rsd_trt.errors import missing_extra
-from rsd_trt.eval.report import tables
-from rsd_trt.eval.report.charts import frontier_chart, phase_chart
+from rsd_trt.eval.report import charts, tables
+from rsd_trt.eval.report.answer import Answer, answer
 from rsd_trt.eval.report.cost import Price, cannot_save_time, disturbances
-from rsd_trt.eval.report.gallery import Gallery, gallery
 from rsd_trt.eval.report.runs import Run
 from rsd_trt.eval.report.svg import Chart
+from rsd_trt.eval.report.timeline import Timelines, timelines
 from rsd_trt.eval.table import Table, markdown_text
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -22,18 +22,13 @@ PICTURE = "frontier.png"
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the pages. folded: a table that HTML shows when it is asked to. empty: what to say without tables."""
+    """A part of the pages, which HTML shows when it is asked to. empty: what to say without tables and charts."""
 
     title: str
     tables: tuple[Table, ...] = ()
     charts: tuple[Chart, ...] = ()
     notes: tuple[str, ...] = ()
-    folded: Table | None = None
     empty: str = "Not measured."
-
-    @property
-    def anchor(self) -> str:
-        return self.title.lower().replace(" ", "-")
 
 
 @dataclass(frozen=True)
@@ -43,9 +38,13 @@ class Page:
     title: str
     version: str
     notices: tuple[str, ...]  # what has to be known before anything else
+    answer: Answer
+    disturbed: str | None  # what disturbed the clocks
+    matrix: Table
+    charts: tuple[Chart, ...]
     picture: str | None  # the file of the chart of success against cost
+    timelines: Timelines
     sections: tuple[Section, ...]
-    gallery: Gallery
     commands: tuple[str, ...]
 
 
@@ -54,54 +53,56 @@ def make_page(runs: Sequence[Run], price: Price, command: str) -> Page:
     results = [run.results for run in runs]
     untrained = [run.name for run in runs if not run.results.settings.of_bundle.trained]
     said = "is untrained (random weights): these figures show that the tools work, and say nothing about a policy."
-    frontier = frontier_chart(runs, price)
+    frontier = charts.frontier_charts(runs, price)
     notices = [
         cannot_save_time(results),
         f"The bundle of {', '.join(untrained)} {said}" if untrained else None,
-        *disturbances([(run.name, run.results) for run in runs], price),
     ]
     timed = [run for run in runs if _untimed(run) is None]
-    why = tuple(f"{run.name}: {reason}." for run in runs if (reason := _untimed(run)) is not None)
-    odd = "No executed action is odd beside the training data."
+    why: dict[str, list[str]] = {}
+    for run in runs:
+        if (reason := _untimed(run)) is not None:
+            why.setdefault(reason, []).append(str(run.number))
+    untimed = tuple(f"Not shown of runs {', '.join(numbers)}: {reason}." for reason, numbers in why.items())
     return Page(
         title=f"Residual speculative decoding on {', '.join(dict.fromkeys(one.task_suite for one in results))}",
         version=__version__,
         notices=tuple(notice for notice in notices if notice is not None),
-        picture=PICTURE if frontier is not None else None,
+        answer=answer(runs, price),
+        disturbed=disturbances([(f"run {run.number}", run.results) for run in runs], price),
+        matrix=tables.matrix(runs, price),
+        charts=(*frontier, *charts.task_charts(runs)),
+        picture=PICTURE if frontier else None,
+        timelines=timelines(runs),
         sections=(
-            Section("Runs", (tables.matrix(runs, price), tables.rivals_table(runs)), _drawn([frontier])),
+            Section("Against open loop", (tables.rivals_table(runs),), empty="No run is set against another."),
+            Section("Counts", (tables.all_counts_table(runs),)),
             Section("Tasks", (tables.suites_table(runs),)),
             Section(
                 "Acceptance",
-                (tables.phases_table(runs), *tables.agreement_tables(runs)),
-                _drawn(map(phase_chart, runs)),
+                (*tables.shadow_tables(runs), tables.tokens_table(runs)),
+                _drawn(charts.phase_chart(runs)),
                 empty="Not measured: no query checked a chunk.",
             ),
-            Section("Actions", (tables.actions_table(runs), tables.codec_table(runs)), empty=odd),
-            Section("Latency", (tables.routes_table(timed),), notes=why),
+            Section("Actions", (tables.actions_table(runs), tables.codec_table(runs))),
+            Section("Latency", (tables.routes_table(timed),), _drawn(charts.latency_chart(timed)), untimed),
             Section("Throughput", (tables.throughput_table(runs),)),
-            _configuration(runs),
+            Section("Configuration", (*tables.settings_tables(runs), tables.files_table(runs))),
         ),
-        gallery=gallery(runs),
         commands=(*(one.command for one in results), command),
     )
 
 
-def _configuration(runs: Sequence[Run]) -> Section:
-    varying, shared = tables.settings_tables(runs)
-    return Section("Configuration", (varying, tables.files_table(runs)), folded=shared)
-
-
-def _drawn(found: Iterable[Chart | None]) -> tuple[Chart, ...]:
-    return tuple(chart for chart in found if chart is not None)
+def _drawn(found: Chart | None) -> tuple[Chart, ...]:
+    return () if found is None else (found,)
 
 
 def _untimed(run: Run) -> str | None:
     """Why a run's latencies by route are not shown."""
     if run.results.settings.timing == "batched":
-        return "not shown, since queries that share a forward say nothing of one alone (batched timing)"
+        return "queries that share a forward say nothing of one alone (batched timing)"
     if run.results.settings.mode == "shadow":
-        return "not shown, since shadow mode runs draft and main head at every query"
+        return "shadow mode runs draft and main head at every query"
     return None if run.results.queries else "no query was made"
 
 

@@ -12,7 +12,7 @@ from rsd_trt.config import MODES
 from rsd_trt.errors import UserError
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.breakdown import Breakdown, breakdown
-from rsd_trt.eval.report.compare import Comparison, Difference, Endpoint, compare, differences, judge
+from rsd_trt.eval.report.compare import Comparison, Difference, Endpoint, Needed, compare, differences, judge, needed
 from rsd_trt.eval.report.cost import COUNTED, Price, read_price
 from rsd_trt.eval.results import BundleSettings, Results
 from rsd_trt.eval.statistics import Interval, counted, holm, wilson
@@ -23,9 +23,10 @@ MARGIN = 1 + 1e-9  # of a cost that is no higher
 Rival = Literal["open loop, n = 1", "open loop of no higher cost", "random acceptance"]
 RULE = (
     "Declared before any run: each run that checks is set against open loop with n = 1, and against the run of open "
-    "loop with most successes among those of no higher cost. p: McNemar's exact test of the paired episodes, "
-    "with Holm's adjustment over all of these; and once more by task, a sign-flip test of the tasks' sums. The control "
-    "of random acceptance is outside of them."
+    "loop with most successes among those of no higher cost. p: McNemar's exact test of the paired episodes, with "
+    "Holm's adjustment over all of these; and once more by task, a sign-flip test of the tasks' sums. A difference is "
+    "shown where both are below 5%. Would be shown by: so many episodes, with 80% power, if it is as large as "
+    "measured. The control of random acceptance is outside of them."
 )
 
 
@@ -34,16 +35,19 @@ class Against:
     """A run beside a rival. p, by_task_p: with Holm's adjustment over all declared comparisons of the report."""
 
     rival: Rival
+    label: Annotated[str, "the rival's name without the condition"]
     versus: Comparison
     p: float
     by_task_p: float
-    verdict: Difference
+    verdict: Annotated[Difference, "what both p show at 5%"]
+    needed: Annotated[Needed | None, "what would show a difference that is not shown; null: none was measured"] = None
 
 
 @dataclass(frozen=True)
 class Run:
     """A run of a report."""
 
+    number: Annotated[int, "from 1, in the order of the report"]
     name: str
     path: Path
     results: Results
@@ -100,15 +104,19 @@ def pair_up(
     within: int | None = None,
     declared: Mapping[Path, Collection[str]] | None = None,
 ) -> list[Run]:
-    """Names the runs, open loop first, and sets those that check against their rivals.
+    """Names and numbers the runs, those of a condition together and open loop first, and sets those that check against
+    their rivals.
 
     within: as `Endpoint.of`. declared: the rivals that a file's run is tested against, if not all runs against both.
     """
-    ordered = sorted(
-        found, key=lambda one: (MODES.index(one[1].settings.of_bundle.mode), one[1].settings.n_action_steps)
-    )
+
+    def place(one: tuple[Path, Results]) -> tuple[str, int, int]:
+        settings = one[1].settings
+        return settings.perturb or "", MODES.index(settings.of_bundle.mode), settings.n_action_steps
+
+    ordered = sorted(found, key=place)
     names = run_names([results for _, results in ordered])
-    named = [_run(name, *one, price, within) for name, one in zip(names, ordered, strict=True)]
+    named = [_run(i, name, *one, price, within) for i, (name, one) in enumerate(zip(names, ordered, strict=True), 1)]
     return _judged(
         [_set_against(run, named, price, None if declared is None else declared.get(run.path, ())) for run in named]
     )
@@ -125,11 +133,12 @@ def _of_folder(folder: Path) -> list[Path]:
     return found
 
 
-def _run(name: str, path: Path, results: Results, price: Price, within: int | None) -> Run:
+def _run(number: int, name: str, path: Path, results: Results, price: Price, within: int | None) -> Run:
     endpoint = Endpoint.of(results.settings, within)
     done = [episode for episode in results.episodes if episode.error is None]
     reached = sum(map(endpoint.reached, done))
     return Run(
+        number=number,
         name=name,
         path=path,
         results=results,
@@ -168,7 +177,7 @@ def _set_against(run: Run, runs: Sequence[Run], price: Price, declared: Collecti
             versus = compare(other.results, run.results, price, run.endpoint.within, (other.name, run.name))
         except UserError as error:  # they share no episode
             return replace(run, alone=str(error))
-        found.append(Against(kind, versus, versus.mcnemar.p, versus.by_task_p, versus.difference))
+        found.append(Against(kind, other.label, versus, versus.mcnemar.p, versus.by_task_p, versus.difference))
     return replace(run, against=tuple(found))
 
 
@@ -213,7 +222,10 @@ def _judged(runs: Sequence[Run]) -> list[Run]:
 
     def told(one: Against) -> Against:
         p, by_task = adjusted.get(id(one), (one.p, one.by_task_p))
-        return replace(one, p=p, by_task_p=by_task, verdict=judge(one.versus.mcnemar, p))
+        verdict = judge(one.versus.mcnemar, p, by_task)
+        tests = len(declared) if id(one) in adjusted else 1
+        lacking = needed(one.versus, p, by_task, tests) if verdict == "not shown" else None
+        return replace(one, p=p, by_task_p=by_task, verdict=verdict, needed=lacking)
 
     return [replace(run, against=tuple(map(told, run.against))) for run in runs]
 

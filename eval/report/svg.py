@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#747c84"  # of text and axes: in contrast to a white page as much as to a dark one
@@ -33,9 +32,13 @@ class Chart:
         return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
-def legend(axes: Axes, columns: int) -> None:
-    """Above the axes, where it covers nothing."""
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False)
+def shared_legend(figure: Figure, columns: int) -> None:
+    """Of all axes, above them, where it covers nothing."""
+    pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    shown = {label: handle for handle, label in pairs}
+    figure.legend(
+        list(shown.values()), list(shown), loc="outside upper center", ncols=columns, frameon=False, fontsize=8
+    )
 
 
 def draw_chart(name: str, draw: Callable[[Figure], None], height: float, caption: str) -> Chart:

@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from rsd_trt.config import ACTION_NAMES
-from rsd_trt.eval.report.breakdown import PHASES, Agreement
+from rsd_trt.eval.report.breakdown import Agreement
 from rsd_trt.eval.report.calibrate import Calibration
-from rsd_trt.eval.report.compare import Comparison, SpeedUp
+from rsd_trt.eval.report.compare import Comparison, SpeedUp, needed
 from rsd_trt.eval.report.cost import COUNTED, Price, measured
 from rsd_trt.eval.report.runs import RULE, Run, condition
 from rsd_trt.eval.results import Results, TaskResult
@@ -39,62 +39,64 @@ def _task(task: TaskResult | None) -> Measured | None:
     return None if task is None else Measured(task.success_rate, task.success_interval, task.episodes)
 
 
-def counts_table(results: Results) -> Table:
-    """`rsd-trt eval`: how its queries went, and what they took."""
-    stats, times, steps = results.rsd_stats, results.query_ms or {}, results.steps
-    row = (
-        *(steps, results.full_queries / steps if steps else None, results.checks / steps if steps else None),
+_COUNTS = (
+    *(Column("full queries per action", "ratio"), Column("checks per action", "ratio"), Column("accepted", "%", 1)),
+    *(Column("partial", "%", 3), Column("rejected", "%", 3), Column("unusable drafts", rank=6)),
+    Column("clipped steps", rank=6),
+)
+
+
+def _counts(results: Results) -> Row:
+    stats, steps = results.rsd_stats, results.steps
+    return (
+        *(results.full_queries / steps if steps else None, results.checks / steps if steps else None),
         *(stats.draft_acceptance_rate, stats.partial_acceptance_rate, stats.full_rejection_rate),
         *(results.unusable_drafts or None, results.clipped_steps or None),
-        *(results.avg_inference_time_ms, times.get("p50"), times.get("p95"), results.steps_per_second),
     )
+
+
+def counts_table(results: Results) -> Table:
+    """`rsd-trt eval`: how its queries went, and what they took."""
+    times = results.query_ms or {}
+    took = (results.avg_inference_time_ms, times.get("p50"), times.get("p95"), results.steps_per_second)
     columns = (
-        *(Column("actions"), Column("full queries per action", "ratio"), Column("checks per action", "ratio")),
-        *(*_SHARES, *_ODDITIES, Column("time per action", "ms"), Column("query p50", "ms", 4)),
+        *(Column("actions"), *_COUNTS, Column("time per action", "ms"), Column("query p50", "ms", 4)),
         *(Column("query p95", "ms", 4), Column("steps per second", rank=5)),
     )
-    return _without_empty(Table("", columns, (row,)))
-
-
-_SHARES = (Column("accepted", "%", 1), Column("partial", "%", 3), Column("rejected", "%", 3))
-_ODDITIES = (Column("unusable drafts", rank=6), Column("clipped steps", rank=6))
+    return _without_empty(Table("", columns, ((results.steps, *_counts(results), *took),)))
 
 
 def matrix(runs: Sequence[Run], price: Price = COUNTED) -> Table:
-    """Every run: how often and how soon it succeeds, what it costs, and what that is worth beside open loop."""
+    """Every run: how often it succeeds, what an action costs, and what that is worth beside open loop."""
     within = dict.fromkeys(run.endpoint.within for run in runs)
-    soon = f"within {'/'.join(map(str, within))} steps (95%)"
+    cost = Column("cost per action", "ms") if price.unit == "ms" else Column("full queries per action", "ratio")
     columns = (
-        *(Column("condition"), Column("run"), Column("episodes", rank=4), Column("errors", rank=6)),
-        *(Column("success (95%)", "%"), Column(soon, "%"), Column("mean steps", "steps", 2)),
-        *(Column("full queries per action", "ratio"), Column("checks per action", "ratio", 1)),
-        *(Column("cost per action", "ms"), Column("measured", "ms", 5)),
-        *(Column("less than open loop, n = 1 (95%)", "x", 2), Column("than the best of no higher cost (95%)", "x", 2)),
-        *(*_SHARES, *_ODDITIES, VERDICT),
+        *(Column("condition"), Column("run"), Column("success (95%)", "%")),
+        *(Column(f"within {'/'.join(map(str, within))} steps (95%)", "%"), cost),
+        *(Column("cheaper than n = 1 (95%)", "x", 2), Column("than the best open loop (95%)", "x", 3)),
+        *(Column("accepted", "%", 1), VERDICT),
     )
     several = len({run.results.settings.perturb for run in runs}) > 1
-    rows = []
-    for run in sorted(runs, key=lambda run: run.results.settings.perturb or ""):
-        found, steps = run.results, run.results.steps
+    rows: list[Row] = []
+    for run in runs:
+        found = run.results
         single, best = run.rival("open loop, n = 1"), run.rival("open loop of no higher cost")
-        stats = found.rsd_stats
         rows.append(
             (
-                *(condition(found.settings.perturb) if several else None, run.label if several else run.name),
-                *(found.total_episodes, found.errors or None),
+                condition(found.settings.perturb) if several else None,
+                f"{run.number}: {run.label if several else run.name}",
                 Measured(found.final_success_rate, found.final_success_interval),
-                *(Measured(run.reached, run.reached_interval), run.mean_steps),
-                *(found.full_queries / steps if steps else None, found.checks / steps if steps else None),
-                *(run.cost if price.unit == "ms" else None, measured(found)),
-                *(_times(single.versus.speedup) if single else None, _times(best.versus.speedup) if best else None),
-                *(stats.draft_acceptance_rate, stats.partial_acceptance_rate, stats.full_rejection_rate),
-                *(found.unusable_drafts or None, found.clipped_steps or None, _verdict(run)),
+                Measured(run.reached, run.reached_interval),
+                run.cost,
+                _times(single.versus.speedup) if single else None,
+                _times(best.versus.speedup) if best else None,
+                found.rsd_stats.draft_acceptance_rate,
+                _verdict(run),
             )
         )
     note = (
-        f"Cost: {price.told}. Mean steps: to success, a failure or a later success counting as all of them. Measured: "
-        "medians by route of a run with one worker. Accepted, partial, rejected: of the checks. Verdict: success "
-        "within the steps beside the best run of open loop of no higher cost, as declared below."
+        f"Cost: {price.told}. Accepted: of the checks. Best open loop: that with most successes within the steps among "
+        "those of no higher cost; the verdict is on these successes, by both tests."
     )
     return _without_empty(Table("", columns, tuple(rows), note, grouped=several))
 
@@ -105,7 +107,33 @@ def _verdict(run: Run) -> str | None:
     if run.alone is not None:
         return "not compared"
     best = run.rival("open loop of no higher cost")
-    return "no open loop costs as little" if best is None else f"{best.verdict} (p = {best.p:.2g})"
+    if best is None:
+        return "no open loop costs as little"
+    if best.verdict != "not shown":
+        return f"{best.verdict} (p = {max(best.p, best.by_task_p):.2g})"
+    return f"not shown; {best.needed} would" if best.needed else "not shown; no difference measured"
+
+
+def all_counts_table(runs: Sequence[Run]) -> Table:
+    """Every run: its episodes, and how its queries went."""
+    columns = (
+        *(Column("run"), Column("episodes"), Column("errors"), Column("mean steps", "steps")),
+        *(*_COUNTS, Column("measured per action", "ms")),
+    )
+    rows: list[Row] = []
+    for run in runs:
+        found = run.results
+        episodes = (found.total_episodes, found.errors or None, run.mean_steps)
+        rows.append((_numbered(run), *episodes, *_counts(found), measured(found)))
+    note = (
+        "Mean steps: to success, a failure or a later success counting as all of them. Measured: medians by route of a "
+        "run with one worker. Accepted, partial, rejected: of the checks."
+    )
+    return _without_empty(Table("", columns, tuple(rows), note))
+
+
+def _numbered(run: Run) -> str:
+    return f"{run.number}: {run.name}"
 
 
 def _times(found: SpeedUp | None) -> Measured | None:
@@ -125,63 +153,59 @@ def _told(value: Value) -> bool:
 
 
 _PAIRED = (
-    *(
-        Column("pairs", rank=2),
-        Column("left out", rank=5),
-        Column("points (95%)", "points"),
-        Column("gained"),
-        Column("lost"),
-    ),
+    *(Column("pairs", rank=2), Column("left out", rank=5), Column("points (95%)", "points")),
+    *(Column("gained"), Column("lost")),
 )
-_SOFTER = (
-    *(
-        Column("difference", "verdict"),
-        Column("smallest provable loss", rank=4),
-        Column("mean steps before", "steps", 3),
-    ),
-    *(Column("after", "steps", 3), Column("p", "p", 3), Column("times less cost (95%)", "x", 1)),
-)
+
+
+def _paired(found: Comparison) -> Row:
+    points = Measured(found.points, found.points_interval)
+    return found.pairs, found.left_out or None, points, found.mcnemar.gained, found.mcnemar.lost
 
 
 def rivals_table(runs: Sequence[Run]) -> Table:
     """Every run that checks beside its rivals, or why not."""
     columns = (
-        *(Column("run"), Column("against"), *_PAIRED, Column("p, Holm", "p"), Column("by task, Holm", "p")),
-        *(*_SOFTER, Column("note", rank=3)),
+        *(Column("run"), Column("against"), *_PAIRED, Column("p, Holm", "p"), Column("by task, Holm", "p"), VERDICT),
+        *(Column("would be shown by"), Column("times less cost (95%)", "x"), Column("note")),
     )
+    numbers = {run.name: run.number for run in runs}
     rows: list[Row] = []
     for run in runs:
         for one in run.against:
-            before, after = _paired(one.versus)
-            control = " (p not adjusted)" if one.rival == "random acceptance" else ""
-            against = f"{one.rival}: {one.versus.names[0]}{control}"
-            rows.append((run.name, against, *before, one.p, one.by_task_p, one.verdict, *after, _note(one.versus)))
+            found = one.versus
+            against = f"{one.rival}: run {numbers[found.names[0]]}"
+            lacking = None if one.needed is None else str(one.needed)
+            tests = (one.p, one.by_task_p, one.verdict, lacking)
+            rows.append((_numbered(run), against, *_paired(found), *tests, _times(found.speedup), _note(found)))
         if run.alone is not None:
-            rows.append((run.name, None, *[None] * (len(columns) - 3), f"not compared: {run.alone}"))
-    return _without_empty(Table("Against open loop", columns, tuple(rows), RULE, grouped=True))
+            rows.append((_numbered(run), f"not compared: {run.alone}", *[None] * (len(columns) - 2)))
+    return _without_empty(Table("", columns, tuple(rows), RULE, grouped=True))
 
 
 def comparison_table(found: Comparison) -> Table:
     """`rsd-trt compare`."""
     columns = (
         *(Column("run"), Column("against"), *_PAIRED, Column("McNemar p", "p"), Column("by task", "p")),
-        *(*_SOFTER, Column("note", rank=3)),
+        *(Column("difference", "verdict"), Column("would be shown by", rank=3)),
+        *(Column("smallest provable loss", rank=4), Column("mean steps before", "steps", 3)),
+        *(Column("after", "steps", 3), Column("p", "p", 3), Column("times less cost (95%)", "x", 1)),
+        Column("note", rank=3),
     )
-    before, after = _paired(found)
-    row = (*reversed(found.names), *before, found.mcnemar.p, found.by_task_p, found.difference, *after, _note(found))
+    told = found.difference == "not shown"
+    lacking = needed(found, found.mcnemar.p, found.by_task_p) if told else None
+    row = (
+        *(*reversed(found.names), *_paired(found), found.mcnemar.p, found.by_task_p, found.difference),
+        *(None if lacking is None else str(lacking), found.provable_loss, *found.steps, found.steps_p),
+        *(_times(found.speedup), _note(found)),
+    )
     note = (
-        f"Success within {found.within} steps, over the initial states that both runs ended without an error. Smallest "
-        "provable loss: the fewest episodes lost, none gained, that McNemar's exact test could show. Cost: "
-        f"{found.cost_unit} per action."
+        f"Success within {found.within} steps, over the initial states that both runs ended without an error. "
+        "Difference: where both tests are below 5%. Would be shown by: so many episodes, with 80% power, if it is as "
+        "large as measured. Smallest provable loss: the fewest episodes lost, none gained, that McNemar's exact test "
+        f"could show. Cost: {found.cost_unit} per action."
     )
     return _without_empty(Table("", columns, (row,), note))
-
-
-def _paired(found: Comparison) -> tuple[Row, Row]:
-    """The cells before the tests, and those after the verdict."""
-    test, points = found.mcnemar, Measured(found.points, found.points_interval)
-    before = (found.pairs, found.left_out, points, test.gained, test.lost)
-    return before, (found.provable_loss, *found.steps, found.steps_p, _times(found.speedup))
 
 
 def _note(found: Comparison) -> str | None:
@@ -191,74 +215,66 @@ def _note(found: Comparison) -> str | None:
 def suites_table(runs: Sequence[Run]) -> Table:
     """A row for each task of each suite, a column for each run."""
     found: dict[tuple[str, int], dict[int, TaskResult]] = {}
-    for i, run in enumerate(runs):
+    for run in runs:
         for task in run.results.task_results:
-            found.setdefault((run.results.task_suite, task.task_id), {})[i] = task
-    suites = {suite for suite, _ in found}
+            found.setdefault((run.results.task_suite, task.task_id), {})[run.number] = task
+    several = len({suite for suite, _ in found}) > 1
     rows = []
     for (suite, task_id), by_run in sorted(found.items()):
-        description = next(iter(by_run.values())).task_description
-        title = f"{suite} {task_id}: {description}" if len(suites) > 1 else f"{task_id}: {description}"
-        rows.append((title, *(_task(by_run.get(i)) for i in range(len(runs)))))
-    return Table("", (Column("task"), *(Column(run.name, "%") for run in runs)), tuple(rows))
+        title = f"{suite} {task_id}" if several else f"{task_id}"
+        described = next(iter(by_run.values())).task_description
+        rates = (by_run[run.number].success_rate if run.number in by_run else None for run in runs)
+        rows.append((f"{title}: {described}", *rates))
+    columns = (Column("task"), *(Column(f"run {run.number}", "%") for run in runs))
+    return Table("", columns, tuple(rows), "Success. Intervals are in performance_comparison.json.")
 
 
-def phases_table(runs: Sequence[Run]) -> Table:
-    """Share of accepted queries by decile of the episode, a column for each run that tested a chunk."""
-    known = [run for run in runs if any(phase.tested for phase in run.breakdown.phases)]
-    columns = (Column("of the episode"), *(Column(run.name, "%") for run in known))
-    rows = []
-    for i in range(PHASES if known else 0):
-        here = [run.breakdown.phases[i] for run in known]
-        shares = (Measured(p.accepted / p.tested, n=p.tested) if p.tested else None for p in here)
-        rows.append((f"{i * 100 // PHASES}% to {(i + 1) * 100 // PHASES}%", *shares))
-    return Table("Accepted queries by part of the episode", columns, tuple(rows))
-
-
-def agreement_tables(runs: Sequence[Run]) -> tuple[Table, ...]:
-    """Of the shadow-mode runs: by dimension, by step ahead, by RFSQ layer, and decisions."""
+def shadow_tables(runs: Sequence[Run]) -> tuple[Table, ...]:
+    """What shadow mode tells: decisions, and agreement by dimension and by step ahead."""
     head = (Column("draft agrees", "%"), Column("main head agrees", "%"), Column("median gap", "error"))
     dimensions: list[Row] = []
     steps: list[Row] = []
-    layers: list[Row] = []
     decisions: list[Row] = []
     for run in runs:
         found = run.breakdown
         if found.by_dimension is not None and found.by_step is not None:
-            dimensions += _agreement(run.name, ACTION_NAMES, found.by_dimension)
-            steps += _agreement(run.name, [str(i + 1) for i in range(len(found.by_step.n))], found.by_step)
-        layers += [(run.name, f"L{i}", one.equal, one.chance, one.verdict) for i, one in enumerate(found.layers)]
+            dimensions += _agreement(run, ACTION_NAMES, found.by_dimension)
+            steps += _agreement(run, [str(i + 1) for i in range(len(found.by_step.n))], found.by_step)
         if (judged := found.decisions) is not None:
             quiet, other = judged.true_accept + judged.false_reject, judged.true_reject + judged.false_accept
             shares = (judged.false_reject / quiet if quiet else None, judged.false_accept / other if other else None)
             counts = (judged.true_accept, judged.false_accept, judged.true_reject, judged.false_reject)
-            decisions.append((run.name, *counts, *shares))
+            decisions.append((_numbered(run), *counts, *shares))
     columns = (
         *(Column("run"), Column("accepted rightly"), Column("accepted wrongly"), Column("rejected rightly")),
         *(Column("rejected wrongly"), Column("false rejects", "%"), Column("false accepts", "%")),
     )
     note = "False rejects: of the checks that main's new chunk confirms. False accepts: of the others."
-    of_layers = (Column("run"), Column("layer"), Column("equal", "%"), Column("by chance", "%"), VERDICT)
+    by_dimension = (Column("run"), Column("dimension"), *head, Column("steps"))
+    by_step = (Column("run"), Column("step"), *head, Column("checks"))
     return (
         Table("Decisions, judged by main's new chunk", columns, tuple(decisions), note if decisions else ""),
-        Table(
-            "Agreement by dimension",
-            (Column("run"), Column("dimension"), *head, Column("steps")),
-            tuple(dimensions),
-            grouped=True,
-        ),
-        Table(
-            "Agreement by step ahead",
-            (Column("run"), Column("step"), *head, Column("checks")),
-            tuple(steps),
-            grouped=True,
-        ),
-        Table("Equal tokens of draft and main head", of_layers, tuple(layers), grouped=True),
+        Table("Agreement by dimension", by_dimension, tuple(dimensions), grouped=True),
+        Table("Agreement by step ahead", by_step, tuple(steps), grouped=True),
     )
 
 
-def _agreement(name: str, what: Sequence[str], found: Agreement) -> list[Row]:
-    return [(name, *row) for row in zip(what, found.draft, found.main, found.gap, found.n, strict=True)]
+def _agreement(run: Run, what: Sequence[str], found: Agreement) -> list[Row]:
+    return [(_numbered(run), *row) for row in zip(what, found.draft, found.main, found.gap, found.n, strict=True)]
+
+
+def tokens_table(runs: Sequence[Run]) -> Table:
+    """Equal tokens of draft and main head, by RFSQ layer."""
+    known = [run for run in runs if run.breakdown.layers]
+    layers = range(max((len(run.breakdown.layers) for run in known), default=0))
+    rows: list[Row] = []
+    for run in known:
+        found = run.breakdown.layers
+        shares = (found[i].equal if i < len(found) else None for i in layers)
+        odd = [f"L{i}" for i, layer in enumerate(found) if layer.verdict != "ok"]
+        rows.append((_numbered(run), *shares, found[0].chance, f"odd: chance in {', '.join(odd)}" if odd else "ok"))
+    columns = (Column("run"), *(Column(f"L{i}", "%") for i in layers), Column("by chance", "%"), VERDICT)
+    return Table("Equal tokens of draft and main head", columns, tuple(rows))
 
 
 def actions_table(runs: Sequence[Run]) -> Table:
@@ -270,14 +286,14 @@ def actions_table(runs: Sequence[Run]) -> Table:
     )
     rows = tuple(
         (
-            *(run.name, one.dimension, one.minimum, one.mean, one.maximum, *(one.training or (None, None))),
+            *(_numbered(run), one.dimension, one.minimum, one.mean, one.maximum, *(one.training or (None, None))),
             *(one.outside, one.verdict),
         )
         for run in runs
         for one in run.breakdown.actions
         if one.verdict.startswith("odd")
     )
-    return Table("Executed actions, environment units", columns, rows, grouped=True)
+    return Table("Executed actions that are odd, environment units", columns, rows, grouped=True)
 
 
 def codec_table(runs: Sequence[Run]) -> Table:
@@ -291,7 +307,7 @@ def codec_table(runs: Sequence[Run]) -> Table:
         found = run.breakdown
         switches = found.gripper
         codec = (found.codec_rms, found.codec_verdict)
-        rows.append((run.name, *codec, switches.succeeded, switches.failed, switches.verdict))
+        rows.append((_numbered(run), *codec, switches.succeeded, switches.failed, switches.verdict))
     return Table("Codec and gripper", columns, tuple(rows))
 
 
@@ -302,58 +318,57 @@ def routes_table(runs: Sequence[Run]) -> Table:
         *(Column("p50", "ms"), Column("p95", "ms"), Column("p99", "ms"), Column("of policy time", "%")),
     )
     rows: tuple[Row, ...] = tuple(
-        (run.name, part.group, part.queries, *(part.ms[p] for p in ("p5", "p50", "p95", "p99")), part.share)
+        (_numbered(run), part.group, part.queries, *(part.ms[p] for p in ("p5", "p50", "p95", "p99")), part.share)
         for run in runs
         for part in run.breakdown.routes
     )
     note = "Rejected queries run the whole backbone; those called full query did too, without a chunk to test."
-    return Table("Latency by route", columns, rows, note if rows else "", grouped=True)
+    return Table("", columns, rows, note if rows else "", grouped=True)
 
 
 def throughput_table(runs: Sequence[Run]) -> Table:
     """How fast each run was as a whole."""
     columns = (
         *(Column("run"), Column("workers"), Column("wall time", "s"), Column("episodes per second")),
-        *(
-            Column("a core"),
-            Column("a GPU"),
-            Column("queries per forward"),
-            Column("policy computes", "%"),
-            Column("bound by"),
-            Column("GPU busy", "%"),
-        ),
+        *(Column("a core"), Column("a GPU"), Column("queries per forward"), Column("policy computes", "%")),
+        *(Column("bound by"), Column("GPU busy", "%")),
     )
     rows: list[Row] = []
     for run in runs:
         if (found := run.results.throughput) is None:
-            rows.append((run.name, *[None] * 7, "not measured: interrupted", None))
+            rows.append((_numbered(run), *[None] * 7, "not measured: interrupted", None))
         else:
             speed = found.episodes_per_second
             each = (speed / found.cores if found.cores else None, speed / found.gpus if found.gpus else None)
             counts = (found.workers, found.wall_seconds, speed, *each, found.rows_per_forward)
-            rows.append((run.name, *counts, found.policy_share, found.bound, found.gpu_utilisation))
-    return Table("", columns, tuple(rows))
+            rows.append((_numbered(run), *counts, found.policy_share, found.bound, found.gpu_utilisation))
+    return _without_empty(Table("", columns, tuple(rows)))
 
 
 def files_table(runs: Sequence[Run]) -> Table:
     """Which files the report is made from, by their contents."""
     rows: tuple[Row, ...] = tuple(
-        (run.name, str(run.path), hashlib.sha256(run.path.read_bytes()).hexdigest(), run.results.settings.run)
+        (_numbered(run), str(run.path), hashlib.sha256(run.path.read_bytes()).hexdigest(), run.results.settings.run)
         for run in runs
     )
     return Table("Files", (Column("run"), Column("file"), Column("sha256"), Column("id")), rows)
 
 
 def settings_tables(runs: Sequence[Run]) -> tuple[Table, Table]:
-    """(settings that differ, with a column for each run; settings that all runs share)."""
+    """(settings that differ, each value with the numbers of its runs; settings that all runs share)."""
     flat = [dict(_flat(to_json(run.results.settings))) for run in runs]
-    keys = list(dict.fromkeys(key for settings in flat for key in settings))
-    rows = [(key, tuple(settings.get(key) for settings in flat)) for key in keys]
-    shared: tuple[Row, ...] = tuple((key, values[0]) for key, values in rows if len(set(values)) == 1)
-    varying: tuple[Row, ...] = tuple((key, *values) for key, values in rows if len(set(values)) > 1)
+    shared: list[Row] = []
+    varying: list[Row] = []
+    for key in dict.fromkeys(key for settings in flat for key in settings):
+        by_value: dict[str, list[str]] = {}
+        for run, settings in zip(runs, flat, strict=True):
+            by_value.setdefault(settings.get(key, "absent"), []).append(str(run.number))
+        told = [f"{value} ({', '.join(numbers)})" for value, numbers in by_value.items()]
+        (shared.append((key, *by_value)) if len(told) == 1 else varying.append((key, "; ".join(told))))
+    columns = (Column("setting"), Column("value"))
     return (
-        Table("What differs between the runs", (Column("setting"), *(Column(run.name) for run in runs)), varying),
-        Table("", (Column("setting"), Column("value")), shared, headless=True),
+        Table("What differs, with the numbers of the runs", columns, tuple(varying), headless=True),
+        Table("What all runs share", columns, tuple(shared), headless=True),
     )
 
 

@@ -28,7 +28,7 @@ from rsd_trt.files import replacing
 from rsd_trt.load import Steadiness
 from rsd_trt.records import to_json
 
-COMPARISON_VERSION = 3
+COMPARISON_VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from rsd_trt.eval.statistics import (
     _percentile_interval,
     bootstrap_share,
     bootstrap_speedup,
+    groups_to_show,
     holm,
     mcnemar_exact,
+    pairs_to_show,
     percentiles,
     power_of_mcnemar,
     sign_flip,
@@ -266,3 +268,24 @@ def test_the_smallest_difference_has_the_power_and_a_smaller_one_has_not() -> No
         assert (power >= 0.8) == enough
     assert smallest_difference(5) is None
     assert (smallest_difference(6) or 0) > 0.9
+
+
+@pytest.mark.parametrize(("gained", "lost", "tests"), [(71, 36, 1), (71, 36, 10), (18, 48, 4)])
+def test_the_pairs_that_would_show_a_difference_have_the_power(gained: int, lost: int, tests: int) -> None:
+    found = pairs_to_show(450, gained, lost, tests)
+    assert found is not None
+    assert power_of_mcnemar(found, gained / 450, lost / 450, 0.05 / tests) == pytest.approx(0.8, abs=0.04)
+    assert pairs_to_show(450, 5, 5, tests) is None
+
+
+def test_the_groups_that_would_show_a_difference_have_the_power() -> None:
+    measured = (3.0, -1.0, 2.0, 0.5, 1.5, -0.5)  # a mean of 0.92 and a deviation of 1.5
+    found = groups_to_show(measured)
+    assert found is not None
+    generator = np.random.default_rng(0)
+    shown = [sign_flip(generator.normal(0.917, 1.53, found).tolist()) < 0.05 for _ in range(150)]
+    assert np.mean(shown) == pytest.approx(0.8, abs=0.1)
+    assert (groups_to_show((1.0,) * 4), groups_to_show((2.0,)), groups_to_show((1.0,) * 4, tests=10)) == (6, 6, 9)
+    assert 2 / 2**6 < 0.05 < 2 / 2**5, "fewer of one sign show nothing"
+    assert groups_to_show((5.0, 5.0, 0.0, 5.0, 5.0, 5.0)) == 8, "one of six has no difference"
+    assert groups_to_show((1.0, -1.0)) is None

@@ -11,7 +11,7 @@ from synthetic import outcome, run, settings
 
 from rsd_trt.config import ControlConfig
 from rsd_trt.errors import UserError
-from rsd_trt.eval.report.compare import SAME, Endpoint, compare, differences
+from rsd_trt.eval.report.compare import SAME, Endpoint, compare, differences, needed
 from rsd_trt.eval.report.cost import Price
 from rsd_trt.eval.results import Episode
 from rsd_trt.records import to_json
@@ -55,16 +55,32 @@ def test_the_endpoint_is_success_within_some_steps() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "difference"),
-    [(range(80), range(90), "above"), (range(90), range(80), "below"), (range(90), range(1, 91), "not shown")],
+    [(8, 9, "above"), (9, 8, "below"), (9, 9, "not shown")],
 )
-def test_a_difference_is_told_where_mcnemars_test_shows_it(before: range, after: range, difference: str) -> None:
-    keys = [(task, trial) for task in range(10) for trial in range(10)]
+def test_a_difference_is_told_where_both_tests_show_it(before: int, after: int, difference: str) -> None:
+    """Of as many trials of each task."""
     many = {"tasks": tuple(range(10)), "trials": 10}
-    a = run("baseline", change=outcome(*(keys[i] for i in before)), **many)  # type: ignore[arg-type]
-    b = run("rsd", change=outcome(*(keys[i] for i in after)), **many)  # type: ignore[arg-type]
+    a, b = (
+        run(mode, change=outcome(*((task, trial) for task in range(10) for trial in range(won))), **many)  # type: ignore[arg-type]
+        for mode, won in (("baseline", before), ("rsd", after))
+    )
     found = compare(a, b, within=ALL)
     assert (found.difference, found.provable_loss) == (difference, 6)
-    assert found.by_task_p > 0.3, "of one or two tasks"
+    assert found.by_task == (after - before,) * 10
+
+
+def test_a_difference_of_one_task_is_not_told() -> None:
+    """McNemar's test alone would show it; what would show it by task needs more tasks, whatever the episodes."""
+    many = {"tasks": (0, 1), "trials": 10}
+    won = [(0, trial) for trial in range(10)]
+    a, b = run("baseline", change=outcome(), **many), run("rsd", change=outcome(*won), **many)  # type: ignore[arg-type]
+    found = compare(a, b, within=ALL)
+    assert found.mcnemar.p < 0.01 < found.by_task_p
+    assert found.difference == "not shown"
+    lacking = needed(found, found.mcnemar.p, found.by_task_p)
+    assert lacking is not None and lacking.tasks >= 12 and lacking.episodes == 10 * lacking.tasks
+    same = compare(a, run("rsd", change=outcome(), **many), within=ALL)  # type: ignore[arg-type]
+    assert needed(same, 1.0, 1.0) is None
 
 
 def test_few_episodes_show_nothing() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from msgspec import structs
 from synthetic import outcome, run
 
+from rsd_trt.eval.report.answer import answer
 from rsd_trt.eval.report.cost import Price
 from rsd_trt.eval.report.runs import pair_up
 from rsd_trt.eval.report.tables import counts_table, matrix, rivals_table, tasks_table
@@ -46,8 +47,7 @@ def test_a_row_of_the_matrix() -> None:
     rsd = run("rsd", change=outcome((0, 0)))
     table = matrix_of(run("baseline", n_action_steps=1), run("baseline", n_action_steps=8, success=-1), rsd)
     found = named(table, 2)
-    assert found["run"] == "rsd, n = 4"
-    assert found["full queries per action"] == rsd.full_queries / rsd.steps
+    assert found["run"] == "3: rsd, n = 4"
     assert found["cost per action"] == (rsd.checks * 0.2 + rsd.full_queries * 2.0) / rsd.steps
     assert str(found["verdict"]).startswith("no open loop costs as little")
     assert named(table)["verdict"] is None
@@ -62,13 +62,18 @@ def test_verdicts() -> None:
 
     assert verdict() == "not compared"
     assert verdict(run("baseline", n_action_steps=1)) == "no open loop costs as little"
-    assert verdict(run("baseline"), check=20.0) == "not shown (p = 1)"
-    assert str(verdict(run("baseline", success=-1), check=20.0)).startswith("above (p = ")
+    assert verdict(run("baseline"), check=20.0) == "not shown; 96 episodes of 24 tasks would"
+    many = {"tasks": tuple(range(10))}
+    table = matrix_of(run("baseline", success=-1, **many), run("rsd", **many), price=Price(20.0, 2.0, "ms", ""))  # type: ignore[arg-type]
+    assert str(named(table, 1)["verdict"]).startswith("above (p = ")
 
 
 def test_conditions_are_a_column_where_there_are_several() -> None:
     table = matrix_of(run("baseline"), run("baseline", perturb="late:7"))
-    assert [row[:2] for row in table.rows] == [("unperturbed", "open loop, n = 4"), ("late:7", "open loop, n = 4")]
+    assert [row[:2] for row in table.rows] == [
+        ("unperturbed", "1: open loop, n = 4"),
+        ("late:7", "2: open loop, n = 4"),
+    ]
     assert table.grouped
     assert "cost per action" not in [
         c.name for c in matrix_of(run("baseline"), price=Price(0, 1, "full queries", "")).columns
@@ -77,4 +82,24 @@ def test_conditions_are_a_column_where_there_are_several() -> None:
 
 def test_why_there_is_no_comparison() -> None:
     table = rivals_table(pair_up([(Path("a"), run("rsd"))]))
-    assert table.rows == (("rsd, n = 4", "not compared: no run of open loop is among the results"),)
+    assert table.rows == (("1: rsd, n = 4", "not compared: no run of open loop is among the results"),)
+
+
+def test_the_answer_claims_what_both_tests_show_and_says_what_else_would_take() -> None:
+    def answered(*runs: Results, check: float = 0.2) -> tuple[str, str, list[str]]:
+        price = Price(check, 2.0, "ms", "made up")
+        found = answer(pair_up([(Path(str(i)), one) for i, one in enumerate(runs)], price, 220), price)
+        return found.verdict, found.style, [figure.name for figure in found.figures]
+
+    many = {"tasks": tuple(range(10))}
+    always, never = {"success": 2.0, **many}, {"success": -1.0, **many}
+    verdict, style, figures = answered(run("baseline", **never), run("rsd", **always), check=20.0)  # type: ignore[arg-type]
+    assert (verdict.startswith("RSD succeeds more often"), style) == (True, "good")
+    assert figures[1:3] == ["points beside the best open loop", "cost per action, ms"] and len(figures) == 4
+    verdict, style, _ = answered(run("baseline", **always), run("rsd", **never), check=20.0)  # type: ignore[arg-type]
+    assert (verdict.startswith("RSD succeeds less often"), style) == (True, "bad")
+    verdict, style, _ = answered(run("baseline"), run("rsd"), check=20.0)
+    assert "RSD is not shown" in verdict and " episodes of " in verdict and style == "open"
+    assert answered(run("baseline"), run("rsd"))[0].startswith("No run of open loop costs as little as RSD: ")
+    assert answered(run("rsd"))[0] == "Not compared: no run of open loop is among the results."
+    assert answered(run("baseline"))[0].startswith("Nothing is claimed")

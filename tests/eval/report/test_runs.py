@@ -95,9 +95,10 @@ def test_rivals_are_open_loop_with_one_action_and_the_best_that_costs_no_more() 
 
 
 def test_p_is_adjusted_over_all_declared_comparisons() -> None:
-    loop = run("baseline", n_action_steps=1, change=outcome(*KEYS[:80]), **MANY)
     other = run("baseline", n_action_steps=1, perturb="late:7", change=outcome(*KEYS[:80]), **MANY)
-    better = run("rsd", change=outcome(*KEYS[:87]), acceptance=0.0, **MANY)
+    spread = [(task, trial) for task in range(10) for trial in range(8 + (task < 7))]  # one more of seven tasks
+    loop = run("baseline", n_action_steps=1, change=outcome(*(k for k in KEYS if k[1] < 8)), **MANY)
+    better = run("rsd", change=outcome(*spread), acceptance=0.0, **MANY)
     same = run("rsd", change=outcome(*KEYS[:80]), acceptance=0.0, perturb="late:7", **MANY)
     alone = paired(loop, better)["rsd, n = 4"].against[0]
     assert (alone.p, alone.verdict) == (mcnemar_exact(7, 0).p, "above")
@@ -105,7 +106,16 @@ def test_p_is_adjusted_over_all_declared_comparisons() -> None:
     assert both.p == pytest.approx(2 * mcnemar_exact(7, 0).p)
     assert both.verdict == "above"
     four = paired(loop, other, better, same, *(run("rsd", n_action_steps=n, **MANY) for n in (2, 3)))
-    assert four["rsd, n = 4, unperturbed"].against[0].verdict == "not shown"
+    lacking = four["rsd, n = 4, unperturbed"].against[0]
+    assert lacking.verdict == "not shown" and lacking.needed is not None
+    assert lacking.needed.tasks > 10 and lacking.needed.episodes > 100
+
+
+def test_a_difference_of_few_tasks_is_not_shown() -> None:
+    loop = run("baseline", n_action_steps=1, change=outcome(*KEYS[:80]), **MANY)
+    found = paired(loop, run("rsd", change=outcome(*KEYS), acceptance=0.0, **MANY))["rsd, n = 4"].against[0]
+    assert found.p < 0.001 and found.by_task_p > 0.3
+    assert (found.verdict, str(found.needed)) == ("not shown", "350 episodes of 35 tasks")
 
 
 def test_the_control_of_the_same_rate_is_outside_of_the_adjustment() -> None:
