@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def told(folder: Path, baseline: Results, rsd: Results) -> list[str]:
         f"rsd {rsd.total_successes} of {rsd.total_episodes}.",
         f"A check took {share:.0%} of a full query. An action of rsd cost {cost:.2f} full queries, of open loop "
         f"{open_loop:.2f}: {abs(1 - cost / open_loop):.0%} {verb}.",
-        "So few episodes prove nothing about success: docs/reference-results.md has 450 a run.",
+        f"Open loop is as cheap with n = {math.ceil(1 / cost)}. Which of the two succeeds more often, so few episodes "
+        "cannot tell: docs/reference-results.md has 450 a run.",
     ]
     clocks = [run.clock for run in (baseline, rsd) if run.clock is not None]
     disturbed = dict.fromkeys(sentence for clock in clocks for sentence in clock.disturbed)
