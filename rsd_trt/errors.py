@@ -56,9 +56,9 @@ def named(key: object) -> str:
     return text if text.isprintable() and len(text) <= 80 else shown(text)
 
 
-def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest option, else the list of all options."""
-    names = sorted(options)
+def did_you_mean(name: object, options: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest option, else the list of all options. name: whatever was given for one."""
+    names, name = sorted(options), str(name)
     close = [OTHERWISE[name]] if OTHERWISE.get(name) in names else difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f" (one of: {', '.join(names)})"
 

@@ -227,7 +227,7 @@ def check_device(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not DEVICE.fullmatch(device):
+    if not isinstance(device, str) or not DEVICE.fullmatch(device):
         raise UserError(f"device {device!r} is unknown: there are cpu, cuda, cuda:N and auto")
     try:
         target = torch.device(device)

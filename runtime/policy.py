@@ -20,6 +20,7 @@ from rsd_trt.config import (
     ARM_DIMS,
     DEFAULT_BUNDLE,
     DEFAULT_ENGINES,
+    MAX_COUNT,
     MODES,
     PROPRIO_DIM,
     RULES,
@@ -67,8 +68,9 @@ class Policy:
         batch: int = 1,
         resize: bool = False,
     ) -> None:
-        if environments < 1 or batch < 1:
-            raise UserError(f"environments is {environments} and batch {batch}; both are at least 1")
+        for name, count in (("environments", environments), ("batch", batch)):
+            if type(count) is not int or not 1 <= count <= MAX_COUNT:
+                raise UserError(f"{name} is {count!r}; it is a whole number in 1..{MAX_COUNT}")
         self.config = config
         self.mode = mode
         rsd = config.rsd if n_action_steps is None else structs.replace(config.rsd, n_action_steps=n_action_steps)
@@ -196,6 +198,8 @@ class Policy:
             UserError: no observation, as many environments as observations are not named, one is named twice or is not
                 there, or an observation is not what the bundle takes.
         """
+        if isinstance(observations, Observation):
+            raise UserError("act_batch got one Observation, not a list of them", "Give a list, or use query")
         if not observations or len(observations) != len(environments):
             raise UserError(f"act_batch got {len(observations)} observations for {len(environments)} environments")
         self._check_environments(environments)

@@ -161,8 +161,9 @@ class Preprocessor:
                 )
             if not isinstance(state, np.ndarray) or state.shape != (PROPRIO_DIM,) or state.dtype.kind not in "fiu":
                 raise UserError(f"proprio is {_described(state)}, the bundle takes float32 [{PROPRIO_DIM}]")
-            if not np.isfinite(state).all():
-                raise UserError(f"proprio[{int(np.argmin(np.isfinite(state)))}] is not finite: {state.tolist()}")
+            finite = np.abs(state) <= np.finfo(np.float32).max  # as the bundle reads it; NaN is not, either
+            if not finite.all():
+                raise UserError(f"proprio[{int(np.argmin(finite))}] is not finite as float32: {state.tolist()}")
         if observation.instruction is None:
             raise UserError("the observation has no instruction", "Give the task in plain words: instruction='...'")
         if not isinstance(observation.instruction, str):

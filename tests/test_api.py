@@ -73,7 +73,12 @@ def test_a_bundle_may_be_given_by_its_path(kind: Callable[[Path], Bundle | str |
         ({"device": "gpu"}, "device 'gpu' is unknown"),
         ({"n_action_steps": 99}, "n_action_steps is 99; a chunk has 1..8 steps"),
         ({"n_action_steps": "2"}, "n_action_steps is '2'; a chunk has 1..8 steps"),
-        ({"environments": 0}, "environments is 0 and batch 1; both are at least 1"),
+        ({"environments": 0}, "environments is 0; it is a whole number in 1..1024"),
+        ({"environments": 10**12}, "environments is 1000000000000; it is"),
+        ({"batch": 1.5}, "batch is 1.5; it is a whole number"),
+        ({"mode": None}, "mode None is unknown"),
+        ({"backend": None}, "backend None is unknown"),
+        ({"device": 0}, "device 0 is unknown: there are cpu"),
         ({"backbone_precision": "int4"}, "backbone precision 'int4' is unknown"),
         ({"rule": "frist"}, "rule 'frist' is unknown; did you mean 'first'?"),
         ({"tolerance": -0.1}, "rsd.tolerance[0] is -0.1"),
@@ -135,6 +140,7 @@ def seen(policy: rsd_trt.Policy, **changes: object) -> rsd_trt.Observation:
         ),
         ({"proprio": None}, "the observation has no proprio, the bundle reads float32 [8]"),
         ({"proprio": np.full(8, np.inf, np.float32)}, "proprio[0] is not finite"),
+        ({"proprio": np.full(8, 1e300)}, "proprio[0] is not finite as float32"),
         ({"proprio": np.zeros(7, np.float32)}, "proprio is float32 [7], the bundle takes float32 [8]"),
         ({"instruction": None}, "the observation has no instruction"),
         ({"instruction": 3}, "instruction is of type int, not a string"),
@@ -154,6 +160,8 @@ def test_environments_that_are_not_there(environments: list[object], tiny_bundle
         policy.act_batch([seen(policy)] * len(environments), environments)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"environments \[-1\], each of 0\.\.0 at most once"):
         policy.reset(-1)
+    with pytest.raises(UserError, match="got one Observation, not a list of them"):
+        policy.act_batch(seen(policy), [0])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="got str, not an Observation"):
         policy.act_batch(["frame"], [0])  # type: ignore[list-item]
 

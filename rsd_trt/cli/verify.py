@@ -150,14 +150,14 @@ def _conclude(results: Sequence[Result], table: Table, found: dict[str, object],
     """Prints the table or the record, and raises UserError if a comparison failed or none could be made."""
     from rsd_trt.eval.verify.result import NotMeasured
 
-    reasons = {x.reason for x in results if isinstance(x, NotMeasured)}
+    missing = [x for x in results if isinstance(x, NotMeasured)]
+    reasons = {x.reason for x in missing if x.failed} or {x.reason for x in missing}  # what can be mended goes first
     if as_json:
         click.echo(json.dumps(found, indent=2))
     if not table and len(reasons) == 1:
         raise UserError(f"nothing could be measured: {reasons.pop()}")
     if not as_json:
         show(*[table] if table else [])
-        missing = [x for x in results if isinstance(x, NotMeasured)]
         list_reasons("not measured", ((f"{x.backend} {x.component}", x.reason) for x in missing if not x.failed))
         list_reasons("FAILED", ((f"{x.backend} {x.component}", x.reason) for x in missing if x.failed))
     if failed := sum(result.status == "failed" for result in results):
