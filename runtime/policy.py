@@ -127,14 +127,17 @@ class Policy:
         """
         if mode not in MODES:
             raise UserError(f"mode {mode!r} is unknown{did_you_mean(mode, MODES)}")
+        for name, path in (("bundle", bundle), ("engines", engines)):
+            if not isinstance(path, (Bundle, str, Path)):
+                raise UserError(f"{name} is {path!r}, of type {type(path).__name__}", "Give the path of a folder")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(Path(bundle))
-        named = rule if isinstance(rule, str) else None
+        named = None if callable(rule) else rule
         bundle = replace(bundle, config=with_rule(bundle.config, named, tolerance, threshold))
         target = check_device(device)
         launcher = Launcher(bundle, check_backend(backend), target, precision, Path(engines))
         forward = open_forward(launcher, "1" if batch == 1 else "dynamic", backbone, backbone_precision)
-        given = None if isinstance(rule, str) else rule
+        given = rule if callable(rule) else None
         policy = cls(bundle.config, forward, mode, n_action_steps, environments, given, batch, resize)
         policy.warm_up()
         return policy

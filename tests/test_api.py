@@ -78,6 +78,8 @@ def test_a_bundle_may_be_given_by_its_path(kind: Callable[[Path], Bundle | str |
         ({"batch": 1.5}, "batch is 1.5; it is a whole number"),
         ({"mode": None}, "mode None is unknown"),
         ({"backend": None}, "backend None is unknown"),
+        ({"rule": 3}, "rule 3 is unknown"),
+        ({"engines": 3}, "engines is 3, of type int"),
         ({"device": 0}, "device 0 is unknown: there are cpu"),
         ({"backbone_precision": "int4"}, "backbone precision 'int4' is unknown"),
         ({"rule": "frist"}, "rule 'frist' is unknown; did you mean 'first'?"),
@@ -93,6 +95,8 @@ def test_what_cannot_be_loaded_says_why(settings: dict[str, str], message: str, 
     with pytest.raises(UserError) as raised:
         rsd_trt.Policy.load(tiny_bundle, **settings)  # type: ignore[arg-type]
     assert message in str(raised.value)
+    with pytest.raises(UserError, match="bundle is None, of type NoneType"):
+        rsd_trt.Policy.load(None)  # type: ignore[arg-type]
 
 
 def test_the_loop_is_set_as_it_is_loaded(tiny_bundle: Path) -> None:
