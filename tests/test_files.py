@@ -76,6 +76,8 @@ def test_a_file_is_bounded_before_it_is_read(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
     assert memory() - before < 8 << 20
     assert read_bounded(Path("/proc/self/status"))  # which says that it has none
+    (tmp_path / "nine").write_bytes(b"123456789")
+    assert read_bounded(tmp_path / "nine", 9) == b"123456789"
     with pytest.raises(UserError, match="more than 9 bytes"):
         read_bounded(Path("/proc/self/status"), 9)
 
@@ -101,7 +103,7 @@ def test_where_no_folder_can_be_is_known_before_the_work(tmp_path: Path, monkeyp
     for name in ("file", "file/a/b", "loop"):
         with pytest.raises(UserError, match=rf"{name} cannot be made: .*(file|loop) is no folder"):
             check_folder(tmp_path / name)
-    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK | os.X_OK)
     with pytest.raises(UserError, match="may not be written into"):
         check_folder(tmp_path / "a")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import original
 import pytest
 import torch
+from openvla_folder import ActionHead
 from original import HIDDEN, A, C, D, K, L, T
 from torch import nn
 
@@ -238,6 +239,10 @@ def test_what_wrappers_put_into_keys_is_no_part_of_them(prefix: str, tmp_path: P
         torch.save(saved, tmp_path / f"{number}.pt")
         checkpoint = read_checkpoint(tmp_path / f"{number}.pt", "head")
         assert (checkpoint.state.keys(), checkpoint.unread) == (state.keys(), ())
+    oft = ActionHead().state_dict()  # whose own keys begin with model., and one more marks a projector
+    for front in ("", "net."):
+        torch.save({front + key: value for key, value in oft.items()}, tmp_path / "oft.pt")
+        assert read_checkpoint(tmp_path / "oft.pt", "head").state.keys() == oft.keys()
     torch.save({**state, f"module.{next(iter(state))}": torch.zeros(1)}, tmp_path / "both.pt")
     assert "feature_proj.0.weight with and without a wrapper's prefix" in refused(tmp_path / "both.pt", "head")
 
@@ -258,7 +263,11 @@ def test_a_configuration_may_lie_anywhere(beside: dict[str, object], tmp_path: P
     assert codec_config(codec, None).scale == "layernorm"
     with pytest.raises(UserError, match="was saved with use_layernorm True"):
         codec_config(codec, "plain")
-    for also, told in ((False, "with the opposite elsewhere in it"), ("maybe", "use_layernorm 'maybe': true or false")):
+    for also, told in (
+        (False, "with the opposite elsewhere in it"),
+        ("maybe", "layernorm 'maybe': true or"),
+        (2, "layernorm 2: true or"),
+    ):
         torch.save({"state_dict": state, **beside, "also": {"use_layernorm": also}}, tmp_path / "x.pt")
         with pytest.raises(UserError, match=told):
             codec_config(read_checkpoint(tmp_path / "x.pt", "codec"), None)
