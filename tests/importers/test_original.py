@@ -243,6 +243,9 @@ def test_what_wrappers_put_into_keys_is_no_part_of_them(prefix: str, tmp_path: P
     for front in ("", "net."):
         torch.save({front + key: value for key, value in oft.items()}, tmp_path / "oft.pt")
         assert read_checkpoint(tmp_path / "oft.pt", "head").state.keys() == oft.keys()
+    for other in ("a.weight", "z.weight"):  # not all keys have that name in front
+        torch.save({**{f"net.{key}": value for key, value in oft.items()}, other: torch.zeros(1)}, tmp_path / "x.pt")
+        assert "is of an unknown kind" in refused(tmp_path / "x.pt", "head")
     torch.save({**state, f"module.{next(iter(state))}": torch.zeros(1)}, tmp_path / "both.pt")
     assert "feature_proj.0.weight with and without a wrapper's prefix" in refused(tmp_path / "both.pt", "head")
 
