@@ -326,7 +326,8 @@ def _explaining_paths() -> Iterator[None]:
         led, remedy = "", f"Install it again: {installing('libero')}"
         if folder is not None:
             led, remedy = f": LIBERO_CONFIG_PATH is {folder!r}", "Unset it, or correct config.yaml there"
-        raise UserError(f"LIBERO does not find its files{led} ({reason(error)})", remedy) from None
+        lost = f"{error.filename}: " if isinstance(error, OSError) and error.filename is not None else ""
+        raise UserError(f"LIBERO does not find its files{led} ({lost}{reason(error)})", remedy) from None
 
 
 @contextlib.contextmanager

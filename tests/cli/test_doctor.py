@@ -277,7 +277,7 @@ def test_libero_without_a_tasks_description(monkeypatch: Patch, tmp_path: Path) 
     monkeypatch.setattr(kind, "get_task_bddl_file_path", lambda self, i: str(lost))
     broken(
         doctor.libero(),
-        f"such as: LIBERO does not find its files ([Errno 2] No such file or directory: '{lost}')",
+        f"such as: LIBERO does not find its files ({lost}: No such file or directory)",
         "pip install --force-reinstall --no-deps libero",
     )
 

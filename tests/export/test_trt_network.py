@@ -31,7 +31,7 @@ from rsd_trt.runtime.ort_session import OrtSession
 from rsd_trt.runtime.session import Tensors, batch_size
 
 CPU = torch.device("cpu")
-INPUTS = 24  # whole batches of 1, 3 and 8
+INPUTS = 192  # whole batches of 1, 3 and 8, and enough for verify's intervals
 
 
 class NetworkSession:

@@ -73,7 +73,7 @@ def test_a_file_in_the_way_is_told_and_without_matplotlib_all_but_the_chart_is_w
     monkeypatch.setattr(components, "profile", lambda *_: iter(MADE_UP))
     monkeypatch.setattr(write, "costs", lambda *_: iter(COSTS))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/out cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"file is no folder"):
         write_components(bundle, REQUEST, tmp_path / "file" / "out", "")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "profile.png").write_text("of an earlier run")
