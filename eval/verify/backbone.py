@@ -272,7 +272,7 @@ def whole_parity(
     steps = steps_beyond_tolerance(found, expected, config)
     mismatch = token_mismatch(found.tokens, expected.tokens)
     step_interval = share_interval(steps, error[..., 0].numel())
-    token_interval = share_interval(max(mismatch) if mismatch else None, expected.tokens[..., 0].numel())
+    token_interval = share_interval(max(mismatch), expected.tokens[..., 0].numel()) if mismatch else None
     return BackboneParity(
         component="backbone",
         backend=backend,
