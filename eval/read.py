@@ -21,13 +21,7 @@ from rsd_trt.records import from_text, parse, to_json
 MAX_BYTES = 1 << 29  # of a results file
 MAX_RATIO = 100  # by which it may have been compressed (ours are by 10 to 40): a small file may not fill the memory
 ALWAYS = 1 << 22  # bytes that a compressed file may have, however small it is
-RECORDED = (
-    "episodes",
-    "settings",
-    "throughput",
-    "command",
-    "clock",
-)  # no figures of the episodes alone
+RECORDED = ("episodes", "settings", "throughput", "command", "clock")  # no figures of the episodes alone
 RELATIVE = 1e-6  # difference of two figures that are still the same: sums depend on the order
 
 
@@ -38,7 +32,7 @@ class _Written(msgspec.Struct):
 
 
 def read_run(path: Path) -> Results:
-    """A results file whose figures follow from its episodes.
+    """A results file, plain or compressed (`.json.gz`), whose figures follow from its episodes.
 
     Raises:
         UserError: it cannot be read, holds an episode twice or one that was not asked for, mixes runs, or its
@@ -73,15 +67,6 @@ def read_run(path: Path) -> Results:
         if name not in RECORDED:
             _check_figure(path, name, value, figures[name])
     return results
-
-
-def read_results(path: Path) -> Results:
-    """A results file, plain or compressed (`.json.gz`), checked against its schema.
-
-    Raises:
-        UserError: it is absent, not a results file, of another version, or damaged.
-    """
-    return _results(_text(path), path)
 
 
 def _text(path: Path) -> bytes:

@@ -47,7 +47,6 @@ OWN_FOLDER = "."  # of weights that were copied into their bundle
 
 Backend = Literal["torch", "graph", "ort", "trt"]
 Mode = Literal["baseline", "rsd", "shadow", "random"]
-PolicyKind = Literal["bundle", "expert"]
 PerturbKind = Literal["displace", "late", "moving", "harmless", "frozen"]
 Size = Literal["tiny", "reference", "openvla-7b"]
 Component = Literal["draft", "head", "decoder", "propose", "predict"]
@@ -66,7 +65,6 @@ HeadKind = Literal["rfsq", "classification", "conditioned", "oft-l1"]
 BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
 PERTURBATIONS: tuple[PerturbKind, ...] = typing.get_args(PerturbKind)
 MODES: tuple[Mode, ...] = typing.get_args(Mode)
-POLICIES: tuple[PolicyKind, ...] = typing.get_args(PolicyKind)
 SIZES: tuple[Size, ...] = typing.get_args(Size)
 PARTS: tuple[BundlePart, ...] = typing.get_args(BundlePart)
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)

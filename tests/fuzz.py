@@ -56,12 +56,12 @@ def manifest(folder: Path) -> tuple[bytes, Reader]:
 def results(folder: Path) -> tuple[bytes, Reader]:
     import synthetic
 
-    from rsd_trt.eval.read import read_results
+    from rsd_trt.eval.read import read_run
     from rsd_trt.records import to_json
 
     valid = to_json(synthetic.run("shadow", tasks=(0,), trials=1, max_steps=20))
     file = folder / "results.json"
-    return json.dumps(valid).encode(), lambda data: (file.write_bytes(data), read_results(file))
+    return json.dumps(valid).encode(), lambda data: (file.write_bytes(data), read_run(file))
 
 
 def hugging_face(folder: Path) -> tuple[bytes, Reader]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from rsd_trt.bundle import Bundle, copy_with
 from rsd_trt.errors import UserError
-from rsd_trt.eval.read import read_results
+from rsd_trt.eval.read import read_run
 from rsd_trt.manifest import Manifest, read_manifest
 from rsd_trt.models.signature import Port, Signature
 from rsd_trt.records import from_json, to_json
@@ -87,7 +87,7 @@ def test_results_name_no_other_folder(tmp_path: Path) -> None:
     data["settings"]["suite"] = "../../home"  # type: ignore[index]
     (tmp_path / "r.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match="it names a folder"):
-        read_results(tmp_path / "r.json")
+        read_run(tmp_path / "r.json")
 
 
 def test_a_small_file_fills_no_memory(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_small_file_fills_no_memory(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match="no results file does"):
-            read_results(file)
+            read_run(file)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

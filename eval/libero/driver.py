@@ -41,7 +41,7 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...], 
         UserError: it cannot be loaded, or cannot act in that way or on that device.
     """
     config = bundle.config
-    control = config.control if request.protocol is None else with_protocol(config.control, request.protocol)
+    control = control_of(request, config.control)
     steps = max_steps(request, control)
     device = check_device(request.device)
     accept_rate = _accept_rate(request, bundle)
@@ -104,6 +104,11 @@ def model_key(request: EvalRequest) -> tuple[object, ...]:
     )
 
 
+def script_control(request: EvalRequest) -> ControlConfig:
+    """That of a script."""
+    return with_protocol(ControlConfig(), request.protocol or "oft")
+
+
 def script_driver(request: EvalRequest, script: Script, tasks: tuple[int, ...]) -> Driver:
     """The script, under protocol `oft` if none is asked for.
 
@@ -115,7 +120,7 @@ def script_driver(request: EvalRequest, script: Script, tasks: tuple[int, ...]) 
             f"--policy {script.name} is written for {', '.join(script.suites)}, not for {request.suite}",
             f"Use: --suite {script.suites[0]}",
         )
-    control = with_protocol(ControlConfig(), request.protocol or "oft")
+    control = script_control(request)
     settings = _settings(request, tasks, control, max_steps(request, control), script.name, script.sha256)
     return Driver(settings, script=script)
 
@@ -194,6 +199,11 @@ def with_options(rsd: RsdConfig, request: PolicyOptions) -> RsdConfig:
         given |= {"rule": request.rule, "threshold": request.threshold}
         given["tolerance"] = None if request.tolerance is None else (request.tolerance,) * ARM_DIMS
     return replace(rsd, **{name: value for name, value in given.items() if value is not None})
+
+
+def control_of(request: EvalRequest, control: ControlConfig) -> ControlConfig:
+    """A bundle's conventions under the protocol that the request asks for."""
+    return control if request.protocol is None else with_protocol(control, request.protocol)
 
 
 def max_steps(request: EvalRequest, control: ControlConfig) -> int:

@@ -24,7 +24,7 @@ from rsd_trt.config import (
     Precision,
     RuleName,
 )
-from rsd_trt.errors import UserError, did_you_mean, reason
+from rsd_trt.errors import UserError, did_you_mean, reason, shown
 from rsd_trt.suites import SUITES
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from rsd_trt.eval.libero.perturb import PerturbSpec
     from rsd_trt.eval.libero.simulator import Simulator
+
+MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,26 @@ class EvalRequest(PolicyOptions):
     def pictures(self, kind: str) -> Path:
         """The run's folder for `strips` or `videos`."""
         return self.out / kind / self.name
+
+
+def task_numbers(text: str) -> tuple[int, ...] | None:
+    """`0,3` or `0-4` or `all` -> task numbers, without repeats, in order; None: all.
+
+    Raises:
+        UserError: it names no task.
+    """
+    if text == "all":
+        return None
+    tasks: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            tasks.update(range(int(first), min(int(last or first), MAX_TASK) + 1))
+    except ValueError:
+        raise UserError(f"{shown(text)} is not a list such as 0,3 or 0-4 or all") from None
+    if not tasks:
+        raise UserError(f"{shown(text)} names no task")
+    return tuple(sorted(tasks))
 
 
 @dataclass(frozen=True)

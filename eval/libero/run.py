@@ -168,17 +168,6 @@ class Run:
         return results
 
 
-def evaluate(
-    request: EvalRequest,
-    on_start: Callable[[int, list[Episode]], None],
-    on_episode: Callable[[Episode], None],
-    command: str,
-    executor: Executor | None = None,
-) -> Results:
-    """`evaluate_together` of one request."""
-    return evaluate_together([request], on_start, on_episode, command, executor)[0]
-
-
 def evaluate_together(
     requests: Sequence[EvalRequest],
     on_start: Callable[[int, list[Episode]], None],

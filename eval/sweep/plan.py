@@ -31,7 +31,7 @@ from rsd_trt.config import (
 )
 from rsd_trt.errors import UserError, did_you_mean, named
 from rsd_trt.eval.libero.perturb import PerturbSpec
-from rsd_trt.eval.libero.request import EvalRequest
+from rsd_trt.eval.libero.request import EvalRequest, task_numbers
 from rsd_trt.eval.statistics import counted
 from rsd_trt.files import read_bounded
 from rsd_trt.records import Positive, Record, from_json, read_record, write_record
@@ -272,19 +272,13 @@ def _with_rule(chosen: dict[str, object], bundle: Path, mode: Mode, where: str) 
 
 
 def _tasks(value: object, where: str) -> tuple[int, ...] | None:
-    """`0,3` or `0-4` or `all`, a number or a list of numbers -> task numbers, in order; None: all."""
-    if value is None or value == "all":
-        return None
-    if isinstance(value, tuple):
-        return tuple(sorted(set(value)))
-    tasks: set[int] = set()
+    """As `task_numbers`; a number or a list of numbers, too."""
+    if value is None or isinstance(value, tuple):
+        return value and tuple(sorted(set(value)))
     try:
-        for part in str(value).split(","):
-            first, _, last = part.partition("-")
-            tasks.update(range(int(first), min(int(last or first), MAX_COUNT) + 1))
-    except ValueError:
-        raise UserError(f"{where}: tasks {named(value)} is not a list such as 0,3 or 0-4 or all") from None
-    return tuple(sorted(tasks))
+        return task_numbers(str(value))
+    except UserError as error:
+        raise UserError(f"{where}: tasks {error}") from None
 
 
 def _matched(runs: list[Run], where: str) -> list[Run]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.driver import acceptance_rate, with_options
+from rsd_trt.eval.libero.driver import acceptance_rate, control_of, max_steps, script_control, with_options
 from rsd_trt.eval.libero.request import EvalRequest, Script
-from rsd_trt.eval.libero.run import Executor, evaluate
+from rsd_trt.eval.libero.run import Executor, evaluate_together
 from rsd_trt.eval.libero.simulator import open_suite
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.results import Episode, EpisodeKey, Settings
@@ -99,9 +98,6 @@ def _is_finished(run: Run, total: int) -> bool:
         "seed": request.seed,
         "perturb": str(request.perturb) if request.perturb else None,
         "tasks": request.tasks,
-        "protocol": request.protocol,
-        "max_steps": request.max_steps,
-        "n_action_steps": request.n_action_steps,
         "device": None if request.device == "auto" else request.device,
     }
     always = ("suite", "trials", "seed", "perturb")
@@ -113,12 +109,16 @@ def _is_finished(run: Run, total: int) -> bool:
 def _is_of(request: EvalRequest, settings: Settings) -> bool:
     """Whether that acts which the request names."""
     if request.policy is not None:
-        return settings.policy_sha256 == Script.find(request.policy).sha256
+        control = script_control(request)
+        same = settings.policy_sha256 == Script.find(request.policy).sha256
+        return same and (settings.control, settings.max_steps) == (control, max_steps(request, control))
     bundle, found = Bundle.open(request.bundle), settings.bundle
+    control = control_of(request, bundle.config.control)
     rate = request.accept_rate
     return (
         found is not None
         and settings.policy_sha256 == bundle.fingerprint
+        and (settings.control, settings.max_steps) == (control, max_steps(request, control))
         and found.rsd == with_options(bundle.config.rsd, request)
         and (found.mode, found.backend, found.precision) == (request.mode, request.backend, request.precision)
         and found.backbone_precision == request.backbone_precision
@@ -136,21 +136,21 @@ def unfinished(sweep: Sweep, progress: Progress) -> list[Run]:
     return [run for run in sweep.runs if not states[run.name].finished]
 
 
-def sweep_here(sweep: Sweep, progress: Progress, command: str, executor: Executor | None = None) -> None:
+def sweep_here(sweep: Sweep, progress: Progress, command: str) -> None:
     """Executes what the sweep lacks on this machine, a run at a time, with one executor for all of them.
 
     Raises:
-        UserError: as `evaluate`.
+        UserError: as `evaluate_together`.
     """
     sweep.declare()
-    with closing(executor or Executor()) as kept:
+    with closing(Executor()) as executor:
         for run in unfinished(sweep, progress):
             request = with_rate(run, sweep)
 
             def add(episode: Episode, name: str = run.name) -> None:
                 progress.add(name, episode)
 
-            evaluate(request, lambda *_: None, add, command, kept)
+            evaluate_together([request], lambda *_: None, add, command, executor)
 
 
 def with_rate(run: Run, sweep: Sweep) -> EvalRequest:
@@ -159,8 +159,3 @@ def with_rate(run: Run, sweep: Sweep) -> EvalRequest:
         return run.request
     path = next(other for other in sweep.runs if other.name == run.matched).request.results_file
     return replace(run.request, accept_rate=acceptance_rate(path, read_run(path)))
-
-
-def results_of(sweep: Sweep) -> list[Path]:
-    """The results files of the sweep's runs."""
-    return [run.request.results_file for run in sweep.runs]

@@ -33,7 +33,7 @@ from rsd_trt.cli.console import (
 )
 from rsd_trt.config import BACKENDS, MAX_COUNT, MAX_TOLERANCE, MODES, PROTOCOLS, RULES, TOLERANT_RULES
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions
+from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions, task_numbers
 from rsd_trt.records import to_json
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., object])
 
 COUNT = click.IntRange(1, 1_000_000)  # more is a slip of the keyboard, and may not fit into a results file
-MAX_TASK = 999  # more than any suite has; keeps a slip of the keyboard from filling the memory
 
 
 class TaskList(click.ParamType["tuple[int, ...] | None"]):
@@ -56,18 +55,10 @@ class TaskList(click.ParamType["tuple[int, ...] | None"]):
     ) -> tuple[int, ...] | None:
         if value is None or isinstance(value, tuple):
             return value
-        if value == "all":
-            return None
-        tasks: set[int] = set()
         try:
-            for part in str(value).split(","):
-                first, _, last = part.partition("-")
-                tasks.update(range(int(first), min(int(last or first), MAX_TASK) + 1))
-        except ValueError:
-            self.fail(f"{value!r} is not a list such as 0,3 or 0-4 or all", param, ctx)
-        if not tasks:
-            self.fail(f"{value!r} names no task", param, ctx)
-        return tuple(sorted(tasks))
+            return task_numbers(str(value))
+        except UserError as error:
+            self.fail(str(error), param, ctx)
 
 
 class AcceptRate(click.ParamType["float | Path | None"]):

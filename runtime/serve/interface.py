@@ -51,7 +51,7 @@ class Interface:
         cls, config: BundleConfig, mode: Mode, n: int, fingerprint: str | None, propose: str | None, **choices: object
     ) -> Interface:
         """That of a bundle. propose: None where it has no draft that could check without the backbone."""
-        eyes = isinstance(config.draft, VisionDraftConfig)
+        eyes = config.draft if isinstance(config.draft, VisionDraftConfig) else None
         return cls(
             config.name,
             fingerprint,
@@ -61,8 +61,8 @@ class Interface:
             config.rsd,
             config.control,
             config.control.camera_size,
-            config.backbone.proprio or (isinstance(config.draft, VisionDraftConfig) and config.draft.state),
-            propose=propose if eyes else None,
+            config.backbone.proprio or (eyes is not None and eyes.state),
+            propose=propose if eyes is not None else None,
             conditioned=config.head.kind == "conditioned",
             mean=config.backbone.towers[0].mean,
             **choices,  # type: ignore[arg-type]
@@ -146,7 +146,10 @@ class Interface:
     def _state(self, state: object) -> NDArray[np.float32]:
         if state is None and not self.reads_state:
             return no_state()
-        value = np.asarray(state) if isinstance(state, (list, np.ndarray)) else None
+        try:
+            value = np.asarray(state) if isinstance(state, (list, np.ndarray)) else None
+        except ValueError:
+            raise BadMessage(f"the state is a ragged list, the policy takes {PROPRIO_DIM} numbers") from None
         if value is None or value.dtype.kind not in "fiu" or value.size != PROPRIO_DIM or value.ndim > 2:
             there = f"{value.dtype} {list(value.shape)}" if value is not None else type(state).__name__
             raise BadMessage(f"the state is {there}, the policy takes {PROPRIO_DIM} numbers")

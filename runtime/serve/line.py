@@ -60,7 +60,7 @@ class Line:
                 )
             )
             metadata = _decoded(self._socket.recv(self.timeout_s))
-        except (OSError, ValueError, WebSocketException) as error:
+        except (OSError, ValueError, WebSocketException, BadMessage) as error:
             self.close()
             raise Unreachable(f"{self.url} cannot be reached: {reason(error)}") from None
         before, here = self.metadata.get("fingerprint"), metadata.get("fingerprint")
@@ -96,8 +96,6 @@ class Line:
                 reply = _decoded(self._socket.recv(max(0.001, end - time.monotonic())))
                 if not self.ours or reply.get("request") == self._number:
                     break
-        except BadMessage:
-            raise
         except TimeoutError:
             if not self.ours:
                 self.close()

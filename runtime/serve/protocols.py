@@ -19,7 +19,6 @@ from rsd_trt.runtime.loop import Main
 from rsd_trt.runtime.serve.arrays import BadMessage, arrays, pack, parse, to_json, unpack
 from rsd_trt.runtime.serve.interface import openvla_gripper
 from rsd_trt.runtime.serve.service import Reply, Service
-from rsd_trt.runtime.serve.sessions import Session
 from rsd_trt.runtime.speculate import Tokens
 
 VLA_EVAL_VERSION = 1  # of its protocol
@@ -72,7 +71,7 @@ class Openpi:
         number = _optional_int(message, "request")
         reply: dict[str, object] = {} if number is None else {"request": number}
         if endpoint == "reset":
-            await self.service.reset(self._session(name))
+            await self.service.reset(await self.service.session(self.websocket, name))
             return reply | {"status": "reset successful"}
         if endpoint == "instruction":
             instruction = message.get("prompt")
@@ -86,12 +85,10 @@ class Openpi:
             started = time.perf_counter()
             main = await self.service.full(observation, self._condition(message))
             return reply | _whole(main, (time.perf_counter() - started) * 1e3)
-        answer = await self.service.act(self._session(name), observation, _optional_int(message, "executed"))
+        session = await self.service.session(self.websocket, name)
+        answer = await self.service.act(session, observation, _optional_int(message, "executed"))
         reply |= {"actions": answer.query.actions, **answer.report()}
         return reply | self._timing(answer)
-
-    def _session(self, name: str) -> Session:
-        return self.service.sessions.get(self.websocket, name)
 
     def _timing(self, answer: Reply) -> dict[str, object]:
         server = {"infer_ms": answer.policy_ms, "queue_ms": answer.queue_ms}
@@ -121,7 +118,7 @@ class VlaEval:
         self.service, self.websocket = service, websocket
 
     async def run(self) -> None:
-        self.session = self.service.sessions.get(self.websocket)
+        self.session = await self.service.session(self.websocket)
         self.session.fixed = self.session.chunk.fixed = None  # it may be any number of actions
         async for frame in Frames(self.websocket, self.service.options.idle_s):
             seq = 0

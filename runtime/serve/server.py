@@ -41,17 +41,17 @@ class PatientHttp(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._requests_before = -1
-        self._hurry()
+        self._before: object = self  # the request at the last look: none is this
+        self.loop.call_later(PATIENCE / 2, self._hurry)
 
     def _hurry(self) -> None:
         if self.transport.is_closing() or self.transport.get_protocol() is not self:
             return
         waiting = self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete)
-        if waiting and self._requests_before == id(self.cycle):
+        if waiting and self._before is self.cycle:
             self.transport.close()
             return
-        self._requests_before = id(self.cycle)
+        self._before = self.cycle
         self.loop.call_later(PATIENCE / 2, self._hurry)
 
 

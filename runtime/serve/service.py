@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from rsd_trt.runtime.serve.worker import Answer, Answering, Broken, Job, Worker
 from rsd_trt.runtime.speculate import Tokens
 
 if TYPE_CHECKING:
-    from rsd_trt.recorder import EpisodeRecorder, Recorder
+    from rsd_trt.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,6 @@ class Service:
     options: ServeOptions = ServeOptions()
     recorder: Recorder | None = None
     stopping: bool = False
-    _recording: dict[int, EpisodeRecorder] = field(default_factory=dict)  # by session
 
     def __post_init__(self) -> None:
         options, interface = self.options, self.interface
@@ -128,9 +127,9 @@ class Service:
         """
         self.check_ready()
         started = time.perf_counter()
-        before = session.steps
+        before = session.episodes
         chunk = session.begin(observation, executed)
-        if session.steps < before:  # the hand jumped: another episode
+        if session.episodes > before:  # the hand jumped: another episode
             await self._save(session)
         due = self.interface.mode == "baseline" or chunk.due(observation.instruction, self.interface.rsd.refresh)
         job = Job("loop", observation.instruction, observation, chunk)
@@ -187,6 +186,13 @@ class Service:
         assert isinstance(rows, np.ndarray)
         return rows
 
+    async def session(self, connection: Hashable, name: str = "") -> Session:
+        """A connection's session of that name; the one in whose place it begins has ended."""
+        session, displaced = self.sessions.get(connection, name)
+        if displaced is not None:
+            await self._save(displaced)
+        return session
+
     async def reset(self, session: Session) -> None:
         """A session's new episode."""
         await self._save(session)
@@ -223,14 +229,14 @@ class Service:
         return Query(within, "full", full_query=False, clipped=int((within != actions).any(-1).sum()))
 
     def _record(self, recorder: Recorder, session: Session, observation: Observation, query: Query) -> None:
-        episode = self._recording.setdefault(id(session), recorder.episode())
+        episode = session.recording = session.recording or recorder.episode()
         state = no_state() if observation.proprio is None else observation.proprio
         seen = observation.images, state, observation.instruction
         episode.add(session.steps, *seen, query.actions, query.chunk, query.tokens)
 
     async def _save(self, session: Session) -> None:
         """Writes the session's episode, if one is recorded."""
-        episode = self._recording.pop(id(session), None)
+        episode, session.recording = session.recording, None
         if episode is None:
             return
         self._saved += 1

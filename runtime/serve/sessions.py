@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from rsd_trt.errors import UserError
 from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.serve.arrays import BadMessage
+
+if TYPE_CHECKING:
+    from rsd_trt.recorder import EpisodeRecorder
 
 RECENT = 20  # checks that the alarm looks at
 SURPRISE = 1e-3  # how unlikely a share of rejections has to be, at the expected rate, to raise it
@@ -64,6 +68,8 @@ class Session:
     steps: int = 0  # that were executed in this episode
     position: list[float] | None = None  # of the hand, at the last query
     waiting: NDArray[np.float32] | None = None  # actions that were committed and not sent, for one-at-a-time protocols
+    episodes: int = 0  # that have begun
+    recording: EpisodeRecorder | None = None  # of the episode, where episodes are recorded
 
     def __post_init__(self) -> None:
         self.reset()
@@ -73,6 +79,7 @@ class Session:
         self.chunk = Chunk(fixed=self.fixed)
         self.answered, self.steps, self.position, self.waiting = 0, 0, None, None
         self.alarm.recent.clear()
+        self.episodes += 1
 
     def begin(self, observation: Observation, executed: int | None) -> Chunk:
         """The chunk for a query, which `finish` keeps. executed: how many actions of the last reply were; None: all.
@@ -129,16 +136,16 @@ class Sessions:
             raise Full(f"{self.limit} sessions are open, and more are not served", "Start the server with --sessions")
         self._of[connection] = OrderedDict()
 
-    def get(self, connection: Hashable, name: str = "") -> Session:
+    def get(self, connection: Hashable, name: str) -> tuple[Session, Session | None]:
         """A connection's session of that name. A new one begins where there is room, else in the place of the one
-        of the connection's that was used longest ago."""
-        own = self._of[connection]
+        of the connection's that was used longest ago, which is given, too."""
+        own, displaced = self._of[connection], None
         if name not in own:
             if own and len(self) >= self.limit:
-                own.popitem(last=False)
+                _, displaced = own.popitem(last=False)
             own[name] = Session(self._fixed, self._hand_step, alarm=Alarm(self._expected))
         own.move_to_end(name)
-        return own[name]
+        return own[name], displaced
 
     def disconnect(self, connection: Hashable) -> list[Session]:
         """Ends a connection's sessions."""

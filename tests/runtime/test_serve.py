@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving import SIDE, Client, Stub, as_request, bundle_service, request, running, stub_service
+from serving import (
+    SIDE,
+    STUB_CONTROL,
+    STUB_DIMS,
+    Client,
+    Stub,
+    as_request,
+    bundle_service,
+    request,
+    running,
+    stub_service,
+)
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -208,8 +219,9 @@ def test_a_new_episode() -> None:
         assert Client(port).infer(far)["outcome"] == "start"
 
 
-def test_sessions_are_limited_and_end_with_their_connection() -> None:
+def test_sessions_are_limited_and_end_with_their_connection(tmp_path: Path) -> None:
     service = stub_service(sessions=2)
+    service.recorder = Recorder(tmp_path, Facts("stub", "0" * 64, STUB_CONTROL.cameras, SIDE, STUB_DIMS.T))
     with running(service) as port:
         one, two = Client(port), Client(port)
         with pytest.raises(InvalidStatus) as refused:
@@ -224,9 +236,11 @@ def test_sessions_are_limited_and_end_with_their_connection() -> None:
         wait_until(lambda: len(service.sessions) == 1)
         three = Client(port)
         assert three.infer(request(session_id="x"))["outcome"] == "start"
+        assert three.infer(request(session_id="x") | {"observation/state": np.ones(8)})["outcome"] == "start"  # a jump
         one.close()
         three.close()
         wait_until(lambda: len(service.sessions) == 0)
+    assert sorted(map(len, Recordings(tmp_path).episodes)) == [1, 1, 1, 1, 2]
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
@@ -349,6 +363,7 @@ def test_faults_and_bugs_are_told_without_a_traceback(caplog: pytest.LogCaptureF
         ({"observation/state": np.zeros(7)}, "the policy takes 8 numbers"),
         ({"observation/state": np.full(8, np.inf)}, "not finite"),
         ({"observation/state": ["a"] * 8}, "the policy takes 8 numbers"),
+        ({"observation/state": [[1.0] * 7, [1.0]]}, "the policy takes 8 numbers"),
         ({"prompt": 3}, "the instruction is 3"),
         ({"prompt": ""}, "the instruction is ''"),
         ({"prompt": "x" * 2000}, "1..1000 characters"),

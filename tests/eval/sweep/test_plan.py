@@ -126,7 +126,7 @@ def test_what_is_tested_cannot_be_chosen_once_the_sweep_has_begun(tmp_path: Path
         ("rule = 'likelihood'\nthreshold = 1", "threshold is 1, which must be <= 0"),
         ("policy = 'a:b'\ntolerance = 0.1", "policy a:b runs no bundle, and tolerance is of bundles"),
         ("policy = 'ab'", "policy ab is not MODULE:FUNCTION"),
-        ("tasks = 'x'", "tasks x is not a list such as 0,3 or 0-4 or all"),
+        ("tasks = 'x'", "tasks 'x' is not a list such as 0,3 or 0-4 or all"),
         ("perturb = 'lat:7'", "perturbation 'lat' is unknown; did you mean 'late'"),
         ("[[compare]]\nrun = 'x'", "compare names 'x', which no rsd run is"),
         ("[[compare]]\nrun = 'rsd'\nagainst = ['x']", r"compare\[0\].against\[0\] is 'x'"),
