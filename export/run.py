@@ -24,7 +24,7 @@ from rsd_trt.config import COMPONENTS, PRECISIONS, Component, Precision
 from rsd_trt.errors import UserError
 from rsd_trt.export.to_engine import EngineOptions, Progress, build_engine, check_options, layer_report
 from rsd_trt.export.to_onnx import OPSET, export_onnx
-from rsd_trt.files import locked
+from rsd_trt.files import locked, writing
 from rsd_trt.manifest import (
     Artefact,
     ArtefactKind,
@@ -88,7 +88,7 @@ def export_bundle(
             request.distribution.check_runs_on(gpu)
     folder = folder_of(bundle, request.engines)
     outcomes = []
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         busy = partial(log.warning, "another export is at work in %s: waiting for it", folder)
         with locked(folder / ".lock", busy):
@@ -98,8 +98,6 @@ def export_bundle(
                     for outcome in work.component(component, batch):
                         outcomes.append(outcome)
                         on_outcome(outcome)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
     return outcomes
 
 

@@ -85,6 +85,24 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raises UserError where a file or folder, `path` if the error does not say which, cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError where `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Writes a whole file, text as UTF-8: `path` is what it was before until all of it is on the disk."""
     with replacing(path) as temporary, temporary.open("wb") as stream:
@@ -119,19 +137,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well, and vanishes when it does not."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists; choose another path or remove it first")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
     try:
-        yield temporary
-        for file in temporary.iterdir():  # mkdtemp and safetensors make what only the owner can read
-            file.chmod(0o644)
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        with writing(path):
+            yield temporary
+            for file in temporary.iterdir():  # mkdtemp and safetensors make what only the owner can read
+                file.chmod(0o644)
+            temporary.chmod(0o755)
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

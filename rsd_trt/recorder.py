@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, RECORD_GB
 from rsd_trt.errors import UserError, missing_extra, shown
-from rsd_trt.files import own, write_atomically
+from rsd_trt.files import own, write_atomically, writing
 from rsd_trt.recordings import EPISODES, FACTS, SUFFIX, Array, EpisodeFacts, Facts, check_facts
 from rsd_trt.records import read_record, to_text, write_record
 
@@ -49,15 +49,13 @@ class Recorder:
         self.folder, self.facts, self.limit = folder, facts, limit
         self.saved = 0  # episodes, by this recorder
         self.full = False
-        try:
+        with writing(folder):
             if (folder / FACTS).exists():
                 check_facts(folder, read_record(Facts, folder / FACTS), facts)
             else:
                 (folder / EPISODES).mkdir(parents=True, exist_ok=True)
                 write_record(folder / FACTS, facts)
             self._bytes = sum(file.stat().st_size for file in (folder / EPISODES).glob(f"*{SUFFIX}"))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
         self._encoders = ThreadPoolExecutor(ENCODERS, "encode")
 
     def episode(self, task: int | None = None) -> EpisodeRecorder:
@@ -89,10 +87,8 @@ class Recorder:
                 self.limit,
             )
             return False
-        try:
+        with writing(path):
             write_atomically(path, data)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
         self._bytes += len(data) - before
         self.saved += 1
         return True

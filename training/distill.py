@@ -21,7 +21,7 @@ from rsd_trt.bundle import Bundle, bundle_name, copy_with
 from rsd_trt.config import BundleConfig, RsdConfig, VisionDraftConfig
 from rsd_trt.errors import UserError, shown
 from rsd_trt.eval.plots import can_plot
-from rsd_trt.files import check_disk, check_folder, locked, write_atomically
+from rsd_trt.files import check_disk, check_folder, explained, locked, write_atomically
 from rsd_trt.models.vision_draft import Resize, VisionDraft, instruction_rows
 from rsd_trt.presets import preset
 from rsd_trt.recordings import main_fingerprint
@@ -139,7 +139,7 @@ def _own_folder(request: DistillRequest) -> Iterator[None]:
     def refuse() -> None:
         raise UserError(f"another distillation writes {folder}", "Wait for it, or choose another --work")
 
-    try:
+    with explained(folder):
         if folder.is_dir() and not (folder / FRAMES).exists() and any(file.name != LOCK for file in folder.iterdir()):
             raise UserError(f"--work {folder} holds other files", "Choose a folder of its own")
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,8 +150,6 @@ def _own_folder(request: DistillRequest) -> Iterator[None]:
                     if file.name != LOCK:
                         file.unlink()
             yield
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
 def _labelled(

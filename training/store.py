@@ -13,9 +13,8 @@ The line is written last, so that an episode is there as a whole or not at all, 
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM
 from rsd_trt.errors import UserError, shown
-from rsd_trt.files import write_atomically
+from rsd_trt.files import explained, write_atomically
 from rsd_trt.records import Natural, Positive, Record, differing, from_text, read_record, to_json, to_text, write_record
 
 FACTS = "store.json"
@@ -88,7 +87,7 @@ class Store:
             self.columns["tokens"] = Column((facts.steps, *facts.tokens), np.uint8)
         self.episodes: list[StoredEpisode] = []
         self._index_bytes = 0  # of whole lines
-        with _explained(folder):
+        with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / FACTS).exists():
                 self._resume()
@@ -117,7 +116,7 @@ class Store:
             UserError: it cannot be written: the store is as before.
         """
         frames = len(columns["state"])
-        with _explained(self.folder):
+        with explained(self.folder):
             for key, column in self.columns.items():
                 values = np.ascontiguousarray(columns[key], column.dtype)
                 assert values.shape == (frames, *column.shape), (key, values.shape)
@@ -152,7 +151,7 @@ class Store:
         counts = [episode.frames for episode in self.episodes]
         return np.repeat(np.arange(len(counts)), counts)
 
-    @cached_property
+    @property
     def instructions(self) -> tuple[str, ...]:
         """All that occur."""
         return tuple(dict.fromkeys(text for episode in self.episodes for text in episode.instructions))
@@ -189,12 +188,3 @@ class Store:
             size = file.stat().st_size if file.exists() else 0
             if size < wanted:
                 raise UserError(f"{file} has {size} bytes, not {wanted}: it is damaged", "Start over: --fresh")
-
-
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Raises UserError where a file of a store cannot be read or written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.course import Course, Event, Perturbation
 from rsd_trt.eval.libero.film import Film, write_strip, write_video
+from rsd_trt.files import explained
 from rsd_trt.isolated import end_with_parent
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.speculate import Route
@@ -137,14 +138,12 @@ def run_episode(
     event = None if course is None else course.event
     finished = Finished(success, np.array(executed, np.float32), time.perf_counter() - started, event)
     name = f"task{assignment.task}_trial{assignment.trial}"
-    try:
+    with explained(Path(name)):
         if assignment.videos is not None:
             seen = film.frames((event.kind, event.step) if event is not None else None)
             write_video(assignment.videos / f"{name}_{film.outcome}.mp4", seen)
         if assignment.strips is not None:
             write_strip(assignment.strips / f"{name}.jpg", film.strip())
-    except OSError as error:
-        raise UserError(f"{error.filename or name}: {error.strerror or error}") from None
     return finished
 
 

@@ -28,7 +28,7 @@ from rsd_trt.eval.libero.simulator import Simulator, check_task, initial_states,
 from rsd_trt.eval.libero.worker import recorded_name
 from rsd_trt.eval.results import Episode, EpisodeKey, Results, Settings, Throughput
 from rsd_trt.eval.summary import summarise
-from rsd_trt.files import check_folder, locked, write_atomically
+from rsd_trt.files import check_folder, explained, locked, write_atomically
 from rsd_trt.host import GpuMeter
 from rsd_trt.load import LoadMeter
 from rsd_trt.recorder import Recorder
@@ -186,7 +186,7 @@ def evaluate_together(
             stopped the run: what had finished is kept, and the same requests go on from there.
     """
     with ExitStack() as stack:
-        stack.enter_context(explaining_files(requests[0]))
+        stack.enter_context(explained(requests[0].out))
         executor = executor or stack.enter_context(closing(Executor()))
         jobs = executor.open(requests)
         for request in requests:
@@ -224,15 +224,6 @@ def evaluate_together(
         if len(requests) > 1 and requests[0].video:
             _write_beside(requests, sorted({episode.key for run in begun for episode in run.log.episodes.values()}))
         return results
-
-
-@contextmanager
-def explaining_files(request: EvalRequest) -> Iterator[None]:
-    """Raises UserError where a file or folder cannot be read or written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or request.out}: {error.strerror or error}") from None
 
 
 @contextmanager

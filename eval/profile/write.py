@@ -24,7 +24,7 @@ from rsd_trt.eval.profile.stages import QueryProfile, QueryRequest
 from rsd_trt.eval.profile.tables import cost_table, latency_table, machine_table, stage_tables, startup_table
 from rsd_trt.eval.table import Column, Table
 from rsd_trt.eval.verify.result import record
-from rsd_trt.files import check_folder, write_atomically
+from rsd_trt.files import check_folder, write_atomically, writing
 from rsd_trt.load import LoadMeter, Steadiness, fit_threads, steadiness
 from rsd_trt.records import from_json, to_json
 
@@ -144,7 +144,7 @@ def _write(
     hardware, versions = found["hardware"], found["versions"]
     assert isinstance(hardware, dict) and isinstance(versions, dict)
     device = str(hardware.get("gpu", hardware["cpu"]))
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / f"{name}.json", json.dumps(found) + "\n")
         parts, chart = [], out / f"{name}.png"
@@ -166,8 +166,6 @@ def _write(
         title = f"Latency of {found['bundle']} on {device}"
         about = f"rsd-trt {__version__}. Bundle sha256 {str(found['bundle_sha256'])[:12]}. {found['boundary']}."
         write_atomically(out / f"{name}.html", _page(title, about, parts))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
 
 
 def _page(title: str, about: str, parts: Sequence[str]) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 from rsd_trt import __version__
-from rsd_trt.errors import UserError
 from rsd_trt.eval.plots import check_plots
 from rsd_trt.eval.report.breakdown import Breakdown
 from rsd_trt.eval.report.charts import frontier_png
@@ -24,7 +23,7 @@ from rsd_trt.eval.report.page import check_templates, make_page, render
 from rsd_trt.eval.report.runs import Against, Run, read_runs
 from rsd_trt.eval.results import RsdStats, Settings, TaskResult, Throughput
 from rsd_trt.eval.statistics import Interval
-from rsd_trt.files import replacing
+from rsd_trt.files import replacing, writing
 from rsd_trt.load import Steadiness
 from rsd_trt.records import to_json
 
@@ -115,15 +114,12 @@ def write_report(
     }
     if page.picture is not None and (picture := frontier_png(runs, price)) is not None:
         texts[page.picture] = picture
-    try:
-        with contextlib.ExitStack() as stack:
-            for name, text in texts.items():
-                with stack.enter_context(replacing(out / name)).open("wb") as stream:
-                    stream.write(text)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    with writing(out), contextlib.ExitStack() as stack:
+        for name, text in texts.items():
+            with stack.enter_context(replacing(out / name)).open("wb") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
     return Written(tuple(out / name for name in texts), comparison, tuple(runs))
 
 

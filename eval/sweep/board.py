@@ -20,12 +20,13 @@ from msgspec import structs
 from rsd_trt.errors import UserError, shown
 from rsd_trt.eval.libero.pool import Meter
 from rsd_trt.eval.libero.request import EvalRequest
-from rsd_trt.eval.libero.run import Job, explaining_files, own_folder, throughput_of
+from rsd_trt.eval.libero.run import Job, own_folder, throughput_of
 from rsd_trt.eval.libero.run import Run as Begun
 from rsd_trt.eval.results import Episode, EpisodeKey, Settings
 from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.sweep.plan import Run, Sweep
 from rsd_trt.eval.sweep.run import Progress, unfinished, with_rate
+from rsd_trt.files import explained
 from rsd_trt.records import differing, read_record, to_json
 
 ATTEMPTS = 3  # at a shard, by seats that are lost or break before they finish any of it
@@ -275,13 +276,13 @@ def _note(place: Place, answer: Job | Episode | Meter | Refused | Lost, board: B
     assert record is not None
     if isinstance(answer, Episode):
         assert place.shard is not None
-        with explaining_files(record.request):
+        with explained(record.request.out):
             board.add(record, answer)
         place.shard.remove(answer.key)
         return
     place.busy = False
     if isinstance(answer, Job):
-        with explaining_files(record.request):
+        with explained(record.request.out):
             board.accept(record, answer, place.node)
     elif isinstance(answer, Meter):
         record.parts.append((place.workers, answer))
@@ -295,7 +296,7 @@ def _note(place: Place, answer: Job | Episode | Meter | Refused | Lost, board: B
         progress.lost(f"node {place.node}: {answer.message}; {counted(len(place.shard), 'episode')} go to others")
         record.shards -= 1
         record.give_back(place.shard, len(place.shard) == place.size, answer.message)
-    with explaining_files(record.request):
+    with explained(record.request.out):
         board.settle(record)
 
 

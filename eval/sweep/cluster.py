@@ -20,9 +20,10 @@ from msgspec import structs
 from rsd_trt.errors import UserError, missing_extra, reason
 from rsd_trt.eval.libero.pool import Meter
 from rsd_trt.eval.libero.request import EvalRequest
-from rsd_trt.eval.libero.run import Executor, Job, explaining_files
+from rsd_trt.eval.libero.run import Executor, Job
 from rsd_trt.eval.results import Episode, EpisodeKey
 from rsd_trt.eval.sweep.board import Lost, Place, Refused
+from rsd_trt.files import explained
 from rsd_trt.host import GpuMeter
 from rsd_trt.load import LoadMeter
 
@@ -55,7 +56,7 @@ class Seat:
     def open(self, request: EvalRequest) -> Job | Refused:
         """Makes a request's model, exports and LIBERO ready here."""
         try:
-            with explaining_files(request):
+            with explained(request.out):
                 (self._job,) = self._executor.open([request])
         except UserError as error:
             return Refused(str(error))

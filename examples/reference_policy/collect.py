@@ -33,7 +33,7 @@ from rsd_trt.config import ControlConfig, Size
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.episode import Act, Assignment, Finished, serve
 from rsd_trt.eval.libero.simulator import Simulator
-from rsd_trt.files import write_atomically
+from rsd_trt.files import write_atomically, writing
 from rsd_trt.presets import preset
 
 if TYPE_CHECKING:
@@ -136,10 +136,8 @@ def record(
         settings.beta,
     )
     file = settings.file(task, seed)
-    try:
+    with writing(file):
         write_episode(file, task, seed, simulator.instruction, found)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
     return Finished(found.success, found.actions, time.perf_counter() - started)
 
 

@@ -91,7 +91,7 @@ def test_a_finished_run_of_other_settings_is_refused(tiny_bundle: Path, tmp_path
     assert other.exit_code == 1
     assert "trials is 2 there and 1 here" in other.stderr
     steps = OPTIONS.index("--max-steps")
-    usual = sweep("--bundle", tiny_bundle, "--mode", "baseline", *OPTIONS[:steps], *OPTIONS[steps + 2 :], "-o", tmp_path)
+    usual = sweep(*arguments[:4], *OPTIONS[:steps], *OPTIONS[steps + 2 :], "-o", tmp_path)
     assert (usual.exit_code, "there and 220 here" in usual.stderr) == (1, True), usual.output
 
 
