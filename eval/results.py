@@ -20,7 +20,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from rsd_trt.config import ACTION_DIMS, ARM_DIMS, MAX_COUNT, ControlConfig, Mode, Quantiles, RsdConfig
-from rsd_trt.errors import UserError, shown
+from rsd_trt.errors import UserError, require, shown
 from rsd_trt.load import Steadiness
 from rsd_trt.records import Natural, Positive, Record, json_schema, told
 from rsd_trt.runtime.chunk import Query
@@ -71,9 +71,9 @@ class QueryRecord(Record, frozen=True):
         """Raises UserError: gaps of other lengths, or actions of a query that neither checked nor asked main."""
         if self.draft_gap is not None and self.main_gap is not None:
             steps = len(self.draft_gap), len(self.main_gap)
-            _require(steps[0] == steps[1], f"draft_gap has {steps[0]} steps and main_gap {steps[1]}")
+            require(steps[0] == steps[1], f"draft_gap has {steps[0]} steps and main_gap {steps[1]}")
         cheap = self.checked and self.route in ("accepted", "partial")
-        _require(
+        require(
             self.full_query or cheap or not self.committed,
             f"full_query is false, checked {self.checked} and route {self.route!r}",
         )
@@ -123,7 +123,7 @@ class ActionStatistics(Record, frozen=True):
     def __post_init__(self) -> None:
         """Raises UserError: a minimum above its maximum."""
         for low, high in zip(self.minimum, self.maximum, strict=True):
-            _require(low <= high, f"actions.minimum {low} is above actions.maximum {high}")
+            require(low <= high, f"actions.minimum {low} is above actions.maximum {high}")
 
     @classmethod
     def of(cls, actions: NDArray[np.float32]) -> ActionStatistics:
@@ -201,10 +201,10 @@ class BundleSettings(Record, frozen=True):
     def __post_init__(self) -> None:
         """Raises UserError: a rate in another mode, or quantiles of other lengths."""
         rate = self.accept_rate
-        _require((rate is not None) == (self.mode == "random"), f"settings.accept_rate {rate} in mode {self.mode}")
+        require((rate is not None) == (self.mode == "random"), f"settings.accept_rate {rate} in mode {self.mode}")
         for name in ("q01", "q99", "mask") if self.training_actions else ():
             length = len(getattr(self.training_actions, name))
-            _require(
+            require(
                 length == ACTION_DIMS,
                 f"settings.bundle.training_actions.{name} has {length} entries, not {ACTION_DIMS}",
             )
@@ -239,7 +239,7 @@ class Settings(Record, frozen=True):
 
     def __post_init__(self) -> None:
         """Raises UserError: a suite that may lead anywhere."""
-        _require(
+        require(
             Path(self.suite).name == self.suite, f"settings.suite {shown(self.suite)} is no name: it names a folder"
         )
 
@@ -351,17 +351,12 @@ class Results(Record, frozen=True):
     def __post_init__(self) -> None:
         """Raises UserError: queries of other numbers of coarse layers."""
         layers = {len(q.token_agreement) for e in self.episodes for q in e.queries if q.token_agreement is not None}
-        _require(len(layers) <= 1, f"the queries' token_agreement has {sorted(layers)} entries: it must have as many")
+        require(len(layers) <= 1, f"the queries' token_agreement has {sorted(layers)} entries: it must have as many")
 
 
 def results_schema() -> dict[str, object]:
     """The JSON Schema of a results file."""
     return json_schema(Results)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
 
 
 def _rounded(values: NDArray[np.float32]) -> tuple[float, ...]:

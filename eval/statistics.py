@@ -15,17 +15,18 @@ CONFIDENCE = 0.95
 PERCENTILES = (50, 90, 95, 99)
 POWER = 0.8  # with which a difference that there is has to be shown
 RESAMPLES = 10_000
+SEED = 0  # of every resampling: the same results give the same intervals
 CHUNK = 500  # resamples at a time: bounds the memory for any number of episodes
 LEAST_RESAMPLED = 10  # with fewer episodes a bootstrap interval is far too narrow to be shown
 
 Interval = tuple[float, float]
 
 
-def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Interval | None:
+def wilson(successes: int, trials: int) -> Interval | None:
     """Wilson's score interval of a success rate (Wilson 1927); None without trials."""
     if trials == 0:
         return None
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     rate = successes / trials
     centre = rate + z * z / (2 * trials)
     spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
@@ -64,9 +65,7 @@ def holm(ps: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted)
 
 
-def bootstrap_speedup(
-    before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]], seed: int = 0
-) -> Interval | None:
+def bootstrap_speedup(before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]) -> Interval | None:
     """95% interval of how many times less an action costs in `after` than in `before`.
 
     Entry i of both is (cost, steps) of the same episode. Episodes are resampled in pairs, and the percentiles of
@@ -76,12 +75,12 @@ def bootstrap_speedup(
     columns = np.asarray([(*a, *b) for a, b in zip(before, after, strict=True)], np.float64).reshape(-1, 4)
     if len(columns) < LEAST_RESAMPLED or not columns.sum(0).all():
         return None
-    sums = _resampled_sums(columns, seed)  # [R, 4]
+    sums = _resampled_sums(columns)  # [R, 4]
     divisor = sums[:, 1] * sums[:, 2]
     return _percentile_interval((sums[:, 0] * sums[:, 3]) / divisor) if divisor.all() else None
 
 
-def bootstrap_share(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Interval | None:
+def bootstrap_share(parts: Sequence[float], wholes: Sequence[float]) -> Interval | None:
     """95% interval of sum(parts) / sum(wholes), entry i of both being of the same episode.
 
     Queries of one episode are alike, so episodes are resampled and not queries (Efron 1979). None for fewer than
@@ -90,16 +89,16 @@ def bootstrap_share(parts: Sequence[float], wholes: Sequence[float], seed: int =
     columns = np.asarray([row for row in zip(parts, wholes, strict=True) if row[1]], np.float64).reshape(-1, 2)
     if len(columns) < LEAST_RESAMPLED:
         return None
-    sums = _resampled_sums(columns, seed)  # [R, 2]
+    sums = _resampled_sums(columns)  # [R, 2]
     return _percentile_interval(sums[:, 0] / sums[:, 1])
 
 
-def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
+def sign_flip(differences: Sequence[float]) -> float:
     """Two-sided p of paired differences whose mean is 0 by hypothesis: how often their sum is as far from 0 or further
     when every sign is drawn by a coin (Fisher 1935; `RESAMPLES` draws). McNemar's test is its case of differences that
     are -1, 0 or 1."""
     values = np.asarray([d for d in differences if d], np.float64)
-    generator, reached = np.random.default_rng(seed), 0
+    generator, reached = np.random.default_rng(SEED), 0
     for _ in range(RESAMPLES // CHUNK):
         sums = generator.choice((-1.0, 1.0), (CHUNK, len(values))) @ values
         reached += int((np.abs(sums) >= abs(values.sum()) - 1e-9).sum())
@@ -220,9 +219,9 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
     }
 
 
-def _resampled_sums(rows: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def _resampled_sums(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sums [R, C] of rows [n, C] over bootstrap samples; a sample is how often each row was drawn."""
-    n, generator = len(rows), np.random.default_rng(seed)
+    n, generator = len(rows), np.random.default_rng(SEED)
     chunks = [generator.multinomial(n, np.full(n, 1 / n), size=CHUNK) @ rows for _ in range(RESAMPLES // CHUNK)]
     return np.concatenate(chunks)
 

@@ -267,9 +267,15 @@ if TYPE_CHECKING:
 
 
 def outline(config: BundleConfig, part: str) -> nn.Module:
-    """One of `PARTS` as the configuration states it, on the meta device: shapes without numbers."""
+    """One of `PARTS` on the meta device: shapes without numbers."""
     import torch
 
+    with torch.device("meta"):
+        return build(config, part)
+
+
+def build(config: BundleConfig, part: str) -> nn.Module:
+    """One of `PARTS` as the configuration states it, untrained, on torch's current device and in its default dtype."""
     from rsd_trt.models.backbone import Backbone
     from rsd_trt.models.codec import Codec
     from rsd_trt.models.head import build_head
@@ -280,8 +286,7 @@ def outline(config: BundleConfig, part: str) -> nn.Module:
         "head": lambda: build_head(config.head, config.dims, config.hidden),
         "codec": lambda: Codec(config.codec, config.dims),
     }
-    with torch.device("meta"):
-        return builders[part]()
+    return builders[part]()
 
 
 def build_draft(config: BundleConfig) -> DraftModel | VisionDraft:

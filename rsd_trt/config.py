@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta, field
 from msgspec.structs import replace
 
-from rsd_trt.errors import UserError, shown
+from rsd_trt.errors import require, shown
 from rsd_trt.records import Natural, Record
 from rsd_trt.suites import SUITES
 
@@ -88,11 +88,6 @@ ByDim = Annotated[tuple[float, ...], Meta(min_length=ACTION_DIMS, max_length=ACT
 ByArmDim = Annotated[  # how far two actions may differ, by arm dimension
     tuple[Annotated[float, Meta(ge=0, le=MAX_TOLERANCE)], ...], Meta(min_length=ARM_DIMS, max_length=ARM_DIMS)
 ]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 class Dims(Record, frozen=True):
@@ -182,7 +177,7 @@ class VisionDraftConfig(Record, frozen=True, tag_field="kind", tag="vision"):
 
     def __post_init__(self) -> None:
         """Raises UserError: sizes that do not divide evenly."""
-        _require(
+        require(
             self.side % self.patch == 0 and self.width % self.heads == 0,
             f"draft.side {self.side} must be a multiple of draft.patch {self.patch}, and draft.width {self.width} "
             f"of draft.heads {self.heads}",
@@ -252,7 +247,7 @@ class Limits(Record, frozen=True):
     def __post_init__(self) -> None:
         """Raises UserError: nothing lies between them."""
         for name, low, high in zip(ACTION_NAMES, self.low, self.high, strict=True):
-            _require(low < high, f"control.limits of {name} are {low} to {high}: low must be below high")
+            require(low < high, f"control.limits of {name} are {low} to {high}: low must be below high")
 
 
 class ControlConfig(Record, frozen=True):
@@ -304,7 +299,7 @@ class WeightFile(Record, frozen=True):
     sha256: str  # of the whole file: compared by `rsd-trt info --hash`
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             Path(self.name).name == self.name and self.name not in ("", ".", ".."),
             f"a file of weights is named {self.name!r}; it must be a plain name in its folder",
         )
@@ -317,7 +312,7 @@ class WeightsFolder(Record, frozen=True):
     files: Annotated[tuple[WeightFile, ...], Meta(max_length=MAX_COUNT)]
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.folder == OWN_FOLDER or Path(self.folder).is_absolute(),
             f"backbone_weights.folder {self.folder!r} must be an absolute path, or '.'",
         )
@@ -344,70 +339,68 @@ class BundleConfig(Record, frozen=True):
         """Raises UserError: sizes that do not fit each other."""
         dims, rsd = self.dims, self.rsd
         for tower in self.backbone.towers:
-            _require(
+            require(
                 self.backbone.image_size % tower.patch == 0 and tower.width % tower.heads == 0,
                 f"a tower of width {tower.width} with {tower.heads} heads and patches of {tower.patch} does not "
                 f"divide evenly (images of {self.backbone.image_size})",
             )
         patches = {self.backbone.image_size // tower.patch for tower in self.backbone.towers}
-        _require(len(patches) == 1, f"the towers give {sorted(patches)} patches a side; they must be equal")
+        require(len(patches) == 1, f"the towers give {sorted(patches)} patches a side; they must be equal")
         language = self.backbone.language
-        _require(
+        require(
             language.hidden % (2 * language.heads) == 0,
             f"language.hidden {language.hidden} must be an even multiple of language.heads {language.heads}",
         )
-        _require(
+        require(
             not self.backbone.action_tokens or (language.vocab > STOP_TOKEN),
             f"language.vocab {language.vocab} has no stop token {STOP_TOKEN}, which stands behind action tokens",
         )
         for name in ("n_action_steps", "check_steps"):
             steps = getattr(rsd, name)
-            _require(
-                steps is None or steps <= dims.T, f"rsd.{name} {steps} is not in 1..{dims.T}, the steps of a chunk"
-            )
-        _require(
+            require(steps is None or steps <= dims.T, f"rsd.{name} {steps} is not in 1..{dims.T}, the steps of a chunk")
+        require(
             rsd.rule != "likelihood" or rsd.threshold is not None,
             "rsd.rule likelihood needs rsd.threshold, the least mean log-probability that is accepted",
         )
-        _require(dims.A == ACTION_DIMS, f"dims.A {dims.A} must be {ACTION_DIMS}: six of the arm, one gripper")
-        _require(dims.C <= dims.L, f"dims.C {dims.C} is more than dims.L {dims.L}")
+        require(dims.A == ACTION_DIMS, f"dims.A {dims.A} must be {ACTION_DIMS}: six of the arm, one gripper")
+        require(dims.C <= dims.L, f"dims.C {dims.C} is more than dims.L {dims.L}")
         if self.head.gives_tokens:
             tokens = self.backbone.action_tokens
-            _require(tokens == 0, f"backbone.action_tokens {tokens}: head.kind {self.head.kind} reads one hidden state")
+            require(tokens == 0, f"backbone.action_tokens {tokens}: head.kind {self.head.kind} reads one hidden state")
         else:
             self._check_without_tokens()
         control = self.control
-        _require(
+        require(
             self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() and self.name[0] not in ".-",
             f"name {shown(self.name)} must be letters, digits, '-', '_' and '.': it names the folder of the exports",
         )
-        _require(
+        require(
             control.camera_size**2 * control.center_crop >= 1,
             f"control.center_crop {control.center_crop} leaves no pixel of {control.camera_size} a side",
         )
-        _require("{instruction}" in control.prompt, f"control.prompt {shown(control.prompt)} lacks {{instruction}}")
+        require("{instruction}" in control.prompt, f"control.prompt {shown(control.prompt)} lacks {{instruction}}")
         for name, quantiles, size in (
             ("control.action_quantiles", control.action_quantiles, dims.A),
             ("control.proprio_quantiles", control.proprio_quantiles, PROPRIO_DIM),
             ("training_actions", self.training_actions, dims.A),
         ):
             lengths = {len(quantiles.q01), len(quantiles.q99), len(quantiles.mask)} if quantiles else {size}
-            _require(lengths == {size}, f"{name} has lists of {sorted(lengths)} numbers, not {size}")
+            require(lengths == {size}, f"{name} has lists of {sorted(lengths)} numbers, not {size}")
 
     def _check_without_tokens(self) -> None:
         """Raises UserError: what a main head without tokens does not go with."""
         count, kind = self.dims.T * self.dims.A, self.head.kind
-        _require(
+        require(
             self.backbone.action_tokens == count,
             f"backbone.action_tokens {self.backbone.action_tokens} must be {count}, one for each number of a chunk: "
             f"head.kind {kind} reads their hidden states",
         )
-        _require(
+        require(
             self.rsd.rule != "tokens",
             f"rsd.rule tokens compares the draft's tokens with the main head's, and head.kind {kind} gives actions "
             "without tokens: take the rule first, actions, path or likelihood",
         )
-        _require(
+        require(
             isinstance(self.draft, VisionDraftConfig),
             f"draft.kind hidden reads one hidden state of a query, head.kind {kind} makes {count}: take a draft with "
             "eyes of its own (draft.kind vision)",

@@ -88,3 +88,9 @@ def out_of_memory(error: BaseException) -> UserError | None:
         f"the GPU's memory is full{': ' * bool(told)}{told}",
         "End what else uses it (nvidia-smi), or take fewer --workers, a smaller --batch, or --device cpu",
     )
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises UserError unless it holds."""
+    if not holds:
+        raise UserError(message)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from rsd_trt.bundle import Bundle, build_draft, bundle_name, save
+from rsd_trt.bundle import Bundle, build, bundle_name, save
 from rsd_trt.config import (
     Attention,
     BackboneConfig,
@@ -157,27 +157,19 @@ def initialise(
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"device {device!r} cannot be used: torch finds no CUDA here", "Try: --device cpu")
 
-    from rsd_trt.models.backbone import Backbone
-    from rsd_trt.models.codec import Codec
-    from rsd_trt.models.head import build_head
-
     config = preset(size, name=bundle_name(path) or size)
     if head == "oft-l1":
         config = with_action_head(config)
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "draft": lambda: build_draft(config),
-        "head": lambda: build_head(config.head, config.dims, config.hidden),
-        "codec": lambda: Codec(config.codec, config.dims),
-    }
+    makers: dict[str, Callable[[], nn.Module]] = {p: partial(build, config, p) for p in ("draft", "head", "codec")}
     dtype = torch_dtype(config.backbone.precision)
     if with_backbone:
-        builders["backbone"] = lambda: _in_dtype(dtype, lambda: Backbone(config.backbone))
+        makers["backbone"] = partial(_in_dtype, dtype, partial(build, config, "backbone"))
     with torch.device("meta"):
-        needed = sum(size_in_bytes(build()) for build in builders.values())
+        needed = sum(size_in_bytes(make()) for make in makers.values())
     check_disk(path, needed)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        parts = {part: build() for part, build in builders.items()}
+        parts = {part: make() for part, make in makers.items()}
     return save(path, config, parts, byte_tokenizer())
 
 

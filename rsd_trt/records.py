@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -58,7 +59,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object, of whose values msgspec would take the last where a key stands there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {named(twice)} stands there twice")
     return found
 

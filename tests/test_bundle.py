@@ -15,14 +15,11 @@ from made_without import made_without
 from msgspec import structs
 from torch import nn
 
-from rsd_trt.bundle import CONFIG, TOKENIZER, Bundle, build_draft, copy_with, save
+from rsd_trt.bundle import CONFIG, TOKENIZER, Bundle, build, copy_with, save
 from rsd_trt.cli import main
 from rsd_trt.cli.info import describe
 from rsd_trt.config import PARTS
 from rsd_trt.errors import UserError
-from rsd_trt.models.backbone import Backbone
-from rsd_trt.models.codec import Codec
-from rsd_trt.models.head import RFSQHead
 from rsd_trt.presets import byte_tokenizer, initialise, preset
 from rsd_trt.records import to_text
 
@@ -32,12 +29,7 @@ CONFIGURATION = preset("tiny", "tiny")
 
 def modules(randomise: Callable[..., None]) -> dict[str, nn.Module]:
     config = CONFIGURATION
-    parts: dict[str, nn.Module] = {
-        "backbone": Backbone(config.backbone),
-        "draft": build_draft(config),
-        "head": RFSQHead(config.head, config.dims, config.hidden),
-        "codec": Codec(config.codec, config.dims),
-    }
+    parts = {part: build(config, part) for part in PARTS}
     for seed, module in enumerate(parts.values()):
         randomise(module, seed)
     return parts

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STAGE_COLOURS = dict(zip(STAGES, COLOURS, strict=False))
 UNDIVIDED = "not divided"
 MARKS = {FULL: "s"}
+BAR = 0.6  # of the room that a configuration has
 
 
 def latency_chart(timings: Sequence[Timing], title: str, path: Path) -> None:
@@ -81,20 +82,20 @@ def stage_chart(rows: Sequence[StageTiming], title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_configuration(axes: Axes, place: int, rows: Sequence[StageTiming], height: float = 0.6) -> None:
+def _draw_configuration(axes: Axes, place: int, rows: Sequence[StageTiming]) -> None:
     """One backbone at one input size."""
     medians = {row.what: float(np.median(row.ms)) for row in rows}
     bounds = {row.what: row.roofline_ms or 0.0 for row in rows}
     left = 0.0
     for stage in STAGES:
         if stage in medians:
-            axes.barh(place, medians[stage], height, left=left, color=STAGE_COLOURS[stage], label=stage)
+            axes.barh(place, medians[stage], BAR, left=left, color=STAGE_COLOURS[stage], label=stage)
             at = left + bounds[stage]
-            axes.plot((at, at), (place - height / 2, place + height / 2), color="black", linewidth=1)
+            axes.plot((at, at), (place - BAR / 2, place + BAR / 2), color="black", linewidth=1)
             left += medians[stage]
     whole = medians.get(FULL)
     if whole is not None and "predict" not in medians:
-        axes.barh(place, max(0.0, whole - left), height, left=left, color="#b8b8b8", label=UNDIVIDED)
+        axes.barh(place, max(0.0, whole - left), BAR, left=left, color="#b8b8b8", label=UNDIVIDED)
     for query, marker in MARKS.items():
         if query in medians:
             (mark,) = axes.plot(medians[query], place, marker, color="white", markersize=6.5, label=query, zorder=3)

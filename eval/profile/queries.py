@@ -32,7 +32,7 @@ def answer(forward: Forward, kind: QueryKind, observation: Observation) -> objec
 
 
 def time_queries(
-    forward: Forward, given: QueryInputs, clock: Clock, samples: int, warm_up: int, kinds: Sequence[QueryKind] = KINDS
+    forward: Forward, given: QueryInputs, clock: Clock, samples: int, warm_up: int, kinds: Sequence[QueryKind]
 ) -> dict[QueryKind, tuple[float, ...]]:
     """The host's ms of each query. One of each kind in turn, so that drifting clocks drift for all."""
     walls: dict[QueryKind, list[float]] = {kind: [] for kind in kinds}
@@ -47,7 +47,7 @@ def time_queries(
 
 
 def write_trace(
-    forward: Forward, given: QueryInputs, device: torch.device, path: Path, kinds: Sequence[QueryKind] = KINDS
+    forward: Forward, given: QueryInputs, device: torch.device, path: Path, kinds: Sequence[QueryKind]
 ) -> None:
     """A Chrome trace, for https://ui.perfetto.dev, of a query of each kind after others of it. Not while anything is
     timed: the profiler slows what it records.

@@ -66,15 +66,15 @@ def timelines(runs: Sequence[Run]) -> Timelines:
     )
 
 
-def evenly(episodes: Iterable[Episode], run: Run, most: int = MOST) -> tuple[Episode, ...]:
-    """At most `most` episodes: the first of every task, then the second of every task, and so on; those with a film
+def evenly(episodes: Iterable[Episode], run: Run) -> tuple[Episode, ...]:
+    """At most `MOST` episodes: the first of every task, then the second of every task, and so on; those with a film
     strip first."""
     by_task: dict[int, list[Episode]] = {}
     for episode in episodes:
         by_task.setdefault(episode.task_id, []).append(episode)
     rounds = zip_longest(*(by_task[task] for task in sorted(by_task)))
     ordered = [episode for one in rounds for episode in one if episode is not None]
-    return tuple(sorted(ordered, key=lambda e: not _is_strip(_file(run, e, "strips", ".jpg")))[:most])
+    return tuple(sorted(ordered, key=lambda e: not _is_strip(_file(run, e, "strips", ".jpg")))[:MOST])
 
 
 def _file(run: Run, episode: Episode, kind: str, ending: str) -> Path:

@@ -89,7 +89,7 @@ class Seat:
 class RaySeats:
     """Seats on the nodes of a cluster: one for each GPU, or as many as there are cores for where no run wants a GPU."""
 
-    def __init__(self, address: str, verbose: bool = False) -> None:
+    def __init__(self, address: str, verbose: bool) -> None:
         """Connects to the cluster.
 
         Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from msgspec import structs
@@ -11,6 +12,9 @@ from msgspec import structs
 from rsd_trt.cli.console import FiniteRange, command_line, json_option, note_untrained, show
 from rsd_trt.config import DEFAULT_BUNDLE, DEFAULT_RESULTS, HOME, MAX_TOLERANCE
 from rsd_trt.errors import UserError
+
+if TYPE_CHECKING:
+    from rsd_trt.eval.report.write import Written
 
 profile_option = click.option(
     "--profile",
@@ -87,9 +91,14 @@ def report(results: tuple[Path, ...], out: Path, profile: Path | None, within: i
     Example: rsd-trt report results/*_results.json --profile results/profile.json
     """
     from rsd_trt.eval.report.write import write_report
+
+    show_report(write_report(results or (DEFAULT_RESULTS,), out, command_line(), profile, within), as_json)
+
+
+def show_report(written: Written, as_json: bool) -> None:
+    """What a report says first, and its files."""
     from rsd_trt.records import to_json
 
-    written = write_report(results or (DEFAULT_RESULTS,), out, command_line(), profile, within)
     if as_json:
         click.echo(json.dumps(to_json(written.comparison), indent=2))
         return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rsd_trt.cli.console import Bar, command_line, json_option, show
-from rsd_trt.cli.report import profile_option, within_option
+from rsd_trt.cli.report import profile_option, show_report, within_option
 from rsd_trt.config import BACKENDS, DEFAULT_RESULTS, MODES, RULES
 from rsd_trt.errors import UserError
 
@@ -192,7 +192,7 @@ def _check_report(declared: Sweep) -> None:
 
 def _report(declared: Sweep, out: Path, profile: Path | None, within: int | None, as_json: bool) -> None:
     """The report with the frontier; a table where scripts act, of which there is no report."""
-    from rsd_trt.eval.report.tables import matrix, tasks_table
+    from rsd_trt.eval.report.tables import tasks_table
     from rsd_trt.records import to_json
 
     paths = [run.request.results_file for run in declared.runs]
@@ -210,15 +210,7 @@ def _report(declared: Sweep, out: Path, profile: Path | None, within: int | None
     tested: dict[Path, set[str]] = {path: set() for path in paths}
     for one in declared.comparisons:
         tested[next(run.request.results_file for run in declared.runs if run.name == one.run)].add(one.against)
-    written = write_report(paths, out / "report", command_line(), profile, within, tested)
-    if as_json:
-        click.echo(json.dumps(to_json(written.comparison), indent=2))
-        return
-    if written.comparison.notice is not None:
-        click.echo(f"note: {written.comparison.notice}")
-    show(matrix(written.runs, written.comparison.price))
-    for path in written.files:
-        click.echo(path)
+    show_report(write_report(paths, out / "report", command_line(), profile, within, tested), as_json)
 
 
 def _forecast(declared: Sweep, seats: RaySeats | None, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from rsd_trt.runtime.serve.interface import no_state
 class OrtDraft:
     """The exported component `propose` in ONNX Runtime, on NumPy arrays."""
 
-    def __init__(self, file: Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0) -> None:
+    def __init__(self, file: Path, providers: Sequence[str], threads: int) -> None:
         """threads: 0 leaves it to ONNX Runtime.
 
         Raises:
@@ -54,7 +54,7 @@ class OrtDraft:
         return dict(zip(self._outputs, values, strict=True))
 
 
-def exported_draft(engines: Path, bundle: str, fingerprint: str, precision: Precision = "fp32") -> Path:
+def exported_draft(engines: Path, bundle: str, fingerprint: str, precision: Precision) -> Path:
     """The ONNX graph of `propose` in a folder of exports, if it is the one that the server's policy was made with.
 
     Raises:

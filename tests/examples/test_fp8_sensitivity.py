@@ -11,13 +11,11 @@ from msgspec import structs
 
 from examples.reference_policy.studies import fp8_sensitivity
 from examples.reference_policy.studies.fp8_sensitivity import sensitivity
-from rsd_trt.bundle import Bundle, build_draft, save
+from rsd_trt.bundle import Bundle, build, save
+from rsd_trt.config import PARTS
 from rsd_trt.errors import UserError
 from rsd_trt.eval.verify.inputs import random_observations
-from rsd_trt.models.backbone import Backbone
-from rsd_trt.models.codec import Codec
 from rsd_trt.models.fast.products import PRODUCTS, every_product
-from rsd_trt.models.head import build_head
 from rsd_trt.presets import byte_tokenizer, preset
 
 CPU = torch.device("cpu")
@@ -31,12 +29,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     config = structs.replace(config, backbone=structs.replace(config.backbone, language=language))
     torch.manual_seed(0)
     path: Path = tmp_path_factory.mktemp("wide") / "wide"
-    parts = {
-        "backbone": Backbone(config.backbone),
-        "draft": build_draft(config),
-        "head": build_head(config.head, config.dims, config.hidden),
-        "codec": Codec(config.codec, config.dims),
-    }
+    parts = {part: build(config, part) for part in PARTS}
     return save(path, config, parts, byte_tokenizer())
 
 
