@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from click.testing import CliRunner
+from command import rsd_trt
 from made_without import made_without
 from msgspec import structs
 from torch import nn
 
 from rsd_trt.bundle import CONFIG, TOKENIZER, Bundle, build, copy_with, save
-from rsd_trt.cli import main
 from rsd_trt.cli.info import describe
 from rsd_trt.config import PARTS
 from rsd_trt.errors import UserError
@@ -173,7 +172,7 @@ def test_a_part_that_is_gone_is_an_error_of_every_command(
     """And not "no head"; a bundle that was made without one is none of its business."""
     monkeypatch.chdir(tmp_path)
     (bundle_copy / "head.safetensors").unlink()
-    done = CliRunner().invoke(main, [command, str(bundle_copy)])
+    done = rsd_trt(command, bundle_copy)
     assert done.exit_code == 1
     said = f"error: {bundle_copy / 'head.safetensors'} is missing: the bundle was made with it, as its config.json says"
     assert said in done.stderr

@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 import synthetic
 import torch
-from click.testing import CliRunner
+from command import rsd_trt
 from doubles import Reader, World
 from torch import Tensor
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.cli import main
 from rsd_trt.config import Precision
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.episode import Assignment, serve
@@ -55,7 +54,7 @@ def test_a_full_gpu_is_one_line(
         raise torch.OutOfMemoryError(error)
 
     monkeypatch.setattr("rsd_trt.eval.verify.components.verify", full)
-    done = CliRunner().invoke(main, ["verify", str(tiny_bundle), "--device", "cpu"])
+    done = rsd_trt("verify", tiny_bundle, "--device", "cpu")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
@@ -127,7 +126,7 @@ def test_a_query_that_does_not_fit_ends_the_run_and_keeps_its_episodes(tmp_path:
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "a\x1b[2J").mkdir()
-    done = CliRunner().invoke(main, ["info", str(tmp_path / "a\x1b[2J")])
+    done = rsd_trt("info", tmp_path / "a\x1b[2J")
     assert done.exit_code == 1
     assert "\\x1b[2J is no bundle" in done.stderr
     assert "\x1b[2J" not in done.stderr
@@ -249,7 +248,7 @@ def test_a_stopped_export_keeps_what_is_built(how: signal.Signals, tiny_bundle: 
     stderr = stop(arguments, mark.exists, hang, how)
     assert stderr.strip().endswith(STOPPED)
     assert len(read_manifest(tmp_path / "tiny", Bundle.open(tiny_bundle)).artefacts) == 1
-    done = CliRunner().invoke(main, [*arguments, "--json"])
+    done = rsd_trt(*arguments, "--json")
     assert done.exit_code == 0
     assert [row in done.stdout for row in ('"built": true', '"built": false')] == [True, True]
     assert not list((tmp_path / "tiny").glob(".building.*"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from command import rsd_trt
 
 from rsd_trt import config
 from rsd_trt.cli import main
@@ -85,7 +85,7 @@ def test_a_target_is_there_and_is_no_file(command: str) -> None:
 @pytest.mark.parametrize("command", RUN)
 def test_what_is_quick_is_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, shlex.split(command)[1:])
+    done = rsd_trt(*shlex.split(command)[1:])
     assert done.exit_code == 0, done.output
 
 
@@ -96,7 +96,7 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "quickstart.md").read_text("utf-8").partition("## The same by hand")[2]
     for command in re.findall(r"^rsd-trt .*$", page.partition("```\n")[2].partition("```")[0], re.MULTILINE):
-        done = CliRunner().invoke(main, shlex.split(command)[1:])
+        done = rsd_trt(*shlex.split(command)[1:])
         assert done.exit_code == 0, done.output
     assert Path("results/demo/report/report.html").stat().st_size
     assert len(list(Path("results/demo/videos/beside").glob("*.mp4"))) == 2

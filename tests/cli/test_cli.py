@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import rsd_trt
 
 from rsd_trt import __version__
 from rsd_trt.cli import main
@@ -26,10 +27,6 @@ def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[
 
 
 COMMANDS = [pytest.param(path, command, id=" ".join(path)) for path, command in commands()]
-
-
-def rsd_trt(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def failed(result: Result) -> str:

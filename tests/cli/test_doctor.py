@@ -13,12 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
+from command import rsd_trt
 from made_without import made_without
 from test_isolated import segfault
 
 from rsd_trt import host
-from rsd_trt.cli import doctor, main
+from rsd_trt.cli import doctor
 from rsd_trt.cli.doctor import Check, Found, all_checks, examine, told
 from rsd_trt.config import BACKENDS, Backend, Precision
 from rsd_trt.errors import Unavailable, UserError
@@ -390,11 +390,11 @@ def test_no_check_takes_another_down() -> None:
 
 def test_the_command(monkeypatch: Patch) -> None:
     monkeypatch.setattr(doctor, "all_checks", lambda *_: CHECKS[:4])
-    done = CliRunner().invoke(main, ["doctor", "--backend", "ort"])
+    done = rsd_trt("doctor", "--backend", "ort")
     assert done.exit_code == 1
     assert done.stderr == "error: backend ort cannot work here: needed, bug\n"
     assert all(word in done.stdout for word in ("broken", "note", "rest", "KeyError"))
-    done = CliRunner().invoke(main, ["doctor", "--backend", "ort", "--json"])
+    done = rsd_trt("doctor", "--backend", "ort", "--json")
     report = json.loads(done.stdout)
     assert (done.exit_code, report["broken"]) == (1, ["needed", "bug"])
     assert report["checks"][1] == {
@@ -404,8 +404,8 @@ def test_the_command(monkeypatch: Patch) -> None:
         "remedy": "rest",
         "needed": True,
     }
-    done = CliRunner().invoke(main, ["doctor"])
+    done = rsd_trt("doctor")
     assert (done.exit_code, done.stderr) == (0, "")
-    wrong = CliRunner().invoke(main, ["doctor", "--backend", "tr"])
+    wrong = rsd_trt("doctor", "--backend", "tr")
     assert wrong.exit_code == 2
     assert "'tr' is unknown; did you mean 'trt'?" in wrong.stderr

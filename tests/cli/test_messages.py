@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command import rsd_trt
 from made_without import made_without
 from msgspec import structs
 from synthetic import run, write
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.cli import main
 from rsd_trt.errors import UserError
 from rsd_trt.eval.summary import summarise
 from rsd_trt.runtime.policy import Policy
@@ -49,7 +48,7 @@ def test_a_slip_is_one_line(command: str, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "twice.json").write_text('{"a": 1, "a": 2}')
     write(tmp_path / "baseline.json", run("baseline"))
     code, message = SAID[command]
-    done = CliRunner().invoke(main, command.split())
+    done = rsd_trt(*command.split())
     assert (done.exit_code, message in done.stderr) == (code, True), done.stderr
     assert "Traceback" not in done.output
 
@@ -57,7 +56,7 @@ def test_a_slip_is_one_line(command: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_report_takes_a_folder(tmp_path: Path) -> None:
     for mode in ("baseline", "rsd"):
         write(tmp_path / f"libero_spatial_{mode}_results.json", run(mode))  # type: ignore[arg-type]
-    done = CliRunner().invoke(main, ["report", str(tmp_path), "-o", str(tmp_path / "report")])
+    done = rsd_trt("report", tmp_path, "-o", tmp_path / "report")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "report" / "report.html").exists()
 
@@ -78,9 +77,9 @@ def test_two_scripts_are_compared_and_a_script_with_a_bundle_is_not(tmp_path: Pa
         episodes = [structs.replace(episode, queries=(), run=settings.run) for episode in found.episodes]
         tasks = {task.task_id: task.task_description for task in found.task_results}
         files.append(str(write(tmp_path / f"{name}.json", summarise(settings, episodes, tasks, None, "eval"))))
-    done = CliRunner().invoke(main, ["compare", *files, "--json"])
+    done = rsd_trt("compare", *files, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["pairs"] > 0 and json.loads(done.stdout)["cost"] is None
-    assert CliRunner().invoke(main, ["compare", *files]).exit_code == 0
-    mixed = CliRunner().invoke(main, ["compare", files[0], str(write(tmp_path / "c.json", run("baseline")))])
+    assert rsd_trt("compare", *files).exit_code == 0
+    mixed = rsd_trt("compare", files[0], str(write(tmp_path / "c.json", run("baseline"))))
     assert (mixed.exit_code, "two of a kind are compared" in mixed.stderr) == (1, True)

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import rsd_trt
 from synthetic import run
 
-from rsd_trt.cli import main
 from rsd_trt.config import COMPONENTS, MAX_BATCH
 from rsd_trt.eval.profile import roofline
 from rsd_trt.eval.profile.roofline import STAGES
@@ -25,10 +25,6 @@ QUICK = ("--device", "cpu", "-n", 2, "--warm-up", 1)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "CPU_COPY", 1 << 20)
     monkeypatch.setattr(roofline, "CPU_SIDE", 64)
-
-
-def rsd_trt(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def error(result: Result) -> str:

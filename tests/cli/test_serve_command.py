@@ -11,9 +11,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command import rsd_trt
 
-from rsd_trt.cli import main
 from rsd_trt.presets import initialise
 from rsd_trt.runtime.serve.edge import EdgePolicy
 
@@ -35,7 +34,7 @@ def test_a_bundle_is_served_from_the_command_line_and_asked_from_it(tiny_bundle:
                 assert time.monotonic() < end
                 assert server.poll() is None
                 time.sleep(0.2)
-        asked = CliRunner().invoke(main, ["edge", url, "--mode", "baseline", "-n", "3", "--json"])
+        asked = rsd_trt("edge", url, "--mode", "baseline", "-n", "3", "--json")
         assert asked.exit_code == 0, asked.output
         told = json.loads(asked.stdout)
         assert told["policy"] == "tiny"
@@ -61,7 +60,7 @@ def test_a_bundle_is_served_from_the_command_line_and_asked_from_it(tiny_bundle:
     ],
 )
 def test_what_cannot_be_done_is_one_line(arguments: tuple[str, ...], code: int, told: str) -> None:
-    done = CliRunner().invoke(main, list(arguments))
+    done = rsd_trt(*arguments)
     assert done.exit_code == code, done.output
     assert told in done.stderr
     assert "Traceback" not in done.stderr
@@ -70,6 +69,6 @@ def test_what_cannot_be_done_is_one_line(arguments: tuple[str, ...], code: int, 
 def test_a_bundle_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     bundle = initialise(tmp_path / "tiny", "tiny", seed=0).path
     (bundle / "head.safetensors").write_bytes(b"no")
-    done = CliRunner().invoke(main, ["serve", str(bundle), "--device", "cpu", "--port", "0"])
+    done = rsd_trt("serve", bundle, "--device", "cpu", "--port", "0")
     assert done.exit_code == 1
     assert "head.safetensors" in done.stderr

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import rsd_trt
 
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
-from rsd_trt.cli import main
 from rsd_trt.cli.export import choose_distribution
 from rsd_trt.config import COMPONENTS
 from rsd_trt.errors import UserError
@@ -22,10 +22,6 @@ from rsd_trt.manifest import usable
 from rsd_trt.trt import Distribution, Target
 
 ONE_LINE = "error: "
-
-
-def rsd_trt(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def message(result: Result) -> str:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from click.testing import CliRunner
+from command import rsd_trt
 
 from examples.reference_policy.studies import distilling
-from rsd_trt.cli import main
 
 
 def test_drafts_are_measured_on_the_same_frames(tiny_bundle: Path, recordings: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     arguments = ["distill", tiny_bundle, recordings, "-o", new, "--steps", 2, "--batch", 8, "--device", "cpu", "--json"]
-    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    done = rsd_trt(*arguments)
     assert done.exit_code == 0, done.output
     both = ["--bundle", str(new), "--bundle", str(tiny_bundle)]
     out = tmp_path / "agreement.json"

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command import rsd_trt
 
 from examples.reference_policy import train
 from examples.reference_policy.data import HELD_OUT_EVERY, Batches, load_demonstrations
 from examples.reference_policy.demonstrate import model_images
 from examples.reference_policy.fit_policy import build_model
 from rsd_trt.bundle import Bundle
-from rsd_trt.cli import main
 from rsd_trt.models.components import most_likely
 from rsd_trt.presets import byte_tokenizer, preset
 from rsd_trt.runtime.observation import Observation
@@ -86,7 +85,7 @@ def test_a_resumed_run_learns_and_says_so(run: Path) -> None:
 def test_its_draft_is_distilled_from_the_same_demonstrations(run: Path, demonstrations: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     arguments = ["distill", run / "bundle", demonstrations, "-o", made, "--turn", "--live", "--steps", 2, "--batch", 8]
-    done = CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu", "--json"])
+    done = rsd_trt(*arguments, "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert (report["episodes"], report["steps"], report["new_codec"]) == (6, 2, False)

@@ -12,7 +12,8 @@ import original
 import pytest
 import safetensors.torch
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import rsd_trt
 from openvla_folder import (
     HIDDEN,
     IMAGE,
@@ -29,7 +30,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rsd_trt.bundle import Bundle, copy_with
-from rsd_trt.cli import main
 from rsd_trt.cli.info import describe
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, HiddenDraftConfig, Preset, protocol_name
 from rsd_trt.errors import UserError
@@ -585,7 +585,7 @@ def test_an_existing_bundle_is_left_alone(folder: Path, bundle_copy: Path) -> No
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return rsd_trt(*arguments)
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command import rsd_trt
 from msgspec import structs
 from serving import SIDE, STUB_CONTROL, STUB_DIMS, STUB_RSD, Stub, bundle_service, running, stub_service
 from websockets.sync.server import ServerConnection, serve
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.cli import main
 from rsd_trt.errors import PolicyFault, UserError
 from rsd_trt.recordings import Recordings
 from rsd_trt.runtime.chunk import Chunk
@@ -187,7 +186,7 @@ def test_a_draft_follows_somebody_elses_server(lenient: Bundle, observe: Observe
     chunk[:, 0] = np.linspace(0, 0.5, 10)
 
     def run(*arguments: object) -> None:
-        done = CliRunner().invoke(main, [str(x) for x in arguments])
+        done = rsd_trt(*arguments)
         assert done.exit_code == 0, done.output
 
     with plain_server(lambda request: chunk) as url:

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import rsd_trt
 from made_without import made_without
 from msgspec import structs
 from timm_double import TimmDouble
 
 from rsd_trt.bundle import Bundle, copy_with
-from rsd_trt.cli import main
 from rsd_trt.config import MODES, Mode, Quantiles
 from rsd_trt.errors import UserError
 from rsd_trt.eval.verify import oracle
@@ -146,7 +146,7 @@ def test_graphs_act_as_the_eager_backbone(
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return rsd_trt(*arguments)
 
 
 @pytest.mark.slow

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command import rsd_trt
 from numpy.typing import NDArray
 from serving import as_request, running
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.cli import main
 from rsd_trt.config import ARM_DIMS, DEFAULT_BUNDLE, Mode
 from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.observation import Observation
@@ -140,6 +139,6 @@ def test_vla_eval_runs_against_the_server(tmp_path: Path, tmp_path_factory: pyte
     [aggregate] = (tmp_path / "out").glob("*_aggregate.json")
     theirs = json.loads(aggregate.read_text())["tasks"][0]["episodes"]
     options = ["--tasks", "0", "--trials", str(TRIALS), "--device", "cpu", "--out", str(tmp_path / "ours")]
-    ours = json.loads(CliRunner().invoke(main, ["eval", *options, "--json"]).stdout)["episodes"]
+    ours = json.loads(rsd_trt("eval", *options, "--json").stdout)["episodes"]
     assert [x["metrics"]["success"] for x in theirs] == [x["success"] for x in ours] == [True] * TRIALS
     assert [x["steps"] for x in theirs] == [x["steps"] for x in ours]

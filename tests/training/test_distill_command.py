@@ -15,24 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command import rsd_trt
 from layouts import Demo, write_libero, write_v21, write_v30
 from made_without import made_without
 from msgspec import structs
 from safetensors.torch import load_file
 
 from rsd_trt.bundle import Bundle, build_draft, copy_with
-from rsd_trt.cli import main
 from rsd_trt.config import HiddenDraftConfig, RsdConfig, VisionDraftConfig
 from rsd_trt.presets import initialise
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 
 STEPS = ["--steps", "6", "--batch", "8", "--device", "cpu"]
-
-
-def rsd_trt(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def distilled(*arguments: object) -> dict[str, Any]:

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from command import rsd_trt
 from safetensors.torch import load_file
 
-from rsd_trt.cli import main
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero import run
 from rsd_trt.eval.libero.perturb import PerturbSpec
@@ -21,10 +20,6 @@ from rsd_trt.eval.report.compare import compare
 
 EXPERT = ("--policy", "examples.reference_policy.scripted:act")
 EPISODE = ("--tasks", "3", "--trials", "1", "--max-steps", "8", "--n-action-steps", "2")
-
-
-def rsd_trt(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import doubles
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import rsd_trt
 
-from rsd_trt.cli import main
 from rsd_trt.eval.libero import run
 from rsd_trt.eval.results import Settings
 from rsd_trt.runtime.policy import Policy
@@ -25,7 +25,7 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def evaluate(bundle: Path, out: Path, mode: str, *options: object) -> Result:
     arguments = ["eval", bundle, "--mode", mode, "--out", out, "--json", *OPTIONS, *options]
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    result = rsd_trt(*arguments)
     assert result.exit_code == 0, result.output
     return result
 

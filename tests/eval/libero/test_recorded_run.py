@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command import rsd_trt
 from made_without import made_without
 
-from rsd_trt.cli import main
 from rsd_trt.eval.read import read_run
 from rsd_trt.recordings import Recordings
 
@@ -51,7 +50,7 @@ def test_the_journey_from_no_draft_to_one(tiny_bundle: Path, tmp_path: Path) -> 
         assert np.allclose(arrays["actions"], clipped)
     new = tmp_path / "new"
     options = ("--steps", "3", "--batch", "8", "--device", "cpu", "--json")
-    done_too = CliRunner().invoke(main, ["distill", str(mine), folder, "-o", str(new), *options])
+    done_too = rsd_trt("distill", mine, folder, "-o", new, *options)
     assert done_too.exit_code == 0, done_too.output
     assert json.loads(done_too.stdout)["episodes"] == 6
     checks = ("--mode", "rsd", "--tolerance", "2", "--n-action-steps", "1")
@@ -88,5 +87,5 @@ def test_what_an_earlier_part_did_not_record_is_told(tiny_bundle: Path, tmp_path
     ],
 )
 def test_options_without_effect_are_refused(options: tuple[str, ...], message: str) -> None:
-    done = CliRunner().invoke(main, ["eval", *options])
+    done = rsd_trt("eval", *options)
     assert done.exit_code == 2 and message in done.stderr, done.stderr

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command import rsd_trt
 
-from rsd_trt.cli import main
 from rsd_trt.config import ControlConfig, with_protocol
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.driver import max_steps
@@ -64,14 +63,14 @@ def test_a_variant_ends_its_episodes_where_its_base_does() -> None:
 
 
 def test_help_lists_the_suites() -> None:
-    done = CliRunner().invoke(main, ["eval", "--suite", "help"])
+    done = rsd_trt("eval", "--suite", "help")
     assert (done.exit_code, done.stdout.split()) == (0, list(ALL_SUITES))
 
 
 @pytest.mark.libero
 def test_the_command_runs_one(tiny_bundle: Path, tmp_path: Path) -> None:
     arguments = ("--suite", "libero_spatial_task", "--tasks", "9", "--trials", "1", "--max-steps", "2")
-    done = CliRunner().invoke(main, ["eval", str(tiny_bundle), *arguments, "--out", str(tmp_path), "--json"])
+    done = rsd_trt("eval", tiny_bundle, *arguments, "--out", tmp_path, "--json")
     assert done.exit_code == 0, done.output
     results = json.loads(done.stdout)
     assert results["task_results"][0]["task_description"] == TOLD["libero_spatial_task", 9]
@@ -82,7 +81,7 @@ def test_no_initial_states_and_no_files_are_one_line(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["eval", str(tiny_bundle), "--trials", "1", "--out", str(tmp_path / "out"), "--suite"]
-    done = CliRunner().invoke(main, [*command, "libero_10_with_milk", "--tasks", "3"])
+    done = rsd_trt(*command, "libero_10_with_milk", "--tasks", "3")
     assert (done.exit_code, "no initial states for task 3. Leave it out: --tasks 0,1,2,5,6,7,8,9" in done.stderr) == (
         1,
         True,
@@ -90,6 +89,6 @@ def test_no_initial_states_and_no_files_are_one_line(
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
     for config in ("bddl_files: /nowhere", "[1, 2]", "a: b: c", "bddl_files: 3"):
         (tmp_path / "config.yaml").write_text(config)
-        done = CliRunner().invoke(main, [*command, "libero_spatial"])
+        done = rsd_trt(*command, "libero_spatial")
         assert (done.exit_code, f"LIBERO_CONFIG_PATH is '{tmp_path}'" in done.stderr) == (1, True), done.output
         assert len(done.stderr.strip().splitlines()) == 1

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command import rsd_trt
 from msgspec import structs
 from synthetic import run as shadow_run
 
 from rsd_trt.bundle import Bundle, copy_with
-from rsd_trt.cli import main
 from rsd_trt.config import ARM_DIMS, MAX_TOLERANCE, RsdConfig
 from rsd_trt.eval.report.calibrate import (
     Check,
@@ -166,7 +165,7 @@ def shadow_file(bundle: Bundle, folder: Path, **changes: object) -> Path:
 
 def test_the_command_writes_a_copy_that_differs_in_the_tolerance_alone(first: Bundle, tmp_path: Path) -> None:
     arguments = ["calibrate", str(first.path), str(shadow_file(first, tmp_path)), "-o", str(tmp_path / "copy")]
-    result = CliRunner().invoke(main, [*arguments, "--json"])
+    result = rsd_trt(*arguments, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["bundle"] == str(tmp_path / "copy")
@@ -178,10 +177,10 @@ def test_the_command_writes_a_copy_that_differs_in_the_tolerance_alone(first: Bu
         k: v for k, v in first.fingerprints.items() if k != "config.json"
     }
     assert [row["alpha"] for row in found["curve"]] == sorted(row["alpha"] for row in found["curve"])
-    again = CliRunner().invoke(main, arguments)
+    again = rsd_trt(*arguments)
     assert again.exit_code == 1
     assert "exists; choose another path" in again.stderr
-    table = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path / "other")])
+    table = rsd_trt(*arguments[:-1], tmp_path / "other")
     assert "rejected wrongly" in table.stdout and "accepted wrongly" in table.stdout
     assert f"bundle with the chosen threshold: {tmp_path / 'other'}" in table.stdout
 
@@ -200,7 +199,7 @@ def test_what_cannot_be_calibrated_is_one_line(
     first: Bundle, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     path = shadow_file(first, tmp_path, **changes)
-    result = CliRunner().invoke(main, ["calibrate", str(first.path), str(path), "-o", str(tmp_path / "copy")])
+    result = rsd_trt("calibrate", first.path, path, "-o", tmp_path / "copy")
     assert result.exit_code == 1
     assert message in result.stderr
     assert not (tmp_path / "copy").exists()
@@ -227,7 +226,7 @@ def test_the_copy_has_the_rule_of_the_run(first: Bundle, tmp_path: Path, rsd: Rs
         return structs.replace(episode, queries=tuple(queries))
 
     path = shadow_file(first, tmp_path, rsd=rsd, change=scored)
-    result = CliRunner().invoke(main, ["calibrate", str(first.path), str(path), "-o", str(tmp_path / "copy")])
+    result = rsd_trt("calibrate", first.path, path, "-o", tmp_path / "copy")
     assert result.exit_code == 0, result.output
     found = Bundle.open(tmp_path / "copy").config.rsd
     name = "threshold" if rsd.rule == "likelihood" else "tolerance"

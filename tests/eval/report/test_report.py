@@ -11,11 +11,10 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from click.testing import CliRunner, Result
+from command import rsd_trt
 from msgspec import structs
 from synthetic import TASKS, profile, run, throughput, write
 
-from rsd_trt.cli import main
 from rsd_trt.errors import UserError, missing_extra
 from rsd_trt.eval.report.page import code
 from rsd_trt.eval.report.svg import INK
@@ -300,10 +299,6 @@ def test_a_missing_extra_is_told_before_anything_is_read(
     with pytest.raises(UserError) as error:
         write_report([tmp_path / "absent.json"], tmp_path / "report", "")
     assert str(error.value) == str(missing_extra(package, "report"))
-
-
-def rsd_trt(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_report_command(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import doubles
 import pytest
 import synthetic
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import rsd_trt
 
-from rsd_trt.cli import main
 from rsd_trt.eval.libero import run as run_module
 from rsd_trt.eval.sweep.plan import read_sweep
 from rsd_trt.eval.sweep.run import with_rate
@@ -20,7 +20,7 @@ OPTIONS = ("--tasks", "0,1", "--trials", "2", "--max-steps", "12", "--workers", 
 
 
 def sweep(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["sweep", *map(str, arguments)])
+    return rsd_trt("sweep", *arguments)
 
 
 @pytest.fixture(autouse=True)
