@@ -88,16 +88,19 @@ def still() -> str:
 
 
 def network() -> str:
-    """Reaction and success behind a network. Costs of a full query that change nothing share a row."""
+    """Reaction behind a network, one episode a cell. Costs of a full query that change nothing share a row."""
     rows = read("network/late.json")["rows"]
     rtts = sorted({row["rtt_ms"] for row in rows})
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for way, full in dict.fromkeys((row["way"], row["full_ms"]) for row in rows):
         cells = [row for row in rows if (row["way"], row["full_ms"]) == (way, full)]
-        said = tuple(f"{x['reaction_p50']:g} ({x['solved']}/{x['episodes']})" for x in cells)
+        assert {x["episodes"] for x in cells} == {1}
+        said = tuple(f"{x['reaction_p50']:g}{'' if x['solved'] else ', failed'}" for x in cells)
         found.setdefault((way, said), []).append(f"{full:g}")
-    columns = (Column("way"), Column("full query, ms"), *(Column(f"{rtt:g} ms: steps, p50 (solved)") for rtt in rtts))
-    return Table("", columns, tuple((way, ", ".join(full), *said) for (way, said), full in found.items())).markdown()
+    shared = len({row["full_ms"] for row in rows})
+    names = (way if len(full) == shared else f"{way}, {' or '.join(full)} ms" for (way, _), full in found.items())
+    columns = (Column("steps to react, by added round trip"), *(Column(f"{rtt:g} ms") for rtt in rtts))
+    return Table("", columns, tuple((name, *said) for name, (_, said) in zip(names, found, strict=True))).markdown()
 
 
 def whole(perturb: str | None) -> str:
