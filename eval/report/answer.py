@@ -59,7 +59,8 @@ def answer(runs: Sequence[Run], price: Price) -> Answer:
     verdict, style = _verdict(run, runs, best, price)
     said = f"{run.label}, {condition(run.results.settings.perturb)}"
     if best is not None:
-        said += f", beside {best.label}: p = {best.p:.2g}, and {best.by_task_p:.2g} by task, with Holm's adjustment."
+        said += f", beside {best.label}: p = {best.p:.2g} by episode, {best.by_task_p:.2g} by task (Holm's adjustment)."
+        said += " A difference is shown where both are below 0.05."
     rows = tuple(
         (
             *(name, f"{one.label}, beside {against.label}"),
@@ -71,7 +72,10 @@ def answer(runs: Sequence[Run], price: Price) -> Answer:
         for against in one.against
         if against.verdict == "not shown" and against.rival != "random acceptance"
     )
-    columns = (Column("condition"), Column("not shown"), Column("points (95%)", "points"), Column("would be shown by"))
+    columns = (
+        *(Column("condition"), Column("difference not shown"), Column("percentage points (95%)", "points")),
+        Column("would be shown by"),
+    )
     return Answer(verdict, style, said, _figures(run, best, price), Table("", columns, rows, grouped=True))
 
 
@@ -94,7 +98,7 @@ def _verdict(
         return "RSD succeeds more often than the best open loop that costs no more.", "good"
     if best.verdict == "below":
         return "RSD succeeds less often than the best open loop that costs no more.", "bad"
-    needs = f" About {best.needed} would show the difference that was measured." if best.needed else ""
+    needs = f" About {best.needed} would show a difference as large as the measured one." if best.needed else ""
     return f"RSD is not shown to be better or worse than the best open loop that costs no more.{needs}", "open"
 
 
@@ -102,14 +106,14 @@ def _figures(run: Run, best: Against | None, price: Price) -> tuple[Figure, ...]
     found = run.results
     single = run.rival("open loop, n = 1")
     within, bounds = f"success within {run.endpoint.within} steps", interval(run.reached_interval, "%")
-    figures = [Figure(within, number(run.reached, "%"), f"{bounds} of {counted(found.total_episodes, 'episode')}")]
+    figures = [Figure(within, number(run.reached, "%"), f"{bounds}; {counted(found.total_episodes, 'episode')}")]
     if best is None:
         bounds = interval(found.final_success_interval, "%")
         figures.append(Figure("success", number(found.final_success_rate, "%"), bounds))
     else:
         versus = best.versus
         beside = f"{interval(versus.points_interval, 'points')}; {best.label}: {versus.reached[0]:.1%}"
-        figures.append(Figure("points beside the best open loop", number(versus.points, "points"), beside))
+        figures.append(Figure("percentage points beside the best open loop", number(versus.points, "points"), beside))
     less = single.versus.speedup if single is not None else None
     cheaper = f"{number(less.value, 'x')} cheaper than n = 1 ({interval(less.interval, 'x')})" if less else price.told
     unit = "cost per action, ms" if price.unit == "ms" else "full queries per action"
