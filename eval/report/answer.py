@@ -113,7 +113,7 @@ def _figures(run: Run, best: Against | None, price: Price) -> tuple[Figure, ...]
     else:
         versus = best.versus
         beside = f"{interval(versus.points_interval, 'points')}; {best.label}: {versus.reached[0]:.1%}"
-        figures.append(Figure("percentage points beside the best open loop", number(versus.points, "points"), beside))
+        figures.append(Figure("points beside the best open loop", number(versus.points, "points"), beside))
     less = single.versus.speedup if single is not None else None
     cheaper = f"{number(less.value, 'x')} cheaper than n = 1 ({interval(less.interval, 'x')})" if less else price.told
     unit = "cost per action, ms" if price.unit == "ms" else "full queries per action"

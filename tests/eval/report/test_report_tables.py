@@ -95,7 +95,7 @@ def test_the_answer_claims_what_both_tests_show_and_says_what_else_would_take() 
     always, never = {"success": 2.0, **many}, {"success": -1.0, **many}
     verdict, style, figures = answered(run("baseline", **never), run("rsd", **always), check=20.0)  # type: ignore[arg-type]
     assert (verdict.startswith("RSD succeeds more often"), style) == (True, "good")
-    assert figures[1:3] == ["percentage points beside the best open loop", "cost per action, ms"] and len(figures) == 4
+    assert figures[1:3] == ["points beside the best open loop", "cost per action, ms"] and len(figures) == 4
     verdict, style, _ = answered(run("baseline", **always), run("rsd", **never), check=20.0)  # type: ignore[arg-type]
     assert (verdict.startswith("RSD succeeds less often"), style) == (True, "bad")
     verdict, style, _ = answered(run("baseline"), run("rsd"), check=20.0)
