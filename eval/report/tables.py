@@ -73,7 +73,7 @@ def matrix(runs: Sequence[Run], price: Price = COUNTED) -> Table:
     columns = (
         *(Column("condition"), Column("run"), Column("success (95%)", "%")),
         *(Column(f"within {'/'.join(map(str, within))} steps (95%)", "%"), cost),
-        *(Column("cheaper than n = 1 (95%)", "x", 2), Column("than the best open loop (95%)", "x", 3)),
+        *(Column("cheaper than n = 1 (95%)", "x", 2), Column("cheaper than the best open loop (95%)", "x", 3)),
         *(Column("accepted", "%", 1), VERDICT),
     )
     several = len({run.results.settings.perturb for run in runs}) > 1

@@ -208,7 +208,7 @@ def evaluate(as_json: bool, **options: object) -> None:
     A run that was stopped or killed goes on where it was. Exit code 1 if an episode ended in an error.
 
     Mode shadow acts as baseline and records what rsd would have decided. Mode random accepts at random, at a given
-    rate: the control that shows what the draft's judgement is worth. Modes that are compared belong into one command:
+    rate: the control that shows what the draft's judgement is worth. Modes that are compared belong in one command:
     a machine that slows down then slows them all.
 
     \b
