@@ -181,7 +181,7 @@ class RecordedEpisode:
         """Whole tensors of the file, by name; without names all but the frames.
 
         Raises:
-            UserError: a state or an action is not finite, or an index is out of range.
+            UserError: a state or an action is not finite, an index is out of range, or actions belong to no query.
         """
         wanted = names or tuple(name for name in self.shapes if name not in ("frames", "frame_end"))
         with _opened(self.path) as file:
@@ -191,6 +191,10 @@ class RecordedEpisode:
             unknown = np.isnan(rows).all(1) if name != "actions" else np.zeros(len(rows), np.bool_)
             if not np.isfinite(rows[~unknown]).all():
                 raise UserError(f"{self.path}: {name} holds numbers that are not finite")
+        if "committed" in found:
+            told, there = int(found["committed"].sum(dtype=np.int64)), self.shapes["actions"][0]
+            if told != there or (found["committed"] < 0).any():
+                raise UserError(f"{self.path}: the queries committed {told} actions, and there are {there}")
         if "instruction" in found and not (found["instruction"] >= 0).all():
             raise UserError(f"{self.path}: an index of an instruction is negative")
         if "instruction" in found and (found["instruction"] >= len(self.facts.instructions)).any():

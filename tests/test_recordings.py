@@ -167,6 +167,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "state is F64, not F32": lambda t: t | {"state": t["state"].astype(np.float64)},
     "frame_end is [3, 1], not [3, 2]": lambda t: t | {"frame_end": np.ascontiguousarray(t["frame_end"][:, :1])},
     "state holds numbers that are not finite": lambda t: t | {"state": np.where(np.arange(8) == 2, np.inf, t["state"])},
+    "the queries committed 2 actions, and there are 6": lambda t: t | {"committed": np.array([1, 0, 1], np.int32)},
     "chunk holds numbers that are not finite": lambda t: (
         t | {"chunk": np.where(np.arange(7) == 3, np.nan, t["chunk"]).astype(np.float32)}
     ),
