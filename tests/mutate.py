@@ -28,7 +28,6 @@ TESTS = {
     "rsd_trt.runtime.speculate": ("tests/runtime/test_speculate.py", "tests/runtime/test_policy.py"),
     "rsd_trt.runtime.chunk": ("tests/runtime/test_chunk.py", "tests/runtime/test_policy.py"),
     "rsd_trt.load": ("tests/test_load.py",),
-    "rsd_trt.files": ("tests/test_files.py",),
     "rsd_trt.suites": ("tests/eval/libero/test_suites.py",),
     "rsd_trt.runtime.external_data": (
         "tests/runtime/test_ort_session.py::test_external_weights_are_loaded_from_the_bytes_that_were_hashed",
