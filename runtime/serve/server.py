@@ -24,6 +24,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from rsd_trt.errors import UserError
 from rsd_trt.runtime.serve.protocols import Openpi, VlaEval, act
 from rsd_trt.runtime.serve.service import ServeOptions, Service
+from rsd_trt.runtime.serve.worker import Broken
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def application(service: Service) -> Starlette:
                 return await answer(request) if why is None else PlainTextResponse(f"{why[1]}\n", why[0])
             except Exception:
                 log.exception("a request broke")
-                return PlainTextResponse("the server broke on this request\n", 500)
+                return PlainTextResponse(f"{service.failed(Broken('the server broke on this request'))}\n", 500)
 
         return checked
 
@@ -153,6 +154,7 @@ def application(service: Service) -> Starlette:
             log.debug("the other end hung up")
         except Exception:
             log.exception("a connection broke")
+            service.failed(Broken("the server broke on this connection"))
         finally:
             await service.disconnect(websocket)
 

@@ -40,7 +40,7 @@ class Answering(Protocol):
 
 
 class Broken(UserError):
-    """The policy broke on a query: a bug, which the server's log shows."""
+    """The policy or the server broke: a bug, which the log shows."""
 
 
 Kind = Literal["loop", "full", "rows"]

@@ -333,7 +333,9 @@ def test_a_new_instruction_is_warmed_up_once() -> None:
         assert stub.warmed == ["known", "new"]
 
 
-def test_faults_and_bugs_are_told_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+def test_faults_and_bugs_are_told_without_a_traceback(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = stub_service()
     with running(service) as port:
         client = Client(port)
@@ -344,9 +346,11 @@ def test_faults_and_bugs_are_told_without_a_traceback(caplog: pytest.LogCaptureF
         assert client.infer(request())["outcome"] == "start"
         asked = client.infer(request(prompt="nan", endpoint="full"))
         assert (asked["type"], "not finite" in str(asked["message"])) == ("error", True)
+        monkeypatch.setattr("rsd_trt.runtime.serve.server.act", None)  # a bug of the server
+        assert post(port, b"{}") == (500, b"the server broke on this request\n")
         status, metrics = get(port, "/metrics")
     assert status == 200
-    for line in ('rsd_errors_total{kind="fault"} 2.0', 'rsd_errors_total{kind="broken"} 1.0', "rsd_sessions 1.0"):
+    for line in ('rsd_errors_total{kind="fault"} 2.0', 'rsd_errors_total{kind="broken"} 2.0', "rsd_sessions 1.0"):
         assert line in metrics
 
 
