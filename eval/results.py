@@ -236,6 +236,7 @@ class Settings(Record, frozen=True):
     hardware: dict[str, str | int]
     versions: dict[str, str]
     suite_sha256: Annotated[str, told("of the tasks' files and initial states; empty where it was not recorded")] = ""
+    initial_states: Annotated[Natural, told("of a task, where trials begin in them in turn; 0: in one each")] = 0
 
     def __post_init__(self) -> None:
         """Raises UserError: a suite that may lead anywhere."""

@@ -40,7 +40,7 @@ class McNemar:
 
     gained: Annotated[int, "pairs in which only the second run succeeded"]
     lost: Annotated[int, "pairs in which only the first run succeeded"]
-    p: Annotated[float, "two-sided, exact"]
+    p: Annotated[float, "two-sided, exact; of trials that share initial states, the sign-flip test of the states' sums"]
 
 
 def mcnemar_exact(gained: int, lost: int) -> McNemar:

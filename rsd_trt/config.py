@@ -45,7 +45,7 @@ DEFAULT_ENGINES = HOME / "engines"
 DEFAULT_RESULTS = HOME / "results"
 OWN_FOLDER = "."  # of weights that were copied into their bundle
 
-Backend = Literal["torch", "graph", "ort", "trt"]
+Backend = Literal["torch", "graph", "compiled", "ort", "trt"]
 Mode = Literal["baseline", "rsd", "shadow", "random"]
 PerturbKind = Literal["displace", "late", "moving", "harmless", "frozen"]
 Size = Literal["tiny", "reference", "openvla-7b"]

@@ -75,10 +75,14 @@ class Launcher:
         device, precision = self.device, self.precision
         if self.backend == "torch":
             return TorchSession(self.bundle.component(component, device, precision), device)
-        if self.backend == "graph":
+        if self.backend in ("graph", "compiled"):
             if device.type != "cuda":
-                raise Unavailable(f"backend graph needs a CUDA device, not {device}", "Use: --backend torch or ort")
-            return GraphSession(self.bundle.component(component, device, precision), device)
+                raise Unavailable(
+                    f"backend {self.backend} needs a CUDA device, not {device}", "Use: --backend torch or ort"
+                )
+            if compiled := self.backend == "compiled":
+                check_triton("backend", "--backend graph")
+            return GraphSession(self.bundle.component(component, device, precision), device, compiled)
         signature = self.bundle.component(component).signature
         if self.backend == "ort":
             from rsd_trt.runtime.ort_session import OrtSession
@@ -101,9 +105,17 @@ def check_backend(name: str) -> Backend:
     return name
 
 
+def check_triton(what: str, otherwise: str) -> None:
+    """Raises Unavailable where torch.compile cannot make kernels for the GPU. what: a backend or a backbone."""
+    if find_spec("triton") is None:
+        raise Unavailable(f"{what} compiled needs Triton, which PyTorch for CUDA brings along", f"Use: {otherwise}")
+
+
 def default_backbone(backend: Backend, device: torch.device) -> BackboneKind:
-    """`eager` with the backend `torch` and on the CPU; else `graph`."""
-    return "eager" if backend == "torch" or device.type != "cuda" else "graph"
+    """`eager` with the backend `torch` and on the CPU, `compiled` with the backend of that name; else `graph`."""
+    if backend == "torch" or device.type != "cuda":
+        return "eager"
+    return "compiled" if backend == "compiled" else "graph"
 
 
 def open_forward(
@@ -150,10 +162,8 @@ def open_backbone(
         )
     if kind != "eager" and device.type != "cuda":
         raise Unavailable(f"backbone {kind} needs a CUDA device, not {device}", "Use: --backbone eager")
-    if kind == "compiled" and find_spec("triton") is None:
-        raise Unavailable(
-            "backbone compiled needs Triton, which PyTorch for CUDA brings along", "Use: --backbone graph"
-        )
+    if kind == "compiled":
+        check_triton("backbone", "--backbone graph")
     if precision == "fp8":
         check_fp8(bundle, device)
     weights: Precision = bundle.config.backbone.precision if precision == "bundle" else "bf16"

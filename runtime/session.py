@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rsd_trt.models.classifiers import stacked
+from rsd_trt.models.fast.compiling import compile_arguments
 from rsd_trt.models.signature import BATCH, Exportable, Signature
 
 Tensors = Mapping[str, Tensor]
@@ -114,9 +115,12 @@ class Launch(Protocol):
 class GraphSession(BufferedSession):
     """The PyTorch module with its classifiers stacked, as one CUDA graph for each batch size."""
 
-    def __init__(self, module: Exportable, device: torch.device) -> None:
+    def __init__(self, module: Exportable, device: torch.device, compiled: bool = False) -> None:
+        """compiled: of the kernels that torch.compile makes, at a batch size's first run."""
         super().__init__(module.signature, device)
         self.module = stacked(module)
+        if compiled:
+            self.module.compile(fullgraph=True, **compile_arguments())
 
     def prepare(self, buffers: Buffers, batch: int) -> Launch:
         with torch.inference_mode():

@@ -66,7 +66,7 @@ class Executor:
         """
         request = requests[0]
         acting = Bundle.open(request.bundle) if request.policy is None else Script.find(request.policy)
-        instructions, suite_sha256 = _tasks(request)
+        instructions, suite_sha256, states = _tasks(request)
         if request.perturb is not None:
             request.perturb.check(request.suite, list(instructions))
         if request.video:
@@ -82,7 +82,7 @@ class Executor:
             else:
                 driver = bundle_driver(one, acting, tuple(instructions), self._loaded)
                 self._loaded = self._loaded or driver.policy
-            settings = structs.replace(driver.settings, suite_sha256=suite_sha256)
+            settings = structs.replace(driver.settings, suite_sha256=suite_sha256, initial_states=states)
             self._open.append((one, replace(driver, settings=settings)))
         return [Job(driver.settings, instructions, driver.codec_round_trip_mse) for _, driver in self._open]
 
@@ -327,16 +327,16 @@ def _write_hidden(path: Path, policy: Policy) -> None:
     write_atomically(path, save({"hidden": torch.cat(policy.hidden_states).float()}))
 
 
-def _tasks(request: EvalRequest) -> tuple[dict[int, str], str]:
-    """The instruction of every task of the request, and the sha256 of their files and initial states: another benchmark
-    may go by the same name.
+def _tasks(request: EvalRequest) -> tuple[dict[int, str], str, int]:
+    """The instruction of every task of the request; the sha256 of their files and initial states: another benchmark may
+    go by the same name; and how many initial states trials take turns in, or 0.
 
     Raises:
         UserError: a suite, task or trial that LIBERO does not have, or LIBERO cannot be used here.
     """
     benchmark = open_suite(request.suite)
     tasks = request.tasks if request.tasks is not None else tuple(range(benchmark.n_tasks))
-    digest = hashlib.sha256()
+    digest, shared = hashlib.sha256(), set()
     for task in tasks:
         check_task(benchmark, request.suite, task)
         states = initial_states(benchmark, task)
@@ -346,12 +346,19 @@ def _tasks(request: EvalRequest) -> tuple[dict[int, str], str]:
         if not available:
             others = ",".join(str(other) for other in range(benchmark.n_tasks) if len(initial_states(benchmark, other)))
             raise UserError(f"{request.suite} has no initial states for task {task}", f"Leave it out: --tasks {others}")
-        if request.trials > available:
+        if request.trials > available and request.perturb is None:
             raise UserError(
-                f"{request.suite} has {available} initial states for task {task}, not {request.trials}: "
-                f"--trials {available}"
+                f"{request.suite} has {available} initial states for task {task}, not {request.trials}",
+                f"Use: --trials {available}. With --perturb more trials begin in the same states again",
             )
-    return {task: instruction(benchmark, request.suite, task) for task in tasks}, digest.hexdigest()
+        shared.add(available if request.trials > available else 0)
+    if len(shared) > 1:
+        raise UserError(
+            f"the tasks have unlike numbers of initial states, and {request.trials} trials would take turns in some",
+            "Use fewer --trials, or fewer --tasks",
+        )
+    instructions = {task: instruction(benchmark, request.suite, task) for task in tasks}
+    return instructions, digest.hexdigest(), shared.pop()
 
 
 def _seed_everything(seed: int) -> None:

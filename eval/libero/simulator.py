@@ -78,13 +78,15 @@ class Simulator:
         self._raw: Mapping[str, NDArray[np.float64]] = {}
 
     def reset(self, trial: int, render: bool = True) -> None:
-        """The suite's initial state `trial`, after the settling steps; `render`: with images."""
+        """The initial state of a trial, after the settling steps; `render`: with images. Trials beyond the last state
+        begin in the first ones again."""
+        state = trial % self.trials
         with _quiet():
-            for earlier in range(len(self._generators) - 1, trial):
+            for earlier in range(len(self._generators) - 1, state):
                 self._reset_scene(earlier)
-            self._reset_scene(trial)
+            self._reset_scene(state)
             self._rendering = render and self._control.settle_steps == 0
-            self._raw = self._env.set_init_state(self._initial_states[trial])
+            self._raw = self._env.set_init_state(self._initial_states[state])
         self._settle(render)
 
     def sample(self, seed: int, render: bool = True) -> None:

@@ -47,7 +47,8 @@ class Timing:
     @property
     def variant(self) -> str:
         """The backend as people call it: `ort + CUDA graph`."""
-        return f"{self.backend} + CUDA graph" if self.cuda_graph and self.backend != "graph" else self.backend
+        told = self.cuda_graph and self.backend not in ("graph", "compiled")  # which are nothing else
+        return f"{self.backend} + CUDA graph" if told else self.backend
 
     @property
     def key(self) -> RowKey:

@@ -58,15 +58,15 @@ def costs(bundle: Bundle, request: ProfileRequest) -> Iterator[Cost]:
         kinds = KINDS if bundle.has("draft") else KINDS[1:]
         found = time_queries(forward, given, clock, request.samples, request.warm_up, kinds)
         del forward
-        release(request.device, kind)
+        release(request.device, backend, kind)
         for what in KINDS:
             reason = None if what in found else f"{bundle.path} has no draft"
             yield Cost(what, *how, ms=found.get(what, ()), reason=reason)
 
 
-def release(device: torch.device, kind: BackboneKind) -> None:
-    """Gives the device's memory back, and forgets what was compiled."""
-    if kind == "compiled":
+def release(device: torch.device, *ways: Backend | BackboneKind) -> None:
+    """Gives the device's memory back, and forgets what was compiled. ways: that were run."""
+    if "compiled" in ways:
         torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":

@@ -221,7 +221,7 @@ def _configuration(kind: str, dtype: Precision, given: QueryInputs) -> Configura
 
 
 def _launcher(given: QueryInputs, kind: BackboneKind, request: QueryRequest) -> Launcher:
-    return Launcher(given.bundle, "torch" if kind == "eager" else "graph", request.device, request.precision)
+    return Launcher(given.bundle, "torch" if kind == "eager" else kind, request.device, request.precision)
 
 
 class _Timer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Annotated, Literal
 
@@ -31,7 +31,8 @@ WITHIN = {"libero_spatial": 100}  # steps of the endpoint; other suites: all tha
 SHOWN = 3  # settings in which runs differ that a message names
 # What must be equal. The mode, the rule and the numbers of steps are what differs; the hardware may.
 SAME = (
-    *("policy_sha256", "suite", "suite_sha256", "tasks", "trials", "perturb", "device", "protocol", "max_steps"),
+    *("policy_sha256", "suite", "suite_sha256", "tasks", "trials", "initial_states", "perturb"),
+    *("device", "protocol", "max_steps"),
     *("seed", "control", "versions"),
     *("backend", "precision", "backbone", "backbone_precision", "exports_sha256"),  # of the bundle's
 )
@@ -75,7 +76,7 @@ class Comparison:
     within: Annotated[int, "steps of the endpoint, which the tests are of"]
     reached: Annotated[tuple[float, float], "rates of success within so many steps"]
     points: Annotated[float, "the second of these less the first, in percentage points"]
-    points_interval: Annotated[Interval | None, "95%, bootstrap over episodes; null for too few of them"]
+    points_interval: Annotated[Interval | None, "95%, bootstrap over initial states; null for too few of them"]
     mcnemar: McNemar
     by_task_p: Annotated[float, "two-sided, sign-flip test of the tasks' sums of differences"]
     by_task: Annotated[tuple[float, ...], "episodes gained less those lost, of each task"]
@@ -111,11 +112,17 @@ def compare(
     outcomes = [(endpoint.reached(x), endpoint.reached(y)) for x, y in pairs]
     test = mcnemar_exact(sum(y and not x for x, y in outcomes), sum(x and not y for x, y in outcomes))
     lefts, rights = [x for x, _ in pairs], [y for _, y in pairs]
-    gained = [float(y) - float(x) for x, y in outcomes]
+    states = a.settings.initial_states or a.settings.trials
     by_task: dict[int, float] = {}
-    for episode, one in zip(lefts, gained, strict=True):
+    by_state: dict[tuple[int, int], list[float]] = {}
+    for episode, (before, after) in zip(lefts, outcomes, strict=True):
+        one = float(after) - float(before)
         by_task[episode.task_id] = by_task.get(episode.task_id, 0.0) + one
-    spread = bootstrap_share(gained, [1] * len(gained))
+        by_state.setdefault((episode.task_id, episode.trial % states), []).append(one)
+    gained = [sum(ones) for ones in by_state.values()]
+    if a.settings.initial_states:
+        test = replace(test, p=sign_flip(gained))
+    spread = bootstrap_share(gained, [len(ones) for ones in by_state.values()])
     steps = [endpoint.steps(x) for x in lefts], [endpoint.steps(y) for y in rights]
     cost, speedup = _cost(a, b, lefts, rights, price)
     return Comparison(
@@ -125,7 +132,7 @@ def compare(
         success=(fmean(x.success for x in lefts), fmean(y.success for y in rights)),
         within=endpoint.within,
         reached=(fmean(x for x, _ in outcomes), fmean(y for _, y in outcomes)),
-        points=fmean(gained) * 100,
+        points=sum(gained) / len(pairs) * 100,
         points_interval=None if spread is None else (spread[0] * 100, spread[1] * 100),
         mcnemar=test,
         by_task_p=(by_task_p := sign_flip(list(by_task.values()))),

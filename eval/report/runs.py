@@ -23,10 +23,11 @@ MARGIN = 1 + 1e-9  # of a cost that is no higher
 Rival = Literal["open loop, n = 1", "open loop of no higher cost", "random acceptance"]
 RULE = (
     "Declared before any run: each run that checks is set against open loop with n = 1, and against the run of open "
-    "loop with most successes among those of no higher cost. p: McNemar's exact test of the paired episodes, with "
-    "Holm's adjustment over all of these; and once more by task, a sign-flip test of the tasks' sums. A difference is "
-    "shown where both are below 5%. Would be shown by: so many episodes, with 80% power, if it is as large as "
-    "measured. The control of random acceptance is outside of them."
+    "loop with most successes among those of no higher cost. p: McNemar's exact test of the paired episodes, or, where "
+    "several begin in one initial state, a sign-flip test of the states' sums; with Holm's adjustment over all of "
+    "these; and once more by task, a sign-flip test of the tasks' sums. A difference is shown where both are below 5%. "
+    "Would be shown by: so many episodes, with 80% power, if it is as large as measured. The control of random "
+    "acceptance is outside of them."
 )
 
 

@@ -38,7 +38,7 @@ State = Literal["ok", "note", "broken"]
 
 SECONDS = 120.0  # that a check may take: a first import of a large library from a slow disk takes a while
 AT_ONCE = 2  # checks: each that is isolated loads its libraries anew
-CUDA: tuple[Backend, ...] = ("graph", "trt")
+CUDA: tuple[Backend, ...] = ("graph", "compiled", "trt")
 LEAST_PYTHON = (3, 10)
 LEAST_DISK = 2 * 10**9  # bytes: the exports of the largest bundle, or the results of a long run
 FRAME = 64  # pixels a side
@@ -124,6 +124,7 @@ def all_checks(backend: Backend, path: Path, engines: Path) -> tuple[Check, ...]
         Check("PyTorch", pytorch, BACKENDS),
         Check("NVIDIA driver", driver, CUDA, isolated=False),
         Check("GPU", partial(cuda_gpu, path), CUDA),
+        Check("Triton", triton, ("compiled",), isolated=False),
         Check("ONNX Runtime", onnx_runtime, ("ort",)),
         Check("TensorRT", partial(tensorrt, "tensorrt")),
         Check("TensorRT-RTX", partial(tensorrt, "rtx")),
@@ -223,6 +224,14 @@ def cuda_gpu(bundle: Path) -> Found:
     if needed > free:
         return Found(f"{text}; the weights of {bundle} take {_gb(needed)}", "end what else uses the GPU (nvidia-smi)")
     return Found(text)
+
+
+def triton() -> Found:
+    """What torch.compile makes kernels with."""
+    from rsd_trt.runtime.backends import check_triton
+
+    check_triton("backend", "--backend graph")
+    return Found(importlib.metadata.version("triton"))
 
 
 def onnx_runtime() -> Found:

@@ -47,7 +47,7 @@ out_option = click.option(
     "--backend",
     "backends",
     type=Several(BACKENDS),
-    default="torch,graph,ort,trt",
+    default="torch,graph,compiled,ort,trt",
     show_default=True,
     help="Time these backends; on CUDA, ort with and without its CUDA graph.",
 )

@@ -43,7 +43,7 @@ LEAST_IMAGES, IMAGES = 32, 64
     "--backend",
     "backends",
     type=Several(BACKENDS),
-    default="graph,ort,trt",
+    default="graph,compiled,ort,trt",
     show_default=True,
     help="Check these backends.",
 )

@@ -17,7 +17,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.export.to_onnx import example_inputs
 from rsd_trt.manifest import folder_of, read_manifest
 from rsd_trt.runtime import backends
-from rsd_trt.runtime.backends import Launcher, check_backend, open_backbone
+from rsd_trt.runtime.backends import Launcher, check_backend, default_backbone, open_backbone
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.session import TorchSession
@@ -118,10 +118,31 @@ def test_a_query_reaches_its_launches_in_nine_calls(
     assert max(map(len, calls)) <= 9, calls
 
 
-def test_a_compiled_backbone_needs_triton(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_needs_triton(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="backbone compiled needs Triton, which"):
         open_backbone(bundle, torch.device("cuda"), "compiled")
+    with pytest.raises(UserError, match="backend compiled needs Triton, which .* Use: --backend graph"):
+        Launcher(bundle, "compiled", torch.device("cuda")).open("propose", "1")
+
+
+@pytest.mark.parametrize("backend", ["graph", "compiled"])
+def test_cuda_graphs_need_a_gpu(bundle: Bundle, backend: Backend) -> None:
+    with pytest.raises(UserError, match=f"backend {backend} needs a CUDA device, not cpu. Use: --backend torch or ort"):
+        Launcher(bundle, backend, CPU).open("propose", "1")
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "kind"),
+    [
+        ("torch", "cuda", "eager"),
+        ("ort", "cuda", "graph"),
+        ("compiled", "cuda", "compiled"),
+        ("compiled", "cpu", "eager"),
+    ],
+)
+def test_the_backbone_that_goes_with_a_backend(backend: Backend, device: str, kind: BackboneKind) -> None:
+    assert default_backbone(backend, torch.device(device)) == kind
 
 
 def test_the_engine_is_checked_against_the_device_that_runs_it(
@@ -146,7 +167,7 @@ def test_the_engine_is_checked_against_the_device_that_runs_it(
     [
         ("grahp", "; did you mean 'graph'?"),
         ("trtt", "; did you mean 'trt'?"),
-        ("x", " (one of: graph, ort, torch, trt)"),
+        ("x", " (one of: compiled, graph, ort, torch, trt)"),
     ],
 )
 def test_an_unknown_backend_is_refused(name: str, hint: str) -> None:

@@ -57,7 +57,7 @@ def engines(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", ["graph", ORT])
+@pytest.mark.parametrize("backend", ["graph", "compiled", ORT])
 def test_every_component_equals_pytorch(bundle: Bundle, engines: Path, backend: Backend) -> None:
     results = list(verify(bundle, VerifyRequest((backend,), CUDA, engines=engines)))
     assert len(results) == 2 * len(COMPONENTS)
@@ -66,7 +66,7 @@ def test_every_component_equals_pytorch(bundle: Bundle, engines: Path, backend: 
         assert not result.exceeded, result
 
 
-@pytest.mark.parametrize("backend", ["graph", ORT])
+@pytest.mark.parametrize("backend", ["graph", "compiled", ORT])
 def test_warm_sessions_allocate_nothing(bundle: Bundle, engines: Path, backend: Backend) -> None:
     request = ProfileRequest((backend,), (1, 8), CUDA, "fp32", engines, 50, 10)
     rows = list(profile(bundle, request))
@@ -74,7 +74,7 @@ def test_warm_sessions_allocate_nothing(bundle: Bundle, engines: Path, backend: 
 
 
 @pytest.mark.parametrize("mode", ["baseline", "rsd", "shadow"])
-@pytest.mark.parametrize("backend", ["graph", ORT])
+@pytest.mark.parametrize("backend", ["graph", "compiled", ORT])
 def test_every_backend_acts_as_pytorch(
     bundle: Bundle, engines: Path, backend: Backend, mode: Mode, observe: Callable[..., Observation]
 ) -> None:

@@ -24,12 +24,12 @@ from rsd_trt.models.backbone import (
     rope_tables,
     rotate,
 )
+from rsd_trt.models.fast.compiling import compile_arguments
 from rsd_trt.models.fast.products import ALIGNMENT, Fp8Product, Product, ProductName, to_fp8
 from rsd_trt.models.vision import Block, VisionTower, cut
 
 Rope = tuple[Tensor, Tensor]
 Gate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of a SwiGLU in E4M3, as `kernels.gate`
-MOST_SHAPES = 256  # batches, prompt lengths and places that a block is compiled for
 
 
 class FusedBlock(nn.Module):
@@ -261,17 +261,13 @@ class FusedBackbone(nn.Module):
             width = attention.qkv.in_features // attention.heads
             if kernels.can_attend(attention.qkv.weight, width):
                 block.attend = kernels.attend
-        # A shape that is not compiled would run eagerly, and slowly: so there is room for all, and none is passed over.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        # Padded strides would have every attention output copied.
-        options: dict[str, str | int | bool | Callable[..., object]] = {"comprehensive_padding": False}
+        given = compile_arguments()
         for module in (*self.layers, *blocks, self.projector):
-            module.compile(dynamic=False, options=options)
-        self.last.read = torch.compile(self.last.read, dynamic=False, options=options)  # type: ignore[method-assign]
+            module.compile(**given)
+        self.last.read = torch.compile(self.last.read, **given)  # type: ignore[method-assign]
         for tower in self.towers:
             assert isinstance(tower, FusedTower)
-            tower.embed = torch.compile(tower.embed, dynamic=False, options=options)  # type: ignore[method-assign]
+            tower.embed = torch.compile(tower.embed, **given)  # type: ignore[method-assign]
 
 
 def attend(qkv: Tensor, rope: Rope | None = None, causal: bool = False, real: Tensor | None = None) -> Tensor:

@@ -83,6 +83,16 @@ def test_a_difference_of_one_task_is_not_told() -> None:
     assert needed(same, 1.0, 1.0) is None
 
 
+def test_trials_that_share_initial_states_are_one_sample() -> None:
+    """Six states that are gained, each in both of its trials, are six and not twelve: 2 / 2^6, not 2 / 2^12."""
+    many = {"tasks": (0, 1), "trials": 6, "initial_states": 3}
+    won = [(task, trial) for task in (0, 1) for trial in range(6)]
+    found = compare(run("baseline", change=outcome(), **many), run("rsd", change=outcome(*won), **many), within=ALL)  # type: ignore[arg-type]
+    assert (found.mcnemar.gained, found.mcnemar.lost) == (12, 0)
+    assert found.mcnemar.p == pytest.approx(2 / 2**6, abs=0.005)
+    assert found.points == 100.0
+
+
 def test_few_episodes_show_nothing() -> None:
     found = compare(run("baseline", tasks=(0,)), run("rsd", tasks=(0,)))
     assert (found.difference, found.provable_loss, found.points_interval) == ("not shown", None, None)
