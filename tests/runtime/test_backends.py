@@ -122,7 +122,7 @@ def test_what_is_compiled_needs_triton(bundle: Bundle, monkeypatch: pytest.Monke
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="backbone compiled needs Triton, which"):
         open_backbone(bundle, torch.device("cuda"), "compiled")
-    with pytest.raises(UserError, match="backend compiled needs Triton, which .* Use: --backend graph"):
+    with pytest.raises(UserError, match=r"backend compiled needs Triton, which .* Use: --backend graph"):
         Launcher(bundle, "compiled", torch.device("cuda")).open("propose", "1")
 
 

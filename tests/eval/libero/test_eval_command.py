@@ -108,7 +108,7 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(
     ("arguments", "message"),
     [
         (("--tasks", "10"), "libero_spatial has tasks 0..9, not 10"),
-        (("--trials", "51"), "libero_spatial has 50 initial states for task 0, not 51. Use: --trials 50. With --perturb"),
+        (("--trials", "51"), "libero_spatial has 50 initial states for task 0, not 51. Use: --trials 50"),
         (("--suite", "libero_goal", "--perturb", "0"), "--perturb displaces the bowl of libero_spatial"),
         (("--device", "cuda:9"), "device 'cuda:9' cannot be used"),
         (("--n-action-steps", "9"), "rsd.n_action_steps 9 is not in 1..8, the steps of a chunk"),
