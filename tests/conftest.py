@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import PROPRIO_DIM, ControlConfig, Precision
+from rsd_trt.config import COMPONENTS, PROPRIO_DIM, Component, ControlConfig, Precision
 from rsd_trt.presets import initialise
 from rsd_trt.recorder import Recorder
 from rsd_trt.recordings import Facts
@@ -68,8 +68,9 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision], Path]:
-    """exported(precision) -> an engines folder with the tiny bundle's ONNX graphs, exported once. Read only.
+def exported(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """exported(precision, *components) -> an engines folder with the tiny bundle's ONNX graphs of these components, or
+    of all, exported once. Read only.
 
     With pytest-xdist all its processes share the folder: an export waits for another one, and keeps what is fresh.
     """
@@ -79,9 +80,10 @@ def exported(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callab
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
     @functools.cache
-    def export(precision: Precision) -> Path:
+    def export(precision: Precision, *components: Component) -> Path:
         folder = shared / f"engines_{precision}"
-        export_bundle(bundle, ExportRequest(folder, precision=precision), lambda _: None, lambda *_: None)
+        request = ExportRequest(folder, components or COMPONENTS, precision)
+        export_bundle(bundle, request, lambda _: None, lambda *_: None)
         return folder
 
     return export

@@ -21,6 +21,7 @@ from rsd_trt.manifest import Batch, folder_of, freshness, read_manifest
 from rsd_trt.trt import RTX_CAPABILITIES, Distribution, Target, find_distribution
 
 MAGIC = b"vtrt"  # the first bytes of a TensorRT-RTX engine
+PARTS = ("draft", "head", "decoder")  # of which `propose` and `predict` are made
 GPU = Gpu("NVIDIA L4", "8.9", "600.1")
 
 Steps = list[tuple[str, int, int]]
@@ -106,11 +107,13 @@ def test_graphs_are_kept_and_engines_reported_with_their_progress(rtx: tuple[Pat
 
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize(
+    "component", ["propose", "predict", *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS)]
+)
 def test_half_precision_builds(
     bundle: Bundle, exported: Callable[..., Path], component: Component, precision: Precision
 ) -> None:
-    file = graph(bundle, exported(precision), component, precision, "dynamic")
+    file = graph(bundle, exported(precision, component), component, precision, "dynamic")
     assert build(bundle, file, component).startswith(MAGIC)
 
 

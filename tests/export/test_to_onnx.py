@@ -101,22 +101,22 @@ def test_precision_is_in_the_graph_and_argmax_reads_float32(
 def test_large_weights_stand_beside_the_graph(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    module = bundle.component("draft")
+    module = bundle.component("head")
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     (alone,) = export_onnx(module, "1", first / "alone.onnx")
     monkeypatch.setattr(to_onnx, "EMBED_BELOW", alone.stat().st_size // 2)
-    files = export_onnx(module, "1", first / "draft.onnx")
-    assert [file.name for file in files] == ["draft.onnx", "draft.onnx.data"]
+    files = export_onnx(module, "1", first / "head.onnx")
+    assert [file.name for file in files] == ["head.onnx", "head.onnx.data"]
     assert files[0].stat().st_size < files[1].stat().st_size
     assert capfd.readouterr() == ("", ""), "the exporter is not quiet"
     model = onnx.load(files[0], load_external_data=False)
     places = {e.value for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"}
-    assert places == {"draft.onnx.data"}
+    assert places == {"head.onnx.data"}
     first.rename(second)
     inputs = example_inputs(module.signature, 1)
     moved = [File.of(second / file.name) for file in files]
-    session = OrtSession(second / "draft.onnx", module.signature, CPU, files=moved)
+    session = OrtSession(second / "head.onnx", module.signature, CPU, files=moved)
     torch.testing.assert_close(session.run(inputs), TorchSession(module).run(inputs), atol=1e-5, rtol=0)
 
 

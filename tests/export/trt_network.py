@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,23 @@ CLASSES = {
 }
 
 
+@dataclass(frozen=True)
+class Port:
+    """A tensor's name, and the dtype and shape that TensorRT infers."""
+
+    name: str
+    inferred: tuple[torch.dtype, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, tensor: Any) -> Port:
+        return cls(tensor.name, (DTYPES[tensor.dtype], tuple(tensor.shape)))
+
+    def check(self, value: Tensor) -> Tensor:
+        found = value.dtype, tuple(value.shape)
+        assert found == self.inferred, f"{self.name} is {found}; TensorRT infers {self.inferred}"
+        return value
+
+
 class Network:
     """A parsed, strongly typed network for inputs of one batch size."""
 
@@ -111,11 +129,35 @@ class Network:
             port = self.network.get_input(i)
             port.shape = shapes[port.name]
         self.layers = [_layer(self.network, i) for i in range(self.network.num_layers)]
+        self.inputs = [Port.of(self.network.get_input(i)) for i in range(self.network.num_inputs)]
+        self.outputs = [self.network.get_output(i).name for i in range(self.network.num_outputs)]
+        self.steps = list(self._in_order())
+        self.fixed: dict[str, Tensor] = {}  # what no input's value changes, kept from the first run
 
     @property
     def kinds(self) -> Counter[str]:
         """How many layers there are of each kind."""
         return Counter(kind for kind, _ in self.layers)
+
+    def _in_order(self) -> Iterator[tuple[str, Any, list[str | None], list[Port], bool]]:
+        """Each layer behind those that it reads (the parser adds some casts behind their readers): its kind, the layer,
+        what it reads, what it makes, and whether that is the same for all inputs."""
+        known = {port.name: False for port in self.inputs}
+        waiting = self.layers
+        while waiting:
+            later = []
+            for kind, layer in waiting:
+                ports = [layer.get_input(i) for i in range(layer.num_inputs)]
+                read = [None if port is None else port.name for port in ports]
+                if not all(name is None or name in known for name in read):
+                    later.append((kind, layer))
+                    continue
+                made = [Port.of(layer.get_output(i)) for i in range(layer.num_outputs)]
+                fixed = kind == "SHAPE" or all(known[name] for name in read if name is not None)
+                known |= {port.name: fixed for port in made}
+                yield kind, layer, read, made, fixed
+            assert len(later) < len(waiting), "a layer reads what no layer makes"
+            waiting = later
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs by port name -> outputs by port name.
@@ -123,26 +165,15 @@ class Network:
         Raises:
             AssertionError: a tensor has not the dtype or shape that TensorRT infers.
         """
-        values: dict[str, Tensor] = {}
-        for i in range(self.network.num_inputs):
-            port = self.network.get_input(i)
-            values[port.name] = _inferred(port, inputs[port.name])
-        waiting = self.layers
-        while waiting:  # the parser adds some casts behind the layers that read them
-            later = []
-            for kind, layer in waiting:
-                ports = [layer.get_input(i) for i in range(layer.num_inputs)]
-                if not all(port is None or port.name in values for port in ports):
-                    later.append((kind, layer))
-                    continue
-                made = compute(kind, layer, [None if port is None else values[port.name] for port in ports])
-                for i in range(layer.num_outputs):
-                    port = layer.get_output(i)
-                    values[port.name] = _inferred(port, made[i])
-            assert len(later) < len(waiting), "a layer reads what no layer makes"
-            waiting = later
-        ports = [self.network.get_output(i) for i in range(self.network.num_outputs)]
-        return {port.name: values[port.name] for port in ports}
+        values = self.fixed | {port.name: port.check(inputs[port.name]) for port in self.inputs}
+        for kind, layer, read, made, fixed in self.steps:
+            if made[0].name in self.fixed:
+                continue
+            found = compute(kind, layer, [None if name is None else values[name] for name in read])
+            values |= {port.name: port.check(value) for port, value in zip(made, found, strict=True)}
+            if fixed:
+                self.fixed |= {port.name: values[port.name] for port in made}
+        return {name: values[name] for name in self.outputs}
 
 
 def _layer(network: Any, index: int) -> tuple[str, Any]:
@@ -151,13 +182,6 @@ def _layer(network: Any, index: int) -> tuple[str, Any]:
     kind = layer.type.name
     layer.__class__ = CLASSES[kind]
     return kind, layer
-
-
-def _inferred(port: Any, value: Tensor) -> Tensor:
-    """The value, if it is what TensorRT says of the tensor."""
-    found, wanted = (value.dtype, tuple(value.shape)), (DTYPES[port.dtype], tuple(port.shape))
-    assert found == wanted, f"{port.name} is {found}; TensorRT infers {wanted}"
-    return value
 
 
 def _constant(weights: Any) -> Tensor:

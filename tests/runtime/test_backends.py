@@ -178,8 +178,8 @@ def test_an_unknown_backend_is_refused(name: str, hint: str) -> None:
 
 def test_half_precision_is_of_the_weights_not_of_the_ports(bundle: Bundle, exported: Callable[..., Path]) -> None:
     for backend in ("torch", "ort"):
-        session = Launcher(bundle, backend, CPU, "fp16", exported("fp16")).open("head", "dynamic")
-        (logits,) = session.run(example_inputs(session.signature, 2)).values()
+        session = Launcher(bundle, backend, CPU, "fp16", exported("fp16", "propose")).open("propose", "dynamic")
+        logits = session.run(example_inputs(session.signature, 2))["logits"]
         assert logits.dtype == torch.float32
         assert torch.equal(logits, logits.half().float()), "the logits were not computed in half precision"
 
