@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsd_trt.config import FEATURIZERS, PROPRIO_DIM, BackboneConfig, LanguageConfig
-from rsd_trt.models.vision import VisionTower
+from rsd_trt.models.vision import VisionTower, drawn
 
 PLACEHOLDER = -1  # a token without an embedding: zeros
 
@@ -101,7 +101,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LanguageConfig, causal: bool) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.embed_tokens = nn.Embedding.from_pretrained(drawn(config.vocab, config.hidden, std=1.0), freeze=False)
         self.layers = nn.ModuleList(LlamaBlock(config, causal) for _ in range(config.blocks))
         self.norm = RMSNorm(config.hidden, config.rms_eps)
 

@@ -33,7 +33,9 @@ class QuantiserLayer(nn.Module):
 
     def __init__(self, levels: int) -> None:
         super().__init__()
-        self.register_buffer("boundaries", torch.linspace(-1.0, 1.0, levels))
+        # Computed on the CPU: to compute on the meta device loads PyTorch's compiler, which takes a second.
+        boundaries = torch.linspace(-1.0, 1.0, levels, device="cpu")
+        self.register_buffer("boundaries", boundaries.to(torch.get_default_device()))
 
     def nearest(self, r: Tensor) -> Tensor:
         """Index of the level nearest to each element; the lower one of two that are equally near."""
@@ -50,7 +52,8 @@ class Quantiser(nn.Module):
         self.scales: Tensor | None
         if config.scale == "static":
             # Half a level's distance is the largest residual that a layer leaves of values within its range.
-            self.register_buffer("scales", (1.0 / (dims.K - 1)) ** torch.arange(dims.L, dtype=torch.float32))
+            scales = (1.0 / (dims.K - 1)) ** torch.arange(dims.L, dtype=torch.float32, device="cpu")
+            self.register_buffer("scales", scales.to(torch.get_default_device()))
         else:
             self.scales = None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rsd_trt.config import Dims, HiddenDraftConfig
 from rsd_trt.models.classifiers import Classifiers
 from rsd_trt.models.signature import Exportable, Port, Signature
+from rsd_trt.models.vision import drawn
 
 
 class ValueAttention(nn.Module):
@@ -57,7 +58,7 @@ class DraftDecoder(nn.Module):
 
     def __init__(self, config: HiddenDraftConfig) -> None:
         super().__init__()
-        self.position_encoding = nn.Parameter(torch.randn(1, config.positions, config.width) * 0.02)
+        self.position_encoding = drawn(1, config.positions, config.width)
         self.decoder_layer = DecoderLayer(config.width, config.mlp_width)
         self.output_norm = nn.LayerNorm(config.width)
 

@@ -98,10 +98,10 @@ class VisionTower(nn.Module):
         self.prefix_tokens = config.prefix_tokens
         self.patch_embed = PatchEmbedding(config)
         if config.prefix_tokens:
-            self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
+            self.cls_token = drawn(1, 1, config.width)
         if config.prefix_tokens > 1:
-            self.reg_token = nn.Parameter(torch.randn(1, config.prefix_tokens - 1, config.width) * 0.02)
-        self.pos_embed = nn.Parameter(torch.randn(1, patches, config.width) * 0.02)
+            self.reg_token = drawn(1, config.prefix_tokens - 1, config.width)
+        self.pos_embed = drawn(1, patches, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -113,6 +113,13 @@ class VisionTower(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x[:, self.prefix_tokens :]
+
+
+def drawn(*shape: int, std: float = 0.02) -> nn.Parameter:
+    """A parameter of normal numbers; on the meta device of none, since to draw them there loads PyTorch's compiler,
+    which takes a second."""
+    empty = torch.empty(shape)
+    return nn.Parameter(empty if empty.is_meta else nn.init.normal_(empty, std=std))
 
 
 def cut(pixels: Tensor, patch: int) -> Tensor:

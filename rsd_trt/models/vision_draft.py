@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, Dims, Quantiles, VisionDraftConfig
 from rsd_trt.models.classifiers import Classifiers
 from rsd_trt.models.signature import Exportable, Port, Signature
-from rsd_trt.models.vision import MLP, NORM_EPS, Attention, cut
+from rsd_trt.models.vision import MLP, NORM_EPS, Attention, cut, drawn
 
 GREY = 127.5  # pixels become x / GREY - 1
 POSITION_PERIOD = 1000.0  # tokens, the longest wave of an instruction's positions is 2 pi times as long
@@ -102,8 +102,8 @@ class VisionDraft(Exportable):
         cameras, frame = len(control.cameras), control.camera_size
         self.resize = Resize(frame, config.side, control.rotate_images, control.center_crop)
         self.patch_embed = nn.Linear(3 * config.patch**2, config.width)
-        self.pos_embed = nn.Parameter(torch.randn(cameras, config.patches, config.width) * 0.02)
-        self.readout = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
+        self.pos_embed = drawn(cameras, config.patches, config.width)
+        self.readout = drawn(1, 1, config.width)
         self.state = (
             nn.Sequential(nn.Linear(PROPRIO_DIM, config.width), nn.GELU(), nn.Linear(config.width, config.width))
             if config.state
