@@ -29,6 +29,7 @@ from rsd_trt.eval.libero.episode import Assignment, serve
 from rsd_trt.eval.libero.episode_log import EpisodeLog
 from rsd_trt.eval.libero.pool import Meter, run_episodes
 from rsd_trt.eval.report.write import write_report
+from rsd_trt.export import run as export_run
 from rsd_trt.manifest import read_manifest
 from rsd_trt.runtime.backends import Launcher
 from rsd_trt.runtime.chunk import Query
@@ -236,18 +237,22 @@ def stop(arguments: list[str], ready: Callable[[], bool], code: str, how: signal
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_export_keeps_what_is_built(how: signal.Signals, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_stopped_export_keeps_what_is_built(
+    how: signal.Signals, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mark = tmp_path / "exporting"
     arguments = ["export", str(tiny_bundle), "-o", str(tmp_path), "--target", "onnx", "--component", "decoder"]
     hang = (  # in the second of the two artefacts
         "import time, pathlib, rsd_trt.export.run as r\n"
+        "def first(module, batch, path): path.touch(); return [path]\n"
         f"def second(*_): pathlib.Path({str(mark)!r}).touch(); time.sleep(600)\n"
-        "exports = iter([r.export_onnx, second])\n"
+        "exports = iter([first, second])\n"
         "r.export_onnx = lambda *a: next(exports)(*a)"
     )
     stderr = stop(arguments, mark.exists, hang, how)
     assert stderr.strip().endswith(STOPPED)
     assert len(read_manifest(tmp_path / "tiny", Bundle.open(tiny_bundle)).artefacts) == 1
+    monkeypatch.setattr(export_run, "export_onnx", lambda _module, _batch, path: path.touch() or [path])
     done = rsd_trt(*arguments, "--json")
     assert done.exit_code == 0
     assert [row in done.stdout for row in ('"built": true', '"built": false')] == [True, True]
