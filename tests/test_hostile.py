@@ -26,10 +26,14 @@ from rsd_trt.eval.results import Episode
 from rsd_trt.eval.verify.inputs import hidden_states
 from rsd_trt.manifest import MANIFEST, freshness, read_manifest
 from rsd_trt.records import to_json
+from rsd_trt.runtime.backends import Launcher
+from rsd_trt.runtime.forward import EagerBackbone, Forward
+from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import Preprocessor
 
 __all__ = ["told"]  # a fixture of every test here
+CPU = torch.device("cpu")
 EXAMPLES = 150  # of each kind of file
 
 
@@ -97,16 +101,19 @@ def test_weights(part: str, bundle_copy: Path) -> None:
     try_all("safetensors", st.one_of(hostile(), hostile(), damaged_bytes(valid)), read, EXAMPLES // 2)
 
 
-def test_tokenizers(bundle_copy: Path) -> None:
+def test_tokenizers(bundle_copy: Path, observe: Callable[..., Observation]) -> None:
     file = bundle_copy / "tokenizer.json"
     valid = file.read_bytes()
+    bundle = Bundle.open(bundle_copy)
+    config, launcher, backbone = bundle.config, Launcher(bundle, "torch", CPU), bundle.backbone()
+    propose, predict = launcher.open("propose", "1"), launcher.open("predict", "1")
+    seen = observe(config.control, instruction="pick up the black bowl")
 
     def read(data: bytes) -> None:
         file.write_bytes(data)
-        bundle = Bundle.open(bundle_copy)
-        Policy.load(bundle, mode="baseline")
-        process = Preprocessor(bundle.config.control, bundle.config.backbone, bundle.tokenizer(), torch.device("cpu"))
-        process.prompt_tokens("pick up the black bowl")
+        process = Preprocessor(config.control, config.backbone, Bundle.open(bundle_copy).tokenizer(), CPU)
+        eager, table = EagerBackbone(backbone, process), backbone.llama.embed_tokens
+        Forward(config, eager, table, propose, predict, process).warm_up(seen, queries=1)
 
     read(valid)
     try_all("tokenizer.json", damaged_file(valid), read, EXAMPLES)
@@ -135,7 +142,7 @@ def test_manifests(bundle_copy: Path, exported: Callable[..., Path]) -> None:
 
 @pytest.fixture(scope="module")
 def results() -> bytes:
-    return json.dumps(to_json(synthetic.run("shadow", tasks=(0, 1), trials=1, max_steps=30))).encode()
+    return json.dumps(to_json(synthetic.run("shadow", success=0.0, tasks=(0, 1), trials=1, max_steps=30))).encode()
 
 
 def test_results(results: bytes, tmp_path: Path) -> None:
