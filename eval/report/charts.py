@@ -193,7 +193,7 @@ def latency_chart(timed: Sequence[Run]) -> Chart | None:
             first = first or axes
             for kind, ms in one.items():
                 if ms:
-                    axes.hist(ms, bins, color=ROUTES[kind], alpha=0.7, label=kind)
+                    axes.hist(ms, bins, histtype="stepfilled", color=ROUTES[kind], alpha=0.7, label=kind)
             for hz in CONTROL_HZ:
                 axes.axvline(1000 / hz, color=INK, linestyle=":", linewidth=1)
                 place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}

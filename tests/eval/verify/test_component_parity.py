@@ -10,10 +10,11 @@ from typing import get_args
 
 import pytest
 import torch
+from msgspec import structs
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rsd_trt.bundle import HIDDEN_STATES, Bundle
+from rsd_trt.bundle import HIDDEN_STATES, Bundle, copy_with
 from rsd_trt.config import COMPONENTS, PRECISIONS, Component, Dims, Precision, RsdConfig, RuleName
 from rsd_trt.errors import UserError
 from rsd_trt.eval.statistics import wilson
@@ -46,11 +47,18 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(bundle: Bundle) -> Reference:
-    launcher = Launcher(bundle, "torch", CPU)
-    case = make_case(launcher, hidden_states(bundle, ROWS, None, CPU))
+def small(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle with frames of 64 pixels: to shrink larger ones takes longer than all that follows."""
+    control = structs.replace(bundle.config.control, camera_size=64)
+    return copy_with(bundle, structs.replace(bundle.config, control=control), tmp_path_factory.mktemp("small") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def reference(small: Bundle) -> Reference:
+    launcher = Launcher(small, "torch", CPU)
+    case = make_case(launcher, hidden_states(small, ROWS, None, CPU))
     outputs = {c: run_batches(launcher.open(c, "dynamic"), case.inputs[c], ROWS) for c in COMPONENTS}
-    return Reference(bundle.config.rsd, case, outputs)
+    return Reference(small.config.rsd, case, outputs)
 
 
 def matrices(module: Exportable) -> dict[str, Tensor]:
@@ -75,9 +83,9 @@ def test_an_equal_backend_passes(bundle: Bundle, exported: Callable[..., Path], 
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_one_percent_more_of_any_weight_fails(bundle: Bundle, reference: Reference, component: Component) -> None:
+def test_one_percent_more_of_any_weight_fails(small: Bundle, reference: Reference, component: Component) -> None:
     """Of every other row: more of all of a classifier's last layer changes no argmax."""
-    module = bundle.component(component)
+    module = small.component(component)
     session, clean = TorchSession(module), {name: weight.clone() for name, weight in matrices(module).items()}
     for name, weight in matrices(module).items():
         weight[::2].mul_(1.01)
@@ -99,9 +107,9 @@ def test_one_percent_more_of_any_weight_fails(bundle: Bundle, reference: Referen
     ],
 )
 def test_one_percent_more_of_an_exported_weight_fails(
-    bundle: Bundle, reference: Reference, tmp_path: Path, component: Component, name: str, exceeded: set[str]
+    small: Bundle, reference: Reference, tmp_path: Path, component: Component, name: str, exceeded: set[str]
 ) -> None:
-    module = bundle.component(component)
+    module = small.component(component)
     matrices(module)[name].mul_(1.01)
     (graph,) = export_onnx(module, "1", tmp_path / "graph.onnx")
     session = OrtSession(graph, module.signature, CPU)
@@ -214,9 +222,9 @@ class Liar:
 
 @pytest.mark.parametrize("component", ["propose", "predict"])
 def test_a_backend_that_does_not_flag_nan_fails(
-    bundle: Bundle, reference: Reference, monkeypatch: pytest.MonkeyPatch, component: Component
+    small: Bundle, reference: Reference, monkeypatch: pytest.MonkeyPatch, component: Component
 ) -> None:
-    honest, inputs = TorchSession(bundle.component(component)), reference.case.inputs[component]
+    honest, inputs = TorchSession(small.component(component)), reference.case.inputs[component]
     assert flags_nan(honest, inputs, 1)
     assert flags_nan(honest, inputs, 16)
     assert not flags_nan(Liar(honest, says=True), inputs, 16)
@@ -228,7 +236,7 @@ def test_a_backend_that_does_not_flag_nan_fails(
         return Liar(session, says=True) if launcher.backend == "ort" and name == component else session
 
     monkeypatch.setattr(Launcher, "open", lie)
-    results = list(verify(bundle, VerifyRequest(("ort",), CPU, "fp32", Path(), 8)))
+    results = list(verify(small, VerifyRequest(("ort",), CPU, "fp32", Path(), 8)))
     assert {r.component for r in results if "a NaN in its input is not flagged" in r.exceeded} == {component}
 
 
