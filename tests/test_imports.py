@@ -153,6 +153,9 @@ def test_the_package_itself_imports_nothing_before_it_is_used() -> None:
         "assert not {'torch', 'numpy', 'rsd_trt.config'} & set(sys.modules)\n"
         "assert set(rsd_trt.__all__) <= set(dir(rsd_trt))\n"
         "for name in rsd_trt.__all__: getattr(rsd_trt, name)\n"
+        "from rsd_trt import bundle, config, presets\n"
+        "for part in config.PARTS: bundle.outline(presets.preset('tiny', 'x'), part)\n"
+        "assert 'torch._dynamo' not in sys.modules, 'a bundle is opened a second later'\n"
         "try: rsd_trt.Polcy\n"
         "except AttributeError as error: print(error)\n"
     )
