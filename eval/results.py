@@ -19,7 +19,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from rsd_trt.config import ACTION_DIMS, ARM_DIMS, MAX_COUNT, ControlConfig, Mode, Quantiles, RsdConfig
+from rsd_trt.config import ACTION_DIMS, ARM_DIMS, MAX_COUNT, SEEDS_APART, ControlConfig, Mode, Quantiles, RsdConfig
 from rsd_trt.errors import UserError, require, shown
 from rsd_trt.load import Steadiness
 from rsd_trt.records import Natural, Positive, Record, json_schema, told
@@ -231,18 +231,22 @@ class Settings(Record, frozen=True):
     max_steps: Natural
     n_action_steps: Positive
     seed: Natural
-    perturb: Annotated[str | None, told("KIND:SEED or KIND:SEED:LOW-HIGH, as --perturb takes it")]
+    perturb: Annotated[str | None, told("KIND:SEEDS or KIND:SEEDS:LOW-HIGH, as --perturb takes it")]
     control: ControlConfig
     hardware: dict[str, str | int]
     versions: dict[str, str]
     suite_sha256: Annotated[str, told("of the tasks' files and initial states; empty where it was not recorded")] = ""
-    initial_states: Annotated[Natural, told("of a task, where trials begin in them in turn; 0: in one each")] = 0
 
     def __post_init__(self) -> None:
         """Raises UserError: a suite that may lead anywhere."""
         require(
             Path(self.suite).name == self.suite, f"settings.suite {shown(self.suite)} is no name: it names a folder"
         )
+
+    @property
+    def seeds(self) -> int:
+        """Of the perturbation: that many trials in a row begin in the same initial state."""
+        return self.perturb.count(SEEDS_APART) + 1 if self.perturb else 1
 
     @property
     def of_bundle(self) -> BundleSettings:

@@ -37,6 +37,7 @@ RECORD_GB = 20.0  # that recordings may take
 MAX_BATCH = 64  # rows that engines with a dynamic batch take
 ARM_DIMS = 6  # dx dy dz droll dpitch dyaw; the gripper is the action dimension behind them
 ACTION_DIMS = ARM_DIMS + 1
+SEEDS_APART = "+"  # between the seeds of a perturbation
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "reference"  # the policy that is shipped with the toolkit

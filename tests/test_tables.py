@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
+from rsd_trt.eval.read import read_run
+from rsd_trt.eval.report.compare import Endpoint, compare
+from rsd_trt.eval.report.cost import Price
+from rsd_trt.eval.results import Results
+from rsd_trt.eval.statistics import holm, wilson
 from rsd_trt.eval.table import Column, Measured, Table
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +32,13 @@ BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LAUNCHES = ("draft + head + decoder, with host decisions", "propose + predict")
 LATE = "late:201:0.02-0.05"
 COST = Column("cost per action", "ms")
+COSTS = {  # of a check and of a full query: file, backend
+    "OpenVLA-7B's shapes, H100, compiled, bf16": ("h100/profile_7b.json", "compiled"),
+    "this policy, 2 CPU cores, ONNX Runtime, fp32": ("cpu/profile.json", "ort"),
+    "this policy, H100, CUDA graphs, fp32": ("h100/compiled.json", "graph"),
+    "this policy, H100, compiled, fp32": ("h100/compiled.json", "compiled"),
+    "this policy, H100, compiled, bf16": ("h100/compiled_bf16.json", "compiled"),
+}
 STAGES = ("preprocess", "vision", "blocks 1 to 8", "blocks 9 to 32", "predict", "full query")
 
 
@@ -65,21 +79,66 @@ def stages() -> str:
     return Table("", columns, tuple(rows)).markdown()
 
 
-def late() -> str:
-    """Success and cost with a target that slides late, in short: the shipped rule beside open loop."""
-    shipped = "rsd, n = 4, first 0.2"
-    rows = [
-        ("rsd" if name == shipped else name, _solved(run, "reached"), per_action[0], run["cost_per_action"])
-        for name, per_action, run in runs(LATE)
-        if name.startswith(("open loop", shipped))
-    ]
-    columns = Column(""), Column("success", "%"), Column("full queries per action", "ratio"), COST
+def late_all() -> str:
+    """Success and cost with a target that slides late, of every run on one seed."""
+    return whole(LATE)
+
+
+def confirmation() -> str:
+    """The runs on seeds that nothing was chosen on."""
+    rows = []
+    for name, run in confirmed().items():
+        done = [Endpoint.of(run.settings).reached(episode) for episode in run.episodes]
+        reached = Measured(fmean(done), wilson(sum(done), len(done)))
+        success = Measured(run.final_success_rate, run.final_success_interval)
+        rows.append((name, reached, success, run.full_queries / run.steps, run.checks / run.steps))
+    columns = (
+        *(Column(f"{len(done):,} episodes a run"), Column("success within 100 steps", "%"), Column("success", "%")),
+        *(Column("full queries per action", "ratio"), Column("checks per action", "ratio")),
+    )
     return Table("", columns, tuple(rows)).markdown()
 
 
-def late_all() -> str:
-    """The same of every run, with all that is counted."""
-    return whole(LATE)
+def proof() -> str:
+    """The two comparisons that were declared for them, with Holm's adjustment for two."""
+    rsd, *loops = confirmed().items()
+    found = [(name, compare(loop, rsd[1])) for name, loop in loops]
+    ps, by_task = holm([one.mcnemar.p for _, one in found]), holm([one.by_task_p for _, one in found])
+    rows = (
+        (
+            name,
+            *(Measured(one.points, one.points_interval), one.mcnemar.gained, one.mcnemar.lost, p, task_p),
+            f"{sum(gain >= 0 for gain in one.by_task)} of {len(one.by_task)}",
+        )
+        for (name, one), p, task_p in zip(found, ps, by_task, strict=True)
+    )
+    columns = (
+        *(Column("rsd against"), Column("points (95%)", "points"), Column("gained"), Column("lost")),
+        *(Column("p, Holm", "p"), Column("p by task, Holm", "p"), Column("tasks that are not worse")),
+    )
+    return Table("", columns, tuple(rows)).markdown()
+
+
+def costs() -> str:
+    """What an action of these runs costs where a check and a full query cost that much."""
+    rows = []
+    for told, (name, backend) in COSTS.items():
+        ms = {x["what"]: x["ms"]["p50"] for x in read(name)["costs"] if x["backend"] == backend and x["ms"]}
+        price = Price(ms["check"], ms["full"], "ms", told)
+        each = [price.per_action(run) for run in confirmed().values()]
+        rows.append((told, ms["check"], ms["full"], Measured(ms["check"] / ms["full"]), *each))
+    columns = (
+        *(Column(""), Column("check", "ms"), Column("full query", "ms"), Column("check / full query", "%")),
+        *(Column(f"an action of {name}", "ms") for name in confirmed()),
+    )
+    return Table("", columns, tuple(rows)).markdown()
+
+
+@cache
+def confirmed() -> dict[str, Results]:
+    """rsd, and the two runs of open loop that it is set against."""
+    files = {"rsd": "rsd", "open loop, n = 5": "baseline_5", "open loop, n = 6": "baseline_6"}
+    return {name: read_run(RESULTS / "confirmation" / f"{file}.json.gz") for name, file in files.items()}
 
 
 def still() -> str:
@@ -152,8 +211,10 @@ TABLES = {
     "network": network,
     "components": components,
     "stages": stages,
-    "late": late,
     "late-all": late_all,
+    "confirmation": confirmation,
+    "proof": proof,
+    "costs": costs,
     "still": still,
 }
 

@@ -62,6 +62,12 @@ class Assignment:
     videos: Path | None = None  # folder for a video of the episode, which has the name of what acts
     perturbation: Perturbation | None = None
     run: str = ""  # which of the runs that go on together it is of
+    seeds: int = 1  # of the perturbation: that many trials in a row begin in the same initial state
+
+    @property
+    def state(self) -> int:
+        """The suite's initial state that it begins in."""
+        return self.trial // self.seeds
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def run_episode(
     """
     started = time.perf_counter()
     every_step = assignment.videos is not None
-    simulator.reset(assignment.trial, render=looks or every_step)
+    simulator.reset(assignment.state, render=looks or every_step)
     course = simulator.perturbed(assignment.perturbation) if assignment.perturbation is not None else None
     film = Film(simulator.observation().instruction, assignment.videos.name if assignment.videos else "")
     film.look(0, _look(simulator, every_step))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsd_trt.config import PERTURBATIONS, PerturbKind
+from rsd_trt.config import PERTURBATIONS, SEEDS_APART, PerturbKind
 from rsd_trt.errors import UserError, did_you_mean
 from rsd_trt.eval.libero.course import Perturbation
 from rsd_trt.eval.libero.harmless import draw_frozen, draw_harmless
@@ -28,15 +28,18 @@ NO_TRACK = (3, 5)  # tasks without room to move to and fro
 
 @dataclass(frozen=True)
 class PerturbSpec:
-    """A kind of perturbation: what happens in an episode is drawn from its seed, the task and the trial alone."""
+    """A kind of perturbation: what happens in an episode is drawn from a seed, the task and the initial state alone.
+
+    Each initial state is tried with every seed: trial i begins in state i // n with seed i % n.
+    """
 
     kind: PerturbKind
-    seed: int
+    seeds: tuple[int, ...]
     dose: Dose | None = None  # the range that the kind's dose is drawn from; None: its usual one
 
     @classmethod
     def parse(cls, text: str) -> PerturbSpec:
-        """`KIND:SEED`, `KIND:SEED:LOW-HIGH`, or `SEED` for a displacement.
+        """`KIND:SEEDS`, `KIND:SEEDS:LOW-HIGH`, or `SEEDS` for a displacement. SEEDS: one, or several as in 7+8+9.
 
         Raises:
             UserError: an unknown kind, no seed, or a dose that the kind has not.
@@ -44,17 +47,20 @@ class PerturbSpec:
         kind, *rest = text.split(":") if ":" in text else ("displace", text)
         if kind not in PERTURBATIONS:
             raise UserError(f"perturbation {kind!r} is unknown{did_you_mean(kind, PERTURBATIONS)}")
-        if len(rest) > 2 or not (rest[0].isascii() and rest[0].isdigit()):
+        seeds = rest[0].split(SEEDS_APART)
+        if len(rest) > 2 or not all(seed.isascii() and seed.isdigit() for seed in seeds):
             raise UserError(f"perturbation {text!r} is not KIND:SEED or KIND:SEED:LOW-HIGH, as in late:7:0.02-0.05")
-        return cls(kind, int(rest[0]), _dose(kind, rest[1]) if len(rest) == 2 else None)
+        if len(set(map(int, seeds))) < len(seeds):
+            raise UserError(f"perturbation {text!r} names a seed twice")
+        return cls(kind, tuple(map(int, seeds)), _dose(kind, rest[1]) if len(rest) == 2 else None)
 
     def __str__(self) -> str:
         dose = "" if self.dose is None else f":{self.dose[0]:g}-{self.dose[1]:g}"
-        return f"{self.kind}:{self.seed}{dose}"
+        return f"{self.kind}:{SEEDS_APART.join(map(str, self.seeds))}{dose}"
 
     def draw(self, task: int, trial: int) -> Perturbation:
         """The perturbation of an episode."""
-        key = (self.seed, task, trial)
+        key = (self.seeds[trial % len(self.seeds)], task, trial // len(self.seeds))
         if self.kind == "displace":
             return draw_displace(np.random.default_rng(key))
         random = np.random.default_rng([*key, STREAMS[self.kind]])

@@ -66,7 +66,7 @@ class Executor:
         """
         request = requests[0]
         acting = Bundle.open(request.bundle) if request.policy is None else Script.find(request.policy)
-        instructions, suite_sha256, states = _tasks(request)
+        instructions, suite_sha256 = _tasks(request)
         if request.perturb is not None:
             request.perturb.check(request.suite, list(instructions))
         if request.video:
@@ -82,7 +82,7 @@ class Executor:
             else:
                 driver = bundle_driver(one, acting, tuple(instructions), self._loaded)
                 self._loaded = self._loaded or driver.policy
-            settings = structs.replace(driver.settings, suite_sha256=suite_sha256, initial_states=states)
+            settings = structs.replace(driver.settings, suite_sha256=suite_sha256)
             self._open.append((one, replace(driver, settings=settings)))
         return [Job(driver.settings, instructions, driver.codec_round_trip_mse) for _, driver in self._open]
 
@@ -272,7 +272,8 @@ def _assignments(request: EvalRequest, driver: Driver, keys: Sequence[EpisodeKey
     strips = request.pictures("strips") if seen and pictures else None
     drawn = {key: request.perturb.draw(*key) for key in keys} if request.perturb is not None else {}
     steps, run = driver.settings.max_steps, driver.settings.run
-    return [Assignment(*key, steps, strips, videos, drawn.get(key), run) for key in keys]
+    seeds = driver.settings.seeds
+    return [Assignment(*key, steps, strips, videos, drawn.get(key), run, seeds) for key in keys]
 
 
 def _in_turn(runs: Sequence[Sequence[Assignment]]) -> list[Assignment]:
@@ -327,16 +328,17 @@ def _write_hidden(path: Path, policy: Policy) -> None:
     write_atomically(path, save({"hidden": torch.cat(policy.hidden_states).float()}))
 
 
-def _tasks(request: EvalRequest) -> tuple[dict[int, str], str, int]:
-    """The instruction of every task of the request; the sha256 of their files and initial states: another benchmark may
-    go by the same name; and how many initial states trials take turns in, or 0.
+def _tasks(request: EvalRequest) -> tuple[dict[int, str], str]:
+    """The instruction of every task of the request, and the sha256 of their files and initial states: another benchmark
+    may go by the same name.
 
     Raises:
         UserError: a suite, task or trial that LIBERO does not have, or LIBERO cannot be used here.
     """
     benchmark = open_suite(request.suite)
     tasks = request.tasks if request.tasks is not None else tuple(range(benchmark.n_tasks))
-    digest, shared = hashlib.sha256(), set()
+    digest = hashlib.sha256()
+    seeds = len(request.perturb.seeds) if request.perturb else 1
     for task in tasks:
         check_task(benchmark, request.suite, task)
         states = initial_states(benchmark, task)
@@ -346,19 +348,12 @@ def _tasks(request: EvalRequest) -> tuple[dict[int, str], str, int]:
         if not available:
             others = ",".join(str(other) for other in range(benchmark.n_tasks) if len(initial_states(benchmark, other)))
             raise UserError(f"{request.suite} has no initial states for task {task}", f"Leave it out: --tasks {others}")
-        if request.trials > available and request.perturb is None:
+        if request.trials > available * seeds:
             raise UserError(
-                f"{request.suite} has {available} initial states for task {task}, not {request.trials}",
-                f"Use: --trials {available}. With --perturb more trials begin in the same states again",
+                f"{request.suite} has {available} initial states for task {task}: {request.trials} trials are too many",
+                f"Use: --trials {available * seeds}, or more seeds, as in --perturb late:7+8",
             )
-        shared.add(available if request.trials > available else 0)
-    if len(shared) > 1:
-        raise UserError(
-            f"the tasks have unlike numbers of initial states, and {request.trials} trials would take turns in some",
-            "Use fewer --trials, or fewer --tasks",
-        )
-    instructions = {task: instruction(benchmark, request.suite, task) for task in tasks}
-    return instructions, digest.hexdigest(), shared.pop()
+    return {task: instruction(benchmark, request.suite, task) for task in tasks}, digest.hexdigest()
 
 
 def _seed_everything(seed: int) -> None:

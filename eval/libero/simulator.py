@@ -78,15 +78,13 @@ class Simulator:
         self._raw: Mapping[str, NDArray[np.float64]] = {}
 
     def reset(self, trial: int, render: bool = True) -> None:
-        """The initial state of a trial, after the settling steps; `render`: with images. Trials beyond the last state
-        begin in the first ones again."""
-        state = trial % self.trials
+        """The suite's initial state `trial`, after the settling steps; `render`: with images."""
         with _quiet():
-            for earlier in range(len(self._generators) - 1, state):
+            for earlier in range(len(self._generators) - 1, trial):
                 self._reset_scene(earlier)
-            self._reset_scene(state)
+            self._reset_scene(trial)
             self._rendering = render and self._control.settle_steps == 0
-            self._raw = self._env.set_init_state(self._initial_states[state])
+            self._raw = self._env.set_init_state(self._initial_states[trial])
         self._settle(render)
 
     def sample(self, seed: int, render: bool = True) -> None:

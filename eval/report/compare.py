@@ -31,8 +31,7 @@ WITHIN = {"libero_spatial": 100}  # steps of the endpoint; other suites: all tha
 SHOWN = 3  # settings in which runs differ that a message names
 # What must be equal. The mode, the rule and the numbers of steps are what differs; the hardware may.
 SAME = (
-    *("policy_sha256", "suite", "suite_sha256", "tasks", "trials", "initial_states", "perturb"),
-    *("device", "protocol", "max_steps"),
+    *("policy_sha256", "suite", "suite_sha256", "tasks", "trials", "perturb", "device", "protocol", "max_steps"),
     *("seed", "control", "versions"),
     *("backend", "precision", "backbone", "backbone_precision", "exports_sha256"),  # of the bundle's
 )
@@ -112,15 +111,15 @@ def compare(
     outcomes = [(endpoint.reached(x), endpoint.reached(y)) for x, y in pairs]
     test = mcnemar_exact(sum(y and not x for x, y in outcomes), sum(x and not y for x, y in outcomes))
     lefts, rights = [x for x, _ in pairs], [y for _, y in pairs]
-    states = a.settings.initial_states or a.settings.trials
+    seeds = a.settings.seeds
     by_task: dict[int, float] = {}
     by_state: dict[tuple[int, int], list[float]] = {}
     for episode, (before, after) in zip(lefts, outcomes, strict=True):
         one = float(after) - float(before)
         by_task[episode.task_id] = by_task.get(episode.task_id, 0.0) + one
-        by_state.setdefault((episode.task_id, episode.trial % states), []).append(one)
+        by_state.setdefault((episode.task_id, episode.trial // seeds), []).append(one)
     gained = [sum(ones) for ones in by_state.values()]
-    if a.settings.initial_states:
+    if seeds > 1:
         test = replace(test, p=sign_flip(gained))
     spread = bootstrap_share(gained, [len(ones) for ones in by_state.values()])
     steps = [endpoint.steps(x) for x in lefts], [endpoint.steps(y) for y in rights]

@@ -186,7 +186,7 @@ def rivals_table(runs: Sequence[Run]) -> Table:
 def comparison_table(found: Comparison) -> Table:
     """`rsd-trt compare`."""
     columns = (
-        *(Column("run"), Column("against"), *_PAIRED, Column("McNemar p", "p"), Column("by task", "p")),
+        *(Column("run"), Column("against"), *_PAIRED, Column("success p", "p"), Column("by task", "p")),
         *(Column("difference", "verdict"), Column("would be shown by", rank=3)),
         *(Column("smallest provable loss", rank=4), Column("mean steps before", "steps", 3)),
         *(Column("after", "steps", 3), Column("p", "p", 3), Column("times less cost (95%)", "x", 1)),
@@ -201,6 +201,7 @@ def comparison_table(found: Comparison) -> Table:
     )
     note = (
         f"Success within {found.within} steps, over the initial states that both runs ended without an error. "
+        "Success p: McNemar's exact test, or with several seeds a sign-flip test of the initial states' sums. "
         "Difference: where both tests are below 5%. Would be shown by: so many episodes, with 80% power, if it is as "
         "large as measured. Smallest provable loss: the fewest episodes lost, none gained, that McNemar's exact test "
         f"could show. Cost: {found.cost_unit} per action."

@@ -11,5 +11,5 @@ if __name__ == "__main__":  # the simulators' processes import this file, too, a
     from rsd_trt.eval.libero import run
 
     run.Simulator = doubles.world  # type: ignore[assignment,misc]
-    run._tasks = lambda request: ({task: f"task {task}" for task in request.tasks or ()}, "0" * 64, 0)
+    run._tasks = lambda request: ({task: f"task {task}" for task in request.tasks or ()}, "0" * 64)
     main(["eval", *sys.argv[1:]], prog_name="rsd-trt")

@@ -230,7 +230,7 @@ def test_a_query_reaches_its_kernels_in_ten_calls(
 
     monkeypatch.setattr(TorchSession, "run", measured)
     monkeypatch.setattr(run_module, "Simulator", doubles.world)
-    monkeypatch.setattr(run_module, "_tasks", lambda request: ({0: "task 0"}, "0" * 64, 0))
+    monkeypatch.setattr(run_module, "_tasks", lambda request: ({0: "task 0"}, "0" * 64))
     arguments = ("--trials", "1", "--max-steps", "6", "--out", str(tmp_path))
     result = CliRunner().invoke(main, ["eval", str(tiny_bundle), *arguments])
     assert result.exit_code == 0, result.output

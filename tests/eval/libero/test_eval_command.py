@@ -108,7 +108,10 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(
     ("arguments", "message"),
     [
         (("--tasks", "10"), "libero_spatial has tasks 0..9, not 10"),
-        (("--trials", "51"), "libero_spatial has 50 initial states for task 0, not 51. Use: --trials 50"),
+        (
+            ("--trials", "51"),
+            "libero_spatial has 50 initial states for task 0: 51 trials are too many. Use: --trials 50",
+        ),
         (("--suite", "libero_goal", "--perturb", "0"), "--perturb displaces the bowl of libero_spatial"),
         (("--device", "cuda:9"), "device 'cuda:9' cannot be used"),
         (("--n-action-steps", "9"), "rsd.n_action_steps 9 is not in 1..8, the steps of a chunk"),
@@ -138,7 +141,7 @@ def test_the_expert_succeeds_perturbed_or_not(tmp_path: Path) -> None:
         assert refused.exit_code == 1
         assert "perturb is" in refused.stderr
     (calm,), (perturbed,) = found["calm"].episodes, found["perturbed"].episodes
-    drawn = PerturbSpec("displace", 0).draw(2, 0)
+    drawn = PerturbSpec("displace", (0,)).draw(2, 0)
     assert isinstance(drawn, Displace)
     assert (calm.perturbed_at, calm.displacement) == (None, None)
     assert (perturbed.perturbed_at, perturbed.displacement in drawn.offsets) == (drawn.step, True)

@@ -20,7 +20,7 @@ OPTIONS = ("--tasks", "0,1", "--trials", "2", "--max-steps", "10", "--n-action-s
 @pytest.fixture(autouse=True)
 def worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "Simulator", doubles.world)
-    monkeypatch.setattr(run, "_tasks", lambda request: ({task: f"task {task}" for task in request.tasks}, "0" * 64, 0))
+    monkeypatch.setattr(run, "_tasks", lambda request: ({task: f"task {task}" for task in request.tasks}, "0" * 64))
 
 
 def evaluate(bundle: Path, out: Path, mode: str, *options: object) -> Result:

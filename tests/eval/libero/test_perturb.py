@@ -39,22 +39,30 @@ STILL_BESIDE = 0.001  # m that the other objects may stir by
 
 
 def drawn(kind: PerturbKind, key: tuple[int, int, int], dose: tuple[float, float] | None = None) -> object:
-    return PerturbSpec(kind, key[0], dose).draw(*key[1:])
+    return PerturbSpec(kind, key[:1], dose).draw(*key[1:])
 
 
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        ("7", PerturbSpec("displace", 7)),
-        ("displace:7", PerturbSpec("displace", 7)),
-        ("late:7", PerturbSpec("late", 7)),
-        ("late:7:0.05-0.08", PerturbSpec("late", 7, (0.05, 0.08))),
-        ("moving:0:0.1-0.1", PerturbSpec("moving", 0, (0.1, 0.1))),
-        ("frozen:12", PerturbSpec("frozen", 12)),
+        ("7", PerturbSpec("displace", (7,))),
+        ("displace:7", PerturbSpec("displace", (7,))),
+        ("late:7", PerturbSpec("late", (7,))),
+        ("late:7:0.05-0.08", PerturbSpec("late", (7,), (0.05, 0.08))),
+        ("moving:0:0.1-0.1", PerturbSpec("moving", (0,), (0.1, 0.1))),
+        ("frozen:12", PerturbSpec("frozen", (12,))),
+        ("late:7+8:0.05-0.08", PerturbSpec("late", (7, 8), (0.05, 0.08))),
     ],
 )
 def test_what_is_asked_for(text: str, spec: PerturbSpec) -> None:
     assert PerturbSpec.parse(text) == spec == PerturbSpec.parse(str(spec))
+
+
+def test_each_initial_state_is_tried_with_every_seed() -> None:
+    both, single = PerturbSpec.parse("late:7+8"), [PerturbSpec.parse(f"late:{seed}") for seed in (7, 8)]
+    for trial in range(6):
+        assignment = Assignment(2, trial, 9, seeds=len(both.seeds))
+        assert both.draw(2, trial) == single[trial % 2].draw(2, assignment.state)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,8 @@ def test_what_is_asked_for(text: str, spec: PerturbSpec) -> None:
         ("-1", "is not KIND:SEED"),
         ("late", "is not KIND:SEED"),
         ("late:7:1:2", "is not KIND:SEED"),
+        ("late:7+", "is not KIND:SEED"),
+        ("late:7+8+7", "names a seed twice"),
         ("harmless:7:0.1-0.2", "perturbation harmless has no dose"),
         ("late:7:0.1", "dose '0.1' is not LOW-HIGH"),
         ("late:7:0.08-0.05", "must be 0 < LOW <= HIGH"),
@@ -80,15 +90,15 @@ def test_what_cannot_be_asked_for(text: str, message: str) -> None:
 
 def test_where_there_is_no_target_or_no_room() -> None:
     with pytest.raises(UserError, match="it has no target for libero_goal"):
-        PerturbSpec("displace", 7).check("libero_goal", [0])
+        PerturbSpec("displace", (7,)).check("libero_goal", [0])
     with pytest.raises(UserError, match=r"tasks 3, 4, 5 have no room for that. .* --tasks 0,6$"):
-        PerturbSpec("late", 7).check("libero_spatial", [0, 3, 4, 5, 6])
+        PerturbSpec("late", (7,)).check("libero_spatial", [0, 3, 4, 5, 6])
     with pytest.raises(UserError, match=r"--tasks 3,4$"):
-        PerturbSpec("late", 7, (0.02, 0.05)).check("libero_spatial", [3, 4, 5])
+        PerturbSpec("late", (7,), (0.02, 0.05)).check("libero_spatial", [3, 4, 5])
     with pytest.raises(UserError, match=r"--tasks 4$"):
-        PerturbSpec("moving", 7).check("libero_spatial", [3, 4, 5])
-    PerturbSpec("late", 7).check("libero_spatial", [0, 6])
-    PerturbSpec("displace", 7).check("libero_spatial", range(10))
+        PerturbSpec("moving", (7,)).check("libero_spatial", [3, 4, 5])
+    PerturbSpec("late", (7,)).check("libero_spatial", [0, 6])
+    PerturbSpec("displace", (7,)).check("libero_spatial", range(10))
 
 
 @pytest.mark.parametrize("kind", PERTURBATIONS)
@@ -202,7 +212,7 @@ def watched(
 def test_late_the_target_slides_upright_on_its_support_and_nothing_touches_it(
     simulator: Simulator, dose: tuple[float, float]
 ) -> None:
-    perturbation = PerturbSpec("late", 7, dose).draw(2, 0)
+    perturbation = PerturbSpec("late", (7,), dose).draw(2, 0)
     assert isinstance(perturbation, Late)
     simulator.reset(0, render=False)
     bowl = Body(simulator.physics, TARGET)
@@ -332,7 +342,7 @@ def test_the_same_for_every_policy_and_in_any_order(simulator: Simulator) -> Non
     for n, others in ((1, ()), (8, (3, 1))):
         for trial in others:
             simulator.reset(trial, render=False)
-        perturbation = PerturbSpec("late", 7, (0.05, 0.08)).draw(2, 4)
+        perturbation = PerturbSpec("late", (7,), (0.05, 0.08)).draw(2, 4)
 
         def act(scene: Simulator, step: int, n: int = n) -> Answer:
             return Answer(np.tile(expert(scene), (n, 1)))

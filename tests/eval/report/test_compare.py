@@ -83,9 +83,9 @@ def test_a_difference_of_one_task_is_not_told() -> None:
     assert needed(same, 1.0, 1.0) is None
 
 
-def test_trials_that_share_initial_states_are_one_sample() -> None:
+def test_trials_that_share_an_initial_state_are_one_sample() -> None:
     """Six states that are gained, each in both of its trials, are six and not twelve: 2 / 2^6, not 2 / 2^12."""
-    many = {"tasks": (0, 1), "trials": 6, "initial_states": 3}
+    many = {"tasks": (0, 1), "trials": 6, "perturb": "late:7+8"}
     won = [(task, trial) for task in (0, 1) for trial in range(6)]
     found = compare(run("baseline", change=outcome(), **many), run("rsd", change=outcome(*won), **many), within=ALL)  # type: ignore[arg-type]
     assert (found.mcnemar.gained, found.mcnemar.lost) == (12, 0)

@@ -13,7 +13,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.sweep.plan import Declared, read_sweep
 
 ROOT = Path(__file__).parents[3]
-FRONTIER = ROOT / "examples" / "reference_policy" / "frontier.toml"
+SWEEPS = ROOT / "examples" / "reference_policy"
 BOTH = ("open loop, n = 1", "open loop of no higher cost")
 
 
@@ -55,14 +55,20 @@ def test_options_take_the_place_of_the_files_and_tables_add_to_what_stands_above
     assert {run.request.trials for run in read_sweep(path, {"trials": 2}, tmp_path, 4).runs} == {2}
 
 
-def test_the_frontier_of_the_reference_policy_is_what_was_published() -> None:
+@pytest.mark.parametrize(
+    ("name", "folder", "count", "usual"),  # usual: the bundle's own rule, then
+    [("frontier", "reference", 15, "likelihood"), ("confirmation", "confirmation", 3, None)],
+)
+def test_the_sweeps_of_the_reference_policy_are_what_was_published(
+    name: str, folder: str, count: int, usual: str | None
+) -> None:
     """Every published run is one of the sweep's, and the other way round."""
-    sweep = read_sweep(FRONTIER, {}, Path("out"), 16)
+    sweep = read_sweep(SWEEPS / f"{name}.toml", {}, Path("out"), 16)
     published = set()
-    for file in (ROOT / "docs" / "results" / "reference").glob("*.json.gz"):
+    for file in (ROOT / "docs" / "results" / folder).glob("*.json.gz"):
         words = json.loads(gzip.decompress(file.read_bytes()))["command"].split()[2:]
         told = dict(zip(words[::2], words[1::2], strict=True))
-        rule = told.get("--rule", "likelihood" if told["--mode"] == "rsd" else None)  # the bundle's own, then
+        rule = told.get("--rule", usual if told["--mode"] == "rsd" else None)
         numbers = [told.get(f"--{name}") for name in ("n-action-steps", "accept-rate", "trials")]
         published.add((told["--mode"], rule, *numbers, told.get("--perturb"), told.get("--tasks")))
     declared = {
@@ -76,10 +82,11 @@ def test_the_frontier_of_the_reference_policy_is_what_was_published() -> None:
         )
         for run in sweep.runs
     }
-    assert declared == published and len(sweep.runs) == 15
+    assert declared == published and len(sweep.runs) == count
     assert all(run.request.bundle == DEFAULT_BUNDLE for run in sweep.runs)
     tested = [run.name for run in sweep.runs if run.request.mode == "rsd" and "harmless" not in run.name]
-    assert set(sweep.comparisons) == {Declared(name, rival) for name in tested for rival in BOTH}
+    rivals = BOTH if name == "frontier" else BOTH[1:]
+    assert set(sweep.comparisons) == {Declared(one, rival) for one in tested for rival in rivals}
 
 
 def test_comparisons_are_those_of_every_rsd_run_unless_they_are_named(tmp_path: Path) -> None:

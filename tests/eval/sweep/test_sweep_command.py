@@ -26,7 +26,7 @@ def sweep(*arguments: object) -> Result:
 @pytest.fixture(autouse=True)
 def world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "Simulator", doubles.world)
-    monkeypatch.setattr(run_module, "_tasks", lambda request: ({task: f"task {task}" for task in (0, 1)}, "0" * 64, 0))
+    monkeypatch.setattr(run_module, "_tasks", lambda request: ({task: f"task {task}" for task in (0, 1)}, "0" * 64))
 
 
 def test_a_sweep_loads_a_model_once_goes_on_and_reports(
