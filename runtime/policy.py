@@ -111,15 +111,15 @@ class Policy:
     ) -> Policy:
         """Loads every part of the bundle, or of the one in that folder, onto `device` and warms up.
 
-        backend: what runs draft, head and decoder: torch, graph, ort or trt. device: cpu, cuda, cuda:N, or auto: CUDA
-        if there is one. n_action_steps: actions that a full query
-        commits, 1..T (default: the bundle's). environments: how many are driven at once. batch: queries that
-        may share a forward. precision: of draft and head. engines: the folder of exports. rule: by its name (see
-        `rsd_trt.config.RuleName`), by default the bundle's; mode `random` needs a `RandomAcceptance`. tolerance: of the
+        backend: what runs draft, head and decoder: torch, graph, compiled, ort or trt. device: cpu, cuda, cuda:N, or
+        auto: CUDA if there is one. n_action_steps: actions that a full query commits, 1..T (default: the bundle's).
+        environments: how many are driven at once. batch: queries that may share a forward. precision: of draft and
+        head. engines: the folder of exports. rule: by its name (see `rsd_trt.config.RuleName`), by default the
+        bundle's; mode `random` needs a `RandomAcceptance`. tolerance: of the
         rules first, actions and path, in environment units, for all arm dimensions or for each. threshold: of the rule
         likelihood. resize: frames of any size are made those that the bundle takes, as its `control.resize` says.
 
-        backbone: by default `eager` with the backend `torch` and on the CPU, else `graph`.
+        backbone: by default `eager` with the backend `torch` and on the CPU, `compiled` with `compiled`, else `graph`.
 
         Raises:
             UserError: a part that is missing or does not fit, an unknown mode or backend, no such device, or one

@@ -72,6 +72,7 @@ class ProfileRequest:
     warm_up: int
     backbone: BackboneKind | None = None  # of the costs; None: that of the backend
     backbone_precision: BackbonePrecision = "bundle"
+    pause: float = 0.0  # ms between two whole queries
 
 
 def profile(bundle: Bundle, request: ProfileRequest) -> Iterator[Timing]:

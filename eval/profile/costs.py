@@ -22,8 +22,6 @@ from rsd_trt.eval.profile.queries import KINDS, QueryKind, time_queries
 from rsd_trt.eval.statistics import percentiles
 from rsd_trt.runtime.backends import Launcher, default_backbone, open_forward
 
-COST_BOUNDARY = "batch 1, from uint8 frames in the host's memory to actions there, clocks synchronised"
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -42,6 +40,12 @@ class Cost:
         return {**asdict(self), "ms": percentiles(self.ms)}
 
 
+def cost_boundary(request: ProfileRequest) -> str:
+    """How a query is timed."""
+    paused = f", {request.pause:g} ms of pause before each" if request.pause else ""
+    return f"batch 1, from uint8 frames in the host's memory to actions there, clocks synchronised{paused}"
+
+
 def costs(bundle: Bundle, request: ProfileRequest) -> Iterator[Cost]:
     """Both kinds on every backend. What cannot run here has rows that say why, and so has a check without a draft."""
     given = make_inputs(bundle, InputSize())
@@ -56,7 +60,7 @@ def costs(bundle: Bundle, request: ProfileRequest) -> Iterator[Cost]:
             yield from (Cost(what, *how, reason=str(error)) for what in KINDS)
             continue
         kinds = KINDS if bundle.has("draft") else KINDS[1:]
-        found = time_queries(forward, given, clock, request.samples, request.warm_up, kinds)
+        found = time_queries(forward, given, clock, request.samples, request.warm_up, kinds, request.pause)
         del forward
         release(request.device, backend, kind)
         for what in KINDS:

@@ -7,6 +7,7 @@ full    uint8 frames in the host's memory -> the main head's chunk there
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -32,14 +33,22 @@ def answer(forward: Forward, kind: QueryKind, observation: Observation) -> objec
 
 
 def time_queries(
-    forward: Forward, given: QueryInputs, clock: Clock, samples: int, warm_up: int, kinds: Sequence[QueryKind]
+    forward: Forward,
+    given: QueryInputs,
+    clock: Clock,
+    samples: int,
+    warm_up: int,
+    kinds: Sequence[QueryKind],
+    pause: float = 0.0,
 ) -> dict[QueryKind, tuple[float, ...]]:
-    """The host's ms of each query. One of each kind in turn, so that drifting clocks drift for all."""
+    """The host's ms of each query. One of each kind in turn, so that drifting clocks drift for all. pause: ms before
+    each, as between a robot's queries, in which the host's caches and its core cool down."""
     walls: dict[QueryKind, list[float]] = {kind: [] for kind in kinds}
     seen = itertools.cycle(given.observations)
     for i in range(warm_up + samples):
         for kind in kinds:
             observation = next(seen)
+            time.sleep(pause / 1e3)
             ms = clock.wall(lambda k=kind, o=observation: answer(forward, k, o))  # type: ignore[misc]
             if i >= warm_up:
                 walls[kind].append(ms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rsd_trt.eval.profile.components import Timing, speedups
-from rsd_trt.eval.profile.costs import COST_BOUNDARY, Cost
+from rsd_trt.eval.profile.costs import Cost
 from rsd_trt.eval.profile.roofline import Machine
 from rsd_trt.eval.profile.stages import QueryProfile, StageTiming, Startup
 from rsd_trt.eval.statistics import percentiles
@@ -17,7 +17,7 @@ ROOFLINE = (
 )
 
 
-def cost_table(found: Sequence[Cost]) -> Table:
+def cost_table(found: Sequence[Cost], note: str) -> Table:
     """What a check and a full query take on each backend, and the one as a share of the other."""
     pairs: dict[tuple[str, str], dict[str, Cost]] = {}
     for cost in found:
@@ -33,8 +33,7 @@ def cost_table(found: Sequence[Cost]) -> Table:
         *(Column("backend"), Column("backbone"), Column("check p50", "ms"), Column("check p99", "ms", 1)),
         *(Column("full query p50", "ms"), Column("full query p99", "ms", 1), Column("check / full", "%")),
     )
-    n = max((len(cost.ms) for cost in found), default=0)
-    return Table("what queries cost", columns, tuple(rows), f"{COST_BOUNDARY}; n = {n}")
+    return Table("what queries cost", columns, tuple(rows), note)
 
 
 def latency_table(timings: Sequence[Timing], note: str) -> Table:

@@ -19,7 +19,7 @@ from rsd_trt.eval.plots import can_plot
 from rsd_trt.eval.profile import components, stages
 from rsd_trt.eval.profile.charts import latency_chart, stage_chart
 from rsd_trt.eval.profile.components import ProfileRequest, speedups
-from rsd_trt.eval.profile.costs import COST_BOUNDARY, costs
+from rsd_trt.eval.profile.costs import cost_boundary, costs
 from rsd_trt.eval.profile.stages import QueryProfile, QueryRequest
 from rsd_trt.eval.profile.tables import cost_table, latency_table, machine_table, stage_tables, startup_table
 from rsd_trt.eval.table import Column, Table
@@ -63,14 +63,17 @@ def write_components(
         request.device,
         command,
         boundary=components.BOUNDARY,
-        cost_boundary=COST_BOUNDARY,
+        cost_boundary=cost_boundary(request),
         costs=[cost.summary() for cost in priced],
         cost_samples=[_rounded(cost.ms) for cost in priced],
         rows=[{**timing.summary(), "speedup": faster.get(timing.key)} for timing in timings],
         samples=[_rounded(timing.ms) for timing in timings],
         clock=_clock(load, {f"{x.backend} {x.what} query": x.ms for x in priced}),
     )
-    tables = [cost_table(priced), latency_table(timings, f"{components.BOUNDARY}; n = {request.samples}")]
+    tables = [
+        cost_table(priced, f"{cost_boundary(request)}; n = {request.samples}"),
+        latency_table(timings, f"{components.BOUNDARY}; n = {request.samples}"),
+    ]
     missing = [(f"{x.backend} {x.what} query", x.reason) for x in priced if x.reason is not None]
     missing += [(f"{x.variant} {x.what}, batch {x.batch}", x.reason) for x in timings if x.reason is not None]
     lines = [f"{what}: {reason}" for what, reason in missing]

@@ -54,6 +54,13 @@ out_option = click.option(
 @click.option("--batch", "batches", type=Sizes(), default="1", show_default=True, help="Time these sizes, as in 1,8.")
 @samples_option
 @warm_up_option
+@click.option(
+    "--pause",
+    type=click.FloatRange(0, 1000),
+    default=0.0,
+    show_default=True,
+    help="Wait so many ms before each query, as a robot does: a host that was idle answers more slowly.",
+)
 @out_option
 @precision_option
 @backbone_option

@@ -88,10 +88,11 @@ def test_components_are_timed_printed_and_written(
     assert [len(samples) for samples in report["cost_samples"]] == [2, 2, 2, 2, 0, 0]
     price = read_price(tmp_path / "profile.json", [run("rsd", backbone="eager")])
     assert (price.check, price.full) == tuple(priced[what, "ort", "eager"]["p50"] for what in ("check", "full"))
-    table = rsd_trt(*command, "--out", tmp_path)  # of the default's backends, some cannot run here
+    table = rsd_trt(*command, "--pause", 1, "--out", tmp_path)  # of the default's backends, some cannot run here
     assert table.exit_code == 0
     assert "not measured: graph check query" in table.stdout
     assert "what queries cost" in table.stdout and "check /" in table.stdout
+    assert "1 ms of pause before each; n = 2" in " ".join(table.stdout.split())
     for what, ending in (("raw samples", "json"), ("page", "html"), ("chart", "png")):
         assert f"{what}: {tmp_path / 'profile'}.{ending}" in table.stdout
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
