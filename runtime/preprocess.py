@@ -18,6 +18,7 @@ from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.pixels import LEVELS, resampling, resize, through_jpeg
 
 INSTRUCTIONS = 256  # that are remembered
+LARGEST = float(np.finfo(np.float32).max)  # of a state, as the bundle reads it
 
 
 class Preprocessor:
@@ -146,10 +147,11 @@ class Preprocessor:
         """Raises UserError unless images, proprio (where backbone or draft read it) and instruction are what the
         configuration states."""
         images, side = observation.images, self.control.camera_size
-        shape = [len(self.control.cameras), side, side, 3]
-        if _described(images) != (wanted := f"uint8 {shape}"):
+        shape = (len(self.control.cameras), side, side, 3)
+        if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.uint8:
+            cameras = ", ".join(self.control.cameras)
             raise UserError(
-                f"images are {_described(images)}, the bundle takes {wanted} ({', '.join(self.control.cameras)})",
+                f"images are {_described(images)}, the bundle takes uint8 {list(shape)} ({cameras})",
                 f"Give RGB frames of {side} x {side}, a camera each, or have them resized: Policy.load(resize=True)",
             )
         if self.reads_state:
@@ -161,7 +163,7 @@ class Preprocessor:
                 )
             if not isinstance(state, np.ndarray) or state.shape != (PROPRIO_DIM,) or state.dtype.kind not in "fiu":
                 raise UserError(f"proprio is {_described(state)}, the bundle takes float32 [{PROPRIO_DIM}]")
-            finite = np.abs(state) <= np.finfo(np.float32).max  # as the bundle reads it; NaN is not, either
+            finite = np.abs(state) <= LARGEST  # NaN is not, either
             if not finite.all():
                 raise UserError(f"proprio[{int(np.argmin(finite))}] is not finite as float32: {state.tolist()}")
         if observation.instruction is None:
