@@ -81,6 +81,7 @@ class Calibration:
     curve: tuple[Effect, ...]
     limit: tuple[float, ...]  # by arm dimension, environment units
     episodes: tuple[int, int]  # chosen on, held out
+    auc: float | None  # of the deviation, over all episodes; None where all checks are quiet, or none is
 
 
 def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None = None, seed: int = 0) -> Calibration:
@@ -126,6 +127,7 @@ def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None
         curve=tuple(_effect(rsd, choose(ours, other), held_out, other) for other in CURVE if other >= least),
         limit=tuple(map(float, limits[:ARM_DIMS])),
         episodes=(len(ours), len(held_out)),
+        auc=auc([check for checks in episodes for check in checks]),
     )
 
 
@@ -153,6 +155,16 @@ def deviation(query: QueryRecord, rsd: RsdConfig) -> float:
     if rsd.rule == "path":
         return math.inf if query.score is None else query.score
     return float((gap[0, :ARM_DIMS] / np.maximum(np.asarray(rsd.tolerance) * by_age, FINEST)).max())
+
+
+def auc(checks: Checks) -> float | None:
+    """How likely a check that is not quiet deviates more than one that is; a tie counts half (the area under the
+    receiver operating characteristic, Hanley and McNeil 1982). None where there is none of either."""
+    quiet, others = (np.sort([c.deviation for c in checks if c.quiet == kind]) for kind in (True, False))
+    if not (len(quiet) and len(others)):
+        return None
+    below, up_to = (np.searchsorted(quiet, others, side) for side in ("left", "right"))
+    return float((below + up_to).mean() / 2 / len(quiet))
 
 
 def choose(episodes: Sequence[Checks], alpha: float) -> float:

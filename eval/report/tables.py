@@ -403,5 +403,6 @@ def calibration_table(found: Calibration) -> Table:
             )
             for name, row in rows
         ),
-        "Wrongly: a check is right where main's new chunk confirms the steps that it would commit.",
+        "Wrongly: a check is right where main's new chunk confirms the steps that it would commit."
+        + (f" AUC for that, of all checks: {found.auc:.3f}" if found.auc is not None else ""),
     )

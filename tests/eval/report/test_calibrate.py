@@ -18,6 +18,7 @@ from rsd_trt.eval.report.calibrate import (
     Check,
     _measured,
     _rates,
+    auc,
     calibrate,
     choose,
     deviation,
@@ -136,6 +137,13 @@ def test_a_threshold_becomes_a_tolerance_that_lets_it_pass() -> None:
     likely = structs.replace(FIRST, rule="likelihood", threshold=-3.0)
     assert with_threshold(likely, 1.5) == structs.replace(likely, threshold=-1.5)
     assert with_threshold(likely, math.inf).threshold == -1e6
+
+
+def test_the_area_under_the_curve_by_hand() -> None:
+    """Pairs of a check that is not quiet and one that is: 3 of 4 are the right way round, and one is a tie."""
+    checks = [Check(1.0, True), Check(2.0, True), Check(2.0, False), Check(math.inf, False)]
+    assert auc(checks) == 3.5 / 4
+    assert auc(checks[:2]) is auc(checks[2:]) is None
 
 
 def test_what_a_threshold_does() -> None:
