@@ -24,7 +24,7 @@ from rsd_trt.eval.table import Column, Measured, Table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = (
-    *(ROOT / "docs" / name for name in ("performance.md", "reference-results.md", "deploy.md")),
+    *(ROOT / "docs" / name for name in ("performance.md", "reference-results.md", "deploy.md", "openvla-oft.md")),
     ROOT / "README.md",
 )
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,6 +40,7 @@ COSTS = {  # of a check and of a full query: file, backend
     "this policy, H100, compiled, bf16": ("h100/compiled_bf16.json", "compiled"),
 }
 STAGES = ("preprocess", "vision", "blocks 1 to 8", "blocks 9 to 32", "predict", "full query")
+OFT_STAGES = ("jpeg", "preprocess", "vision", "blocks", "predict", "full query")
 
 
 def components() -> str:
@@ -55,7 +56,17 @@ def components() -> str:
 
 def stages() -> str:
     """p50 of the stages and of the full query."""
-    record = read("h200/stages.json")
+    return _stages("h200/stages.json", STAGES, whole=False)
+
+
+def oft() -> str:
+    """The same with OpenVLA-OFT's head."""
+    return _stages("h100/oft_stages.json", OFT_STAGES, whole=True)
+
+
+def _stages(name: str, stages: tuple[str, ...], whole: bool) -> str:
+    """whole: every way at every input size, else eager and graph at the first size alone."""
+    record = read(name)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in record.get("stages", record)["rows"]:
         if row["ms"] is not None:
@@ -63,16 +74,17 @@ def stages() -> str:
             found.setdefault(key, {})[row["what"]] = row
     first, rows = min(found)[:2], []
     for (images, prompt, backbone, precision), of in sorted(found.items(), key=lambda item: item[0][:2]):
-        if (images, prompt) != first and backbone in ("eager", "graph"):
+        if not whole and (images, prompt) != first and backbone in ("eager", "graph"):
             continue
-        whole, p50 = of["full query"], {what: row["ms"]["p50"] for what, row in of.items()}
-        overhead = whole.get("host_overhead_ms", whole.get("outside_ms"))
-        name = f"{images} image{'s' if images > 1 else ''}, {prompt} tokens: {backbone} {precision}"
-        figures = (whole["ms"]["p99"], whole["times_roofline"], overhead and overhead["p50"], whole["speedup"])
-        rows.append((name, *map(p50.get, STAGES), *figures))
+        query, p50 = of["full query"], {what: row["ms"]["p50"] for what, row in of.items()}
+        overhead = query.get("host_overhead_ms", query.get("outside_ms"))
+        title = f"{images} image{'s' if images > 1 else ''}, {prompt} tokens: {backbone} {precision}"
+        outside = overhead["p50"] if isinstance(overhead, dict) else overhead
+        figures = (query["ms"]["p99"], query["times_roofline"], outside, query["speedup"])
+        rows.append((title, *map(p50.get, stages), *figures))
     n = next(iter(found.values()))["full query"]["ms"]["n"]
     columns = (
-        *(Column(f"p50, batch 1, {device(record)}, n = {n}"), *(Column(what, "ms") for what in STAGES)),
+        *(Column(f"p50, batch 1, {device(record)}, n = {n}"), *(Column(what, "ms") for what in stages)),
         *(Column("its p99", "ms"), Column("its p50 / roofline bound", "x"), Column("host overhead", "ms")),
         Column("over timm + transformers", "x"),
     )
@@ -147,19 +159,28 @@ def still() -> str:
 
 
 def network() -> str:
-    """Reaction behind a network, one episode a cell. Costs of a full query that change nothing share a row."""
+    """Reaction and success behind a network. Costs of a full query that change nothing share a row."""
     rows = read("network/late.json")["rows"]
-    rtts = sorted({row["rtt_ms"] for row in rows})
-    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    rtts, said = sorted({row["rtt_ms"] for row in rows}), ("reaction_p50", "reaction_p90", "solved")
+    (episodes,) = {row["episodes"] for row in rows}
+    found: dict[tuple[str, tuple[Any, ...]], list[str]] = {}
     for way, full in dict.fromkeys((row["way"], row["full_ms"]) for row in rows):
-        cells = [row for row in rows if (row["way"], row["full_ms"]) == (way, full)]
-        assert {x["episodes"] for x in cells} == {1}
-        said = tuple(f"{x['reaction_p50']:g}{'' if x['solved'] else ', failed'}" for x in cells)
-        found.setdefault((way, said), []).append(f"{full:g}")
+        cells = sorted((row for row in rows if (row["way"], row["full_ms"]) == (way, full)), key=lambda x: x["rtt_ms"])
+        figures = (*(cell[x] for x in said for cell in cells), cells[1]["full_queries_per_action"])
+        found.setdefault((way, figures), []).append(f"{full:g}")
     shared = len({row["full_ms"] for row in rows})
     names = (way if len(full) == shared else f"{way}, {' or '.join(full)} ms" for (way, _), full in found.items())
-    columns = (Column("steps to react, by added round trip"), *(Column(f"{rtt:g} ms") for rtt in rtts))
-    return Table("", columns, tuple((name, *said) for name, (_, said) in zip(names, found, strict=True))).markdown()
+    columns = (
+        Column("by added round trip"),
+        *(
+            Column(f"{what} {rtt:g} ms")
+            for what in ("steps to react, p50:", "p90:", f"solved of {episodes}:")
+            for rtt in rtts
+        ),
+        Column(f"full queries per action: {rtts[1]:g} ms"),
+    )
+    made = ((name, *(f"{x:g}" for x in of)) for name, (_, of) in zip(names, found, strict=True))
+    return Table("", columns, tuple(made)).markdown()
 
 
 def whole(perturb: str | None) -> str:
@@ -211,6 +232,7 @@ TABLES = {
     "network": network,
     "components": components,
     "stages": stages,
+    "oft": oft,
     "late-all": late_all,
     "confirmation": confirmation,
     "proof": proof,
