@@ -30,7 +30,6 @@ from rsd_trt.files import explained
 from rsd_trt.records import differing, read_record, to_json
 
 ATTEMPTS = 3  # at a shard, by seats that are lost or break before they finish any of it
-ROUNDS = 2  # shards that each seat gets of what is left, about: none ends long after the others
 LEAST_ROUNDS = 2  # episodes of each simulator in a shard, at least: at its end some of them are idle
 PATIENCE = 60.0  # s without a seat after which a sweep is given up
 OF_A_MACHINE = ("cpu", "cores", "threads")  # of the settings' hardware: may differ from node to node
@@ -182,11 +181,19 @@ class Board:
         behind = [record for record in self.open.values() if record.left]
         return max(behind, key=lambda record: len(record.left), default=None)
 
-    def shard(self, record: Record, seats: int, workers: int) -> list[EpisodeKey]:
-        """The next episodes of the run for one of so many seats: fewer as the sweep comes to its end."""
+    def shard(self, record: Record, seats: int, workers: int, under_way: int) -> list[EpisodeKey]:
+        """The next episodes of the run for one of so many seats: a seat's share of all that is not finished, so that
+        the seats end together. A shard costs: simulators build other tasks' environments, and wait for its longest
+        episode. So there are few, and a rest that is too short for one goes along.
+
+        under_way: episodes that seats are at.
+        """
         left = sum(len(other.left) for other in self.open.values())
-        left += sum(len(record.left) or 1 for _ in self._waiting)  # those not begun are about as long
-        return record.take(max(LEAST_ROUNDS * workers, left // (ROUNDS * seats)))
+        not_begun = len(self._waiting) + sum(other.begun is None for other in self.open.values())
+        left += not_begun * len(record.left)  # those are about as long
+        least = LEAST_ROUNDS * workers
+        share = max(least, (left + under_way) // seats)
+        return record.take(share if len(record.left) - share >= least else len(record.left))
 
     def accept(self, record: Record, job: Job, node: str) -> None:
         self._unopened = 0
@@ -239,7 +246,7 @@ def conduct(sweep: Sweep, seats: Seats, progress: Progress, command: str) -> Non
             places = seats.places()
             for place in places:
                 if not place.busy:
-                    _employ(place, board, seats, len(places))
+                    _employ(place, board, seats, places)
             if any(place.busy for place in places):
                 seen = time.monotonic()
             elif time.monotonic() - seen > PATIENCE:
@@ -254,7 +261,7 @@ def conduct(sweep: Sweep, seats: Seats, progress: Progress, command: str) -> Non
         board.stop()
 
 
-def _employ(place: Place, board: Board, seats: Seats, count: int) -> None:
+def _employ(place: Place, board: Board, seats: Seats, places: Sequence[Place]) -> None:
     """Gives an idle seat a run to open, or a shard of the one that it has open."""
     record = board.choose(place.record)
     if record is None:
@@ -264,7 +271,8 @@ def _employ(place: Place, board: Board, seats: Seats, count: int) -> None:
         place.record, place.shard = record, None
         seats.open(place, record.request)
         return
-    place.shard = board.shard(record, count, place.workers)
+    under_way = sum(len(other.shard or ()) for other in places)
+    place.shard = board.shard(record, len(places), place.workers, under_way)
     place.size = len(place.shard)
     record.shards += 1
     seats.run(place, place.shard)

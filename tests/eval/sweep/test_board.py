@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -118,20 +118,23 @@ def test_a_cluster_without_nodes_is_given_up(tmp_path: Path, monkeypatch: pytest
         conduct(sweep(tmp_path, 1, 4), FakeSeats(0), Quiet(), "command")
 
 
-def test_shards_get_smaller_towards_the_end_and_keep_all_simulators_busy(tmp_path: Path) -> None:
+def test_shards_are_few_and_the_seats_end_together(tmp_path: Path) -> None:
     seats = FakeSeats(4)
-    sizes: list[int] = []
+    sizes: defaultdict[str, list[int]] = defaultdict(list)  # by run
     run = seats.run
 
     def noted(place: Place, keys: Sequence[EpisodeKey]) -> None:
-        sizes.append(len(keys))
+        assert place.record is not None
+        sizes[place.record.run.name].append(len(keys))
         run(place, keys)
 
     seats.run = noted  # type: ignore[method-assign]
-    conduct(sweep(tmp_path, 1, 200), seats, Quiet(), "command")
-    assert sizes[0] == 25
-    assert sorted(sizes, reverse=True)[-1] <= min(sizes[:4])
-    assert min(sizes[:-1]) >= 4
+    conduct(sweep(tmp_path, 9, 24), seats, Quiet(), "command")
+    *whole, shared = sizes.values()
+    assert whole == [[24]] * 8
+    assert len(shared) == 4 and min(shared) >= 4
+    each = Counter(node for node, _, _ in seats.asked).values()
+    assert max(each) - min(each) <= 4
 
 
 def test_the_throughput_of_a_run_on_several_seats(tmp_path: Path) -> None:
