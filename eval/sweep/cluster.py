@@ -44,14 +44,15 @@ STORE_BYTES = 200 << 20  # of a local cluster's object store: episodes are all t
 class Seat:
     """What runs in a seat's process, on its node."""
 
-    def __init__(self, folder: Path, cores: int, pictures_on: str) -> None:
-        """folder: that the driver works in, for relative paths. pictures_on: the node that pictures are kept on."""
+    def __init__(self, folder: Path, cores: int, pictures_on: str, alone: bool) -> None:
+        """folder: that the driver works in, for relative paths. pictures_on: the node that pictures are kept on. alone:
+        no other seat is on the node."""
         import ray
 
         if folder.is_dir():
             os.chdir(folder)
         self._keep_pictures = ray.get_runtime_context().get_node_id() == pictures_on
-        self._cores, self._executor = cores, Executor()
+        self._cores, self._executor, self._alone = cores, Executor(), alone
 
     def open(self, request: EvalRequest) -> Job | Refused:
         """Makes a request's model, exports and LIBERO ready here."""
@@ -78,7 +79,8 @@ class Seat:
             ):
                 load = LoadMeter()
                 for episode in episodes:
-                    yield structs.replace(episode, others=load.lap())
+                    # what a node's seats keep busy of each other's cores is no disturbance, and cannot be told apart
+                    yield structs.replace(episode, others=load.lap() if self._alone else None)
         except UserError as error:
             yield Refused(str(error))
             return
@@ -148,7 +150,7 @@ class RaySeats:
                 room = int(resources.get("CPU", 0) // self._workers)
                 room = min(room, int(resources.get("GPU", 0))) if self._wants_gpu else room
                 for _ in range(room - list(self._nodes.values()).count(node)):
-                    self._add(node, str(resources["name"]))
+                    self._add(node, str(resources["name"]), alone=room == 1)
         return list(self._seats)
 
     def open(self, place: Place, request: EvalRequest) -> None:
@@ -199,7 +201,7 @@ class RaySeats:
             if node["Alive"]
         }
 
-    def _add(self, node: str, name: str) -> None:
+    def _add(self, node: str, name: str, alone: bool) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options = {
@@ -208,7 +210,7 @@ class RaySeats:
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         }
         here = self._ray.get_runtime_context().get_node_id()
-        actor = self._ray.remote(Seat).options(**options).remote(Path.cwd(), self._workers, here)
+        actor = self._ray.remote(Seat).options(**options).remote(Path.cwd(), self._workers, here, alone)
         place = Place(name, self._workers)
         self._seats[place], self._nodes[place] = actor, node
 
