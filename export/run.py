@@ -168,7 +168,7 @@ class Exporter:
     def _stale(self, artefact: Artefact | None, wanted: EngineBuild | None) -> str | None:
         """Why an artefact has to be built; None when it need not."""
         if artefact is None:
-            return "not built yet"
+            return "there was none"
         if self.request.force:
             return "--force"
         ok, reason = freshness(artefact, self.folder, self.bundle)

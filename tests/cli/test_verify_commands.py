@@ -38,7 +38,7 @@ def test_export_builds_and_then_keeps(tiny_bundle: Path, tmp_path: Path) -> None
     assert made.exit_code == 0, made.output
     rows = json.loads(made.stdout)
     assert [(row["artefact"], row["built"], row["reason"]) for row in rows] == [
-        (f"decoder fp32 batch {batch} ({kind})", True, "not built yet")
+        (f"decoder fp32 batch {batch} ({kind})", True, "there was none")
         for batch in ("1", "dynamic")
         for kind in ("onnx", "rtx")
     ]

@@ -105,7 +105,7 @@ def test_what_was_exported_is_in_the_manifest(bundle: Bundle, exported: Callable
 def test_force_builds_all_and_keeps_other_precisions(quick: None, bundle_copy: Path, tmp_path: Path) -> None:
     for precision in ("fp32", "fp16"):
         assert built(export(bundle_copy, tmp_path, precision=precision, distribution=distribution())) == dict.fromkeys(
-            names(COMPONENTS, precision, ("onnx", "rtx")), "not built yet"
+            names(COMPONENTS, precision, ("onnx", "rtx")), "there was none"
         )
     others = list(tmp_path.rglob("*.fp16.*"))
     assert len(others) == 4 * len(COMPONENTS)
