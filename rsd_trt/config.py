@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta, field
 from msgspec.structs import replace
 
-from rsd_trt.errors import require, shown
+from rsd_trt.errors import UserError, require, shown
 from rsd_trt.records import Natural, Record
 from rsd_trt.suites import SUITES
 
@@ -71,6 +72,8 @@ PARTS: tuple[BundlePart, ...] = typing.get_args(BundlePart)
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 RULES: tuple[RuleName, ...] = typing.get_args(RuleName)
 TOLERANT_RULES: tuple[RuleName, ...] = ("first", "actions", "path")  # that compare actions
+JUDGED = ("rule", "tolerance", "threshold")  # options of rules, and with the others all those of checks
+CHECKED = (*JUDGED, "check_steps", "refresh")
 BACKBONES: tuple[BackboneKind, ...] = typing.get_args(BackboneKind)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # that draft and head are run in
 BACKBONE_PRECISIONS: tuple[BackbonePrecision, ...] = ("bundle", "bf16", "fp8")  # that the backbone is run in
@@ -229,6 +232,29 @@ class RsdConfig(Record, frozen=True):
     n_action_steps: Count = 4  # n, actions of its new chunk that a full query commits
     check_steps: Count | None = None  # m, actions of the old chunk that an accepted check commits; None: n
     refresh: Count | None = None  # executed steps of a chunk after which a full query is due; None: at its end
+
+    def idle(self, mode: Mode, given: Mapping[str, object]) -> dict[str, str]:
+        """Which options that are given in the place of these (None: not) have no effect in a mode or with the rule,
+        each with why.
+
+        Raises:
+            UserError: the rule likelihood has no threshold.
+        """
+        told = {name: value for name, value in given.items() if value is not None}
+        rule = told.get("rule", self.rule)
+        why = {} if mode == "random" else {"accept_rate": f"is of mode random: the mode is {mode}"}
+        if mode == "baseline":
+            why |= dict.fromkeys(CHECKED, "is of checks, and mode baseline makes none")
+        elif mode == "random":
+            why |= dict.fromkeys(JUDGED, "is of rules, and mode random accepts by chance")
+        else:
+            if rule not in TOLERANT_RULES:
+                why["tolerance"] = f"is of the rules {', '.join(TOLERANT_RULES)}: the rule is {rule}"
+            if rule != "likelihood":
+                why["threshold"] = f"is of the rule likelihood: the rule is {rule}"
+            elif told.get("threshold", self.threshold) is None:
+                raise UserError("the rule likelihood needs a threshold, such as -1.5: the bundle has none")
+        return {name: reason for name, reason in why.items() if name in told}
 
 
 class Quantiles(Record, frozen=True):

@@ -24,7 +24,6 @@ from rsd_trt.config import (
     MODES,
     PROPRIO_DIM,
     RULES,
-    TOLERANT_RULES,
     BackboneKind,
     BackbonePrecision,
     BundleConfig,
@@ -118,6 +117,8 @@ class Policy:
         bundle's; mode `random` needs a `RandomAcceptance`. tolerance: of the
         rules first, actions and path, in environment units, for all arm dimensions or for each. threshold: of the rule
         likelihood. resize: frames of any size are made those that the bundle takes, as its `control.resize` says.
+        On the CPU, PyTorch's threads are the caller's: with as many as there are cores, one other busy process makes a
+        query 4 times as long; call `torch.set_num_threads` with one core fewer.
 
         backbone: by default `eager` with the backend `torch` and on the CPU, `compiled` with `compiled`, else `graph`.
 
@@ -133,7 +134,7 @@ class Policy:
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(Path(bundle))
         named = None if callable(rule) else rule
-        bundle = replace(bundle, config=with_rule(bundle.config, named, tolerance, threshold))
+        bundle = replace(bundle, config=with_rule(bundle.config, mode, named, tolerance, threshold))
         target = check_device(device)
         launcher = Launcher(bundle, check_backend(backend), target, precision, Path(engines))
         forward = open_forward(launcher, "1" if batch == 1 else "dynamic", backbone, backbone_precision)
@@ -210,11 +211,7 @@ class Policy:
 
     def answer(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
         """`act_batch` for a caller who keeps the chunks, which are brought up to date."""
-        if strange := [type(x).__name__ for x in observations if not hasattr(x, "instruction")]:
-            raise UserError(f"the policy got {strange[0]}, not an Observation")
-        if self._resize:
-            control, mean = self.config.control, self.config.backbone.towers[0].mean
-            observations = [replace(x, images=fit_frames(x.images, control, mean)) for x in observations]
+        observations = self._fitted(observations)
         with self._turn:
             started = self._now()
             queries = self._loop.query(observations, chunks)
@@ -226,6 +223,7 @@ class Policy:
     def full(self, observations: Sequence[Observation], condition: Tokens | None = None) -> Main:
         """Full queries alone: whole chunks, as the main head gives them, for a caller who runs the loop elsewhere. The
         next query overwrites what they give."""
+        observations = self._fitted(observations)
         with self._turn:
             return self._forward.full(observations, condition)
 
@@ -238,6 +236,15 @@ class Policy:
     def reads_state(self) -> bool:
         """Whether observations need the robot's own state."""
         return self._forward.reads_state
+
+    def _fitted(self, observations: Sequence[Observation]) -> Sequence[Observation]:
+        """With frames as the bundle takes them, where they are to be resized. Raises UserError for what is none."""
+        if strange := [type(x).__name__ for x in observations if not hasattr(x, "instruction")]:
+            raise UserError(f"the policy got {strange[0]}, not an Observation")
+        if not self._resize:
+            return observations
+        control, mean = self.config.control, self.config.backbone.towers[0].mean
+        return [replace(x, images=fit_frames(x.images, control, mean)) for x in observations]
 
     def _check_environments(self, environments: Sequence[int]) -> None:
         """Raises UserError unless each is there, and named once."""
@@ -261,23 +268,23 @@ class Policy:
 
 
 def with_rule(
-    config: BundleConfig, rule: str | None, tolerance: float | Sequence[float] | None, threshold: float | None
+    config: BundleConfig,
+    mode: Mode,
+    rule: str | None,
+    tolerance: float | Sequence[float] | None,
+    threshold: float | None,
 ) -> BundleConfig:
     """The configuration with another rule, tolerance or threshold; None leaves the bundle's.
 
     Raises:
-        UserError: an unknown rule, a value out of bounds, or one that the rule does not read.
+        UserError: an unknown rule, a value out of bounds, or one that mode or rule do not read.
     """
     if rule is not None and rule not in RULES:
         raise UserError(f"rule {rule!r} is unknown{did_you_mean(rule, RULES)}")
-    if tolerance is not None and (rule or config.rsd.rule) not in TOLERANT_RULES:
-        raise UserError(f"tolerance is of the rules {', '.join(TOLERANT_RULES)}: the rule is {rule or config.rsd.rule}")
-    if threshold is not None and (rule or config.rsd.rule) != "likelihood":
-        raise UserError(f"threshold is of the rule likelihood: the rule is {rule or config.rsd.rule}")
-    given: dict[str, object] = {"rule": rule, "threshold": threshold}
-    if tolerance is not None:
-        each = (tolerance,) * ARM_DIMS if isinstance(tolerance, (int, float)) else tolerance
-        given["tolerance"] = each
+    each = (tolerance,) * ARM_DIMS if isinstance(tolerance, (int, float)) else tolerance
+    given: dict[str, object] = {"rule": rule, "tolerance": each, "threshold": threshold}
+    for name, why in config.rsd.idle(mode, given).items():
+        raise UserError(f"{name} {why}")
     told = {name: value for name, value in given.items() if value is not None}
     return (
         from_json(BundleConfig, to_json(config) | {"rsd": to_json(config.rsd) | told}, "Policy.load")

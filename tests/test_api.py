@@ -88,7 +88,8 @@ def test_a_bundle_may_be_given_by_its_path(kind: Callable[[Path], Bundle | str |
         ({"tolerance": (0.1, 0.2)}, "rsd.tolerance is (0.1, 0.2), which must be of length"),
         ({"tolerance": 0.1, "rule": "tokens"}, "tolerance is of the rules first, actions, path: the rule is tokens"),
         ({"threshold": -1.0}, "threshold is of the rule likelihood: the rule is first"),
-        ({"rule": "likelihood"}, "rsd.rule likelihood needs rsd.threshold"),
+        ({"rule": "likelihood"}, "the rule likelihood needs a threshold, such as -1.5: the bundle has none"),
+        ({"mode": "baseline", "tolerance": 0.1}, "tolerance is of checks, and mode baseline makes none"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(settings: dict[str, str], message: str, tiny_bundle: Path) -> None:

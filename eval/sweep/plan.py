@@ -7,7 +7,7 @@ has no effect in a mode, or with a rule, does not tell runs of it apart.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,10 +18,10 @@ from msgspec import Meta
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import (
+    CHECKED,
     DEFAULT_BUNDLE,
     MAX_COUNT,
     MAX_TOLERANCE,
-    TOLERANT_RULES,
     BackboneKind,
     BackbonePrecision,
     Backend,
@@ -47,14 +47,6 @@ Seconds = Annotated[float, Meta(ge=1, le=86400)]
 Rate = Annotated[float, Meta(ge=0, le=1)]
 Rival = Literal["open loop, n = 1", "open loop of no higher cost"]  # as the report names what a run is set against
 
-JUDGED = {"rule", "tolerance", "threshold"}  # without effect where chance accepts
-CHECKED = JUDGED | {"check_steps", "refresh"}  # without effect where nothing is checked
-WITHOUT_EFFECT: dict[Mode, set[str]] = {
-    "baseline": CHECKED | {"accept_rate"},
-    "random": JUDGED,
-    "rsd": {"accept_rate"},
-    "shadow": {"accept_rate"},
-}
 # What a run's name says of an option, before its value.
 SHORT = {"n_action_steps": "n", "check_steps": "m", "tolerance": "tolerance", "threshold": "threshold"}
 SHORT |= {"refresh": "refresh", "accept_rate": "rate", "rule": "", "perturb": "", "suite": "", "bundle": ""}
@@ -172,13 +164,18 @@ def read_sweep(path: Path | None, given: Mapping[str, object], out: Path, worker
         where, file = str(path), from_json(SweepFile, _toml(path), str(path))
     common = {name: getattr(file, name) for name in Options.__struct_fields__}
     runs: dict[str, Run] = {}
+    idle: dict[str, str] | None = None  # what makes no difference in any table
     for number, table in enumerate(file.run or (Options(),), start=1):
         told_by = f"{where}, run {number}" if file.run else where
-        merged = _given(common) | _given(msgspec.structs.asdict(table)) | _given(msgspec.structs.asdict(options))
-        _refuse_idle(_given(msgspec.structs.asdict(table)) if file.run else {}, merged, told_by)
-        for run in _expand({"workers": workers, **merged}, out, told_by):
+        own = _given(msgspec.structs.asdict(table))
+        merged = _given(common) | own | _given(msgspec.structs.asdict(options))
+        declared, without = _expand({"workers": workers, **merged}, out, told_by)
+        _refuse({name: why for name, why in without.items() if name in own}, told_by)
+        idle = without if idle is None else {name: why for name, why in idle.items() if name in without}
+        for run in declared:
             if runs.setdefault(run.name, run) is not run:
                 raise UserError(f"{told_by} declares {run.name} again", "Declare a run once")
+    _refuse(idle or {}, where)
     ordered = _matched(list(runs.values()), where)
     return Sweep(tuple(ordered), _comparisons(ordered, file.compare, where), out)
 
@@ -200,35 +197,39 @@ def _values(value: object) -> tuple[object, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _refuse_idle(own: Mapping[str, object], merged: Mapping[str, object], where: str) -> None:
-    """Raises UserError if an option of a table has no effect in any of its modes."""
-    modes = _values(merged.get("mode", "rsd"))
-    for name in own:
-        if all(name in WITHOUT_EFFECT[mode] for mode in modes):  # type: ignore[index]
-            raise UserError(f"{where}: {name} has no effect in mode {', '.join(map(str, modes))}", "Leave it out")
+def _refuse(idle: Mapping[str, str], where: str) -> None:
+    for name, why in idle.items():
+        raise UserError(f"{where}: {name} {why}", "Leave it out")
 
 
-def _expand(options: Mapping[str, object], out: Path, where: str) -> Iterator[Run]:
-    """A run for each combination of values that makes a difference."""
+def _expand(options: Mapping[str, object], out: Path, where: str) -> tuple[list[Run], dict[str, str]]:
+    """A run for each combination of values that makes a difference, and which options make none in any, with why."""
     lists = {name: _values(value) for name, value in options.items() if name != "tasks"}
-    seen: set[str] = set()
-    idle = {"tolerance", "threshold"} & options.keys()
+    runs: dict[str, Run] = {}
+    idle: list[dict[str, str]] = []
     for combination in itertools.product(*lists.values()):
         chosen = dict(zip(lists, combination, strict=True))
-        run = _run(chosen | {"tasks": options.get("tasks")}, out, where)
-        idle -= {name for name in idle if getattr(run.request, name) is not None}
-        if run.name not in seen:
-            seen.add(run.name)
-            yield run
-    if idle and options.get("policy") is None and {"rsd", "shadow"} & set(_values(options.get("mode", "rsd"))):
-        rules = ", ".join(TOLERANT_RULES) if "tolerance" in idle else "likelihood"
-        raise UserError(f"{where}: {min(idle)} is of the rules {rules}, and none of them is asked for", "Give rule")
+        idle.append(_idle(chosen, where))
+        used = {name: value for name, value in chosen.items() if name not in idle[-1]}
+        run = _run(used | {"tasks": options.get("tasks")}, out, where)
+        runs.setdefault(run.name, run)
+    return list(runs.values()), {name: why for name, why in idle[0].items() if all(name in one for one in idle)}
+
+
+def _idle(chosen: Mapping[str, object], where: str) -> dict[str, str]:
+    """The options of a run that have no effect on its bundle's loop, each with why."""
+    if chosen.get("policy") is not None or not chosen.keys() & {*CHECKED, "accept_rate"}:
+        return {}
+    try:
+        rsd = Bundle.open(Path(str(chosen.get("bundle", DEFAULT_BUNDLE)))).config.rsd
+        return rsd.idle(chosen.get("mode", "rsd"), chosen)  # type: ignore[arg-type]
+    except UserError as error:
+        raise UserError(f"{where}: {error.message}", error.remedy) from None
 
 
 def _run(chosen: dict[str, object], out: Path, where: str) -> Run:
     mode: Mode = chosen.get("mode", "rsd")  # type: ignore[assignment]
     bundle = Path(str(chosen.get("bundle", DEFAULT_BUNDLE)))
-    chosen = {name: value for name, value in chosen.items() if name not in WITHOUT_EFFECT[mode]}
     perturb = str(chosen.pop("perturb", CALM))
     spec = None if perturb == CALM else PerturbSpec.parse(perturb)
     if chosen.get("policy") is not None:
@@ -238,8 +239,6 @@ def _run(chosen: dict[str, object], out: Path, where: str) -> Run:
         idle = [name for name in chosen if name in SHORT and name not in ("suite",)] + ["mode"] * ("mode" in chosen)
         if idle:
             raise UserError(f"{where}: policy {chosen['policy']} runs no bundle, and {idle[0]} is of bundles")
-    else:
-        chosen = _with_rule(chosen, bundle, mode, where)
     matched = mode == "random" and chosen.get("accept_rate", "matched") == "matched"
     if matched:
         chosen["accept_rate"] = None
@@ -255,20 +254,6 @@ def _run(chosen: dict[str, object], out: Path, where: str) -> Run:
     tasks = _tasks(chosen.pop("tasks", None), where)
     request = EvalRequest(**_given(chosen), **paths, tasks=tasks, perturb=spec, out=out / name)  # type: ignore[arg-type]
     return Run(name, request, matched="" if matched else None)
-
-
-def _with_rule(chosen: dict[str, object], bundle: Path, mode: Mode, where: str) -> dict[str, object]:
-    """Without the threshold of another rule."""
-    if mode not in ("rsd", "shadow") or not chosen.keys() & {"tolerance", "threshold"}:
-        return chosen
-    rsd = Bundle.open(bundle).config.rsd
-    rule = chosen.get("rule") or rsd.rule
-    idle = {"threshold"} if rule != "likelihood" else {"tolerance"}
-    if rule not in TOLERANT_RULES:
-        idle.add("tolerance")
-    if rule == "likelihood" and chosen.get("threshold") is None and rsd.threshold is None:
-        raise UserError(f"{where}: rule likelihood needs a threshold, such as -1.5: the bundle has none")
-    return {name: value for name, value in chosen.items() if name not in idle}
 
 
 def _tasks(value: object, where: str) -> tuple[int, ...] | None:

@@ -31,7 +31,7 @@ from rsd_trt.cli.console import (
     precision_option,
     show,
 )
-from rsd_trt.config import BACKENDS, MAX_COUNT, MAX_TOLERANCE, MODES, PROTOCOLS, RULES, TOLERANT_RULES
+from rsd_trt.config import BACKENDS, CHECKED, MAX_COUNT, MAX_TOLERANCE, MODES, PROTOCOLS, RULES
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions, task_numbers
 from rsd_trt.records import to_json
@@ -286,32 +286,26 @@ def refuse_clashes(request: EvalRequest, modes: Sequence[Mode]) -> None:
             "--mode random needs --accept-rate, such as 0.68 or an rsd run's results file, and no other mode has one"
         )
     if request.policy is None:
-        _refuse_rules(request, modes)
+        _refuse_idle(request, modes)
     if "engines" in given and request.backend not in ("ort", "trt"):
         raise click.UsageError(f"--engines is of the backends ort and trt: {request.backend} runs no export")
 
 
-def _refuse_rules(request: EvalRequest, modes: Sequence[Mode]) -> None:
-    """Raises UsageError if an option of the checks has no effect: in modes without them, or with another rule."""
-    judged = {"--rule": request.rule, "--tolerance": request.tolerance, "--threshold": request.threshold}
-    checked = {"--check-steps": request.check_steps, "--refresh": request.refresh}
-    for name, value in (judged | checked).items():
-        if value is not None and set(modes) == {"baseline"}:
-            raise click.UsageError(f"{name} is of checks, and --mode baseline makes none")
-        if value is not None and set(modes) <= {"baseline", "random"} and name in judged:
-            raise click.UsageError(f"{name} is of rules, and --mode random accepts by chance")
-    if all(value is None for value in judged.values()):
+def _refuse_idle(request: EvalRequest, modes: Sequence[Mode]) -> None:
+    """Raises UsageError if an option of the checks has no effect in any mode."""
+    given = {name: getattr(request, name) for name in CHECKED if getattr(request, name) is not None}
+    if not given:
         return
     from rsd_trt.bundle import Bundle
 
     rsd = Bundle.open(request.bundle).config.rsd
-    rule = request.rule or rsd.rule
-    if request.tolerance is not None and rule not in TOLERANT_RULES:
-        raise click.UsageError(f"--tolerance is of the rules {', '.join(TOLERANT_RULES)}: the rule is {rule}")
-    if request.threshold is not None and rule != "likelihood":
-        raise click.UsageError(f"--threshold is of the rule likelihood: the rule is {rule}")
-    if rule == "likelihood" and request.threshold is None and rsd.threshold is None:
-        raise click.UsageError("--rule likelihood needs --threshold, such as -1.5: the bundle has none")
+    try:
+        idle = [rsd.idle(mode, given) for mode in modes]
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
+    for name, why in idle[-1].items():
+        if all(name in reasons for reasons in idle):
+            raise click.UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 COMMANDS = (evaluate,)

@@ -106,17 +106,20 @@ def test_another_run_has_no_rate_for_it(
         (("--accept-rate", "0.5"), "--mode random needs --accept-rate"),
         (("--mode", "random", "--accept-rate", "1.5"), "'1.5' is not in 0..1"),
         (("--mode", "random", "--accept-rate", "nan"), "'nan' is not in 0..1"),
-        (("--mode", "baseline", "--tolerance", "0.2"), "--tolerance is of checks, and --mode baseline makes none"),
-        (("--mode", "baseline", "--rule", "path"), "--rule is of checks, and --mode baseline makes none"),
-        (("--mode", "baseline", "--threshold", "-1"), "--threshold is of checks, and --mode baseline makes none"),
-        (("--mode", "baseline", "--check-steps", "2"), "--check-steps is of checks, and --mode baseline makes none"),
-        (("--mode", "baseline", "--refresh", "8"), "--refresh is of checks, and --mode baseline makes none"),
-        (("--mode", "random", "--accept-rate", "0.5", "--rule", "first"), "--rule is of rules, and --mode random"),
+        (("--mode", "baseline", "--tolerance", "0.2"), "--tolerance is of checks, and mode baseline makes none"),
+        (("--mode", "baseline", "--rule", "path"), "--rule is of checks, and mode baseline makes none"),
+        (("--mode", "baseline", "--threshold", "-1"), "--threshold is of checks, and mode baseline makes none"),
+        (("--mode", "baseline", "--check-steps", "2"), "--check-steps is of checks, and mode baseline makes none"),
+        (("--mode", "baseline", "--refresh", "8"), "--refresh is of checks, and mode baseline makes none"),
+        (("--mode", "random", "--accept-rate", "0.5", "--rule", "first"), "--rule is of rules, and mode random"),
         (
             ("--rule", "tokens", "--tolerance", "0.2"),
             "--tolerance is of the rules first, actions, path: the rule",
         ),
-        (("--rule", "likelihood", "--tolerance", "0.2"), "--tolerance is of the rules first, actions, path"),
+        (
+            ("--rule", "likelihood", "--threshold", "-1", "--tolerance", "0.2"),
+            "--tolerance is of the rules first, actions, path",
+        ),
         (("--rule", "first", "--threshold", "-1"), "--threshold is of the rule likelihood: the rule is first"),
         (("--rule", "frist"), "'frist' is unknown; did you mean 'first'?"),
         (("--tolerance", "-1"), "-1.0 is not in the range 0<=x<=2"),
@@ -140,7 +143,7 @@ def test_usage(arguments: tuple[str, ...], message: str) -> None:
 def test_likelihood_needs_a_threshold(tiny_bundle: Path) -> None:
     result = CliRunner().invoke(main, ["eval", str(tiny_bundle), "--rule", "likelihood"])
     assert result.exit_code == 2
-    assert "--rule likelihood needs --threshold, such as -1.5: the bundle has none" in result.stderr
+    assert "the rule likelihood needs a threshold, such as -1.5: the bundle has none" in result.stderr
 
 
 def test_the_options_are_the_fields_of_the_request() -> None:

@@ -119,7 +119,8 @@ def test_what_is_tested_cannot_be_chosen_once_the_sweep_has_begun(tmp_path: Path
         ("mode = 'basline'", "mode is 'basline'; did you mean 'baseline'"),
         ("mode = ['rsd', 'basline']", r"mode\[1\] is 'basline'; did you mean 'baseline'"),
         ("n_action_step = 1", "unknown key n_action_step; did you mean 'n_action_steps'"),
-        ("[[run]]\nmode = 'baseline'\ntolerance = 0.1", "run 1: tolerance has no effect in mode baseline"),
+        ("[[run]]\nmode = 'baseline'\ntolerance = 0.1", "run 1: tolerance is of checks, and mode baseline makes none"),
+        ("accept_rate = 0.5", "accept_rate is of mode random: the mode is rsd"),
         ("[[run]]\n[[run]]", "run 2 declares rsd again"),
         ("mode = 'random'", "random takes over the rate of the rsd run with the same options, which are none"),
         (
@@ -127,8 +128,8 @@ def test_what_is_tested_cannot_be_chosen_once_the_sweep_has_begun(tmp_path: Path
             "which are rsd_first_tolerance0.1, rsd_first_tolerance0.2",
         ),
         (
-            "rule = 'likelihood'\nthreshold = -1\ntolerance = 0.1",
-            "tolerance is of the rules first, actions, path, and none of them is asked for",
+            "rule = 'likelihood'\nthreshold = -1\ntolerance = 0.1\n[[run]]\n[[run]]\nmode = 'baseline'",
+            "tolerance is of the rules first, actions, path: the rule is likelihood",
         ),
         ("rule = 'likelihood'\nthreshold = 1", "threshold is 1, which must be <= 0"),
         ("policy = 'a:b'\ntolerance = 0.1", "policy a:b runs no bundle, and tolerance is of bundles"),
