@@ -22,6 +22,7 @@ MAX_BYTES = 1 << 29  # of a results file
 MAX_RATIO = 100  # by which it may have been compressed (ours are by 10 to 40): a small file may not fill the memory
 ALWAYS = 1 << 22  # bytes that a compressed file may have, however small it is
 RECORDED = ("episodes", "settings", "throughput", "command", "clock")  # no figures of the episodes alone
+EXPECTED = "Give a results file of rsd-trt eval, SUITE_MODE_results.json, or its .json.gz"
 RELATIVE = 1e-6  # difference of two figures that are still the same: sums depend on the order
 
 
@@ -81,7 +82,7 @@ def _text(path: Path) -> bytes:
         beside = next(path.glob("*_results.json*"), path / "SUITE_MODE_results.json")
         raise UserError(f"{path} is a folder", f"Give a results file: {beside}") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}", EXPECTED) from None
     if path.suffix == ".jsonl":
         whole = path.name.replace("_episodes.jsonl", "_results.json")
         raise UserError(f"{path} is a run's log of episodes", f"Give its results: {path.with_name(whole)}")
@@ -94,9 +95,12 @@ def _results(text: bytes, path: Path) -> Results:
     try:
         return from_text(Results, text, str(path))
     except UserError:
-        data = parse(text, str(path))
+        try:
+            data = parse(text, str(path))
+        except UserError as error:
+            raise UserError(error.message, EXPECTED) from None
         if not isinstance(data, dict) or not {"task_suite", "final_success_rate"} <= data.keys():
-            raise UserError(f"{path} is not a results file of rsd-trt eval") from None
+            raise UserError(f"{path} is not a results file of rsd-trt eval", EXPECTED) from None
         raise
 
 

@@ -171,6 +171,14 @@ def test_environments_that_are_not_there(environments: list[object], tiny_bundle
         policy.act_batch(["frame"], [0])  # type: ignore[list-item]
 
 
+def test_whole_chunks_are_of_the_frames_that_queries_see(tiny_bundle: Path) -> None:
+    """Resized by the same rule, whoever runs the loop."""
+    policy = rsd_trt.Policy.load(tiny_bundle, "baseline", n_action_steps=8, resize=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8)
+    observation = seen(policy, images=pixels)
+    assert np.array_equal(policy.full([observation]).actions[0], policy.act(observation))
+
+
 def test_a_bundle_that_does_not_read_the_state_needs_none(bundle_copy: Path) -> None:
     config = Bundle.open(bundle_copy).config
     draft = structs.replace(config.draft, state=False)

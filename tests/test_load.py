@@ -96,6 +96,9 @@ def test_what_disturbs_is_told() -> None:
         "p95 / p50 of full is 3 (up to 1.5 is steady)",
     )
     assert busy.spread == {"full": 3.0}  # two times say nothing of their p95
+    assert not steadiness({"full": [10.0] * 15 + [15.0] * 5}, 0, 2, 2).disturbed  # 1.5 is steady
+    thirds = steadiness({"full": [3.0] * 15 + [10.0] * 5}, 1 / 3, 2, 2)
+    assert (thirds.others, thirds.spread) == (0.33, {"full": 3.333})
 
 
 def test_a_run_and_its_report_say_so() -> None:

@@ -24,6 +24,7 @@ from rsd_trt.load import Steadiness
 from rsd_trt.records import from_json, parse
 
 HIDDEN = "reads the backbone's hidden state: a check costs a whole backbone pass, so rsd cannot save time with it"
+PROFILE = "Give a profile.json; it is made by rsd-trt profile"
 Milliseconds = Annotated[float, Meta(gt=0)]
 
 
@@ -89,10 +90,11 @@ def read_price(path: Path | None, runs: Sequence[Results]) -> Price:
         return COUNTED
     try:
         found = parse(read_bounded(path), str(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (OSError, UserError) as error:
+        why = error.message if isinstance(error, UserError) else f"{path} cannot be read: {error.strerror or error}"
+        raise UserError(why, PROFILE) from None
     if not isinstance(found, dict) or "costs" not in found:
-        raise UserError(f"{path} has no costs of a check and a full query", "Make it: rsd-trt profile")
+        raise UserError(f"{path} has no costs of a check and a full query", PROFILE)
     profile = from_json(_Profile, found, str(path))
     pairs: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in profile.costs:
@@ -136,4 +138,4 @@ def disturbances(runs: Sequence[tuple[str, Results]], price: Price) -> str | Non
 def cannot_save_time(runs: Sequence[Results]) -> str | None:
     """What a report says first where a draft is of kind hidden."""
     names = dict.fromkeys(r.settings.policy for r in runs if r.settings.bundle and r.settings.bundle.draft == "hidden")
-    return f"The draft of {', '.join(names)} {HIDDEN}." if names else None
+    return f"The draft of {', '.join(names)} {HIDDEN}. Distil one with eyes: rsd-trt distill." if names else None

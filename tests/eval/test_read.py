@@ -91,7 +91,7 @@ def first(**changes: object) -> Callable[[dict[str, object]], None]:
         (lambda data: data.update(total_successes=12), r"is damaged: total_successes is 12, its episodes give \d+"),
         (lambda data: data.update(errors=1), "is damaged: errors is 1, its episodes give 0"),
         (lambda data: data.update(task_results=[]), r"has results for tasks \[\], its settings ask for \[0, 1, 2\]"),
-        (lambda data: data.update(steps=float("nan")), "cannot be read: JSON is malformed"),
+        (lambda data: data.update(steps=float("nan")), "cannot be read: JSON is malformed.* Give a results file"),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path: Path, damage: Callable[[dict[str, object]], None], message: str) -> None:

@@ -20,7 +20,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.eval.statistics import wilson
 from rsd_trt.eval.verify.components import TOLERANCES, VerifyRequest, flags_nan, parity, run_batches, verify
 from rsd_trt.eval.verify.inputs import Case, hidden_states, make_case
-from rsd_trt.eval.verify.result import NotMeasured, Parity
+from rsd_trt.eval.verify.result import NotMeasured, Parity, differ
 from rsd_trt.export.to_onnx import export_onnx
 from rsd_trt.manifest import Batch
 from rsd_trt.models.components import agreeing_steps
@@ -145,6 +145,7 @@ def test_token_mismatch_is_counted_for_each_layer(reference: Reference) -> None:
     assert result.token_mismatch == pytest.approx((3 * share, 0, 0, 0, 0, 0, 0, 64 * share))
     assert result.token_interval == pytest.approx(wilson(64, ROWS * dims.T * dims.D))
     assert result.exceeded == ("tokens that differ: up to 0.332% > 0.1%",)
+    assert differ("tokens", (0.0, 0.001), 0.001) == []  # the limit itself passes
 
 
 def test_token_mismatch_of_logits_is_that_of_their_argmax(reference: Reference) -> None:
