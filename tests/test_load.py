@@ -99,6 +99,7 @@ def test_what_disturbs_is_told() -> None:
     assert not steadiness({"full": [10.0] * 15 + [15.0] * 5}, 0, 2, 2).disturbed  # 1.5 is steady
     thirds = steadiness({"full": [3.0] * 15 + [10.0] * 5}, 1 / 3, 2, 2)
     assert (thirds.others, thirds.spread) == (0.33, {"full": 3.333})
+    assert steadiness({"full": [0.0] * 20, "rejected": [0.5] * 20}, 0, 2, 2).spread == {"rejected": 1.0}
 
 
 def test_a_run_and_its_report_say_so() -> None:
