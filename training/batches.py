@@ -16,6 +16,7 @@ from rsd_trt.config import ARM_DIMS
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.components import ActionTransform
 from rsd_trt.training.augment import augment, augment_state
+from rsd_trt.training.sources import in_parts
 from rsd_trt.training.store import Store
 
 SWITCH_WEIGHT = 2.0  # how much oftener frames before a gripper switch are drawn
@@ -69,7 +70,11 @@ class Batches:
         self._weights = torch.from_numpy(draw_weights(self.instruction[self.train], gripper))
         room = torch.cuda.mem_get_info(device)[0] * RESIDENT_SHARE if device.type == "cuda" else 0
         self.resident = maps["images"].nbytes < room
-        self._images = torch.from_numpy(np.array(maps["images"])).to(device) if self.resident else None
+        self._images: Tensor | None = None
+        if self.resident:
+            self._images = torch.empty(maps["images"].shape, dtype=torch.uint8, device=device)
+            for part in in_parts(len(store)):  # the host may not have the room
+                self._images[part] = torch.from_numpy(np.array(maps["images"][part]))
 
     def batches(self, first: int, count: int) -> Iterator[Batch]:
         """Batches of `count` augmented frames for the steps from `first` on, without end."""

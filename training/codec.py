@@ -36,6 +36,7 @@ NARROWEST = 1e-3  # half a range, in action units
 GRID = 401  # points that a function is fitted on
 LARGEST_ERROR = 1e-2  # of any of the data's actions, in halves of their range
 MARGIN = 0.05  # of a range, beyond the actions that were seen
+PART = 1 << 16  # actions that are encoded at a time: the tokens of one take 40 times its memory
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Ranges:
     @classmethod
     def of(cls, actions: Tensor) -> Ranges:
         """Those of the actions [S, A], a little wider, so that most that were not seen lie within as well."""
-        low, high = actions.double().amin(0).cpu(), actions.double().amax(0).cpu()
+        low, high = actions.amin(0).double().cpu(), actions.amax(0).double().cpu()
         half = ((high - low) / 2).clamp_min(NARROWEST) * (1 + MARGIN)
         return cls(tuple(((high + low) / 2).tolist()), tuple(half.tolist()))
 
@@ -145,16 +146,19 @@ def codec_for(bundle: Bundle, store: Store, device: torch.device) -> tuple[Codec
 def codec_errors(codec: Codec, actions: Tensor, ranges: Ranges = UNIT) -> CodecErrors:
     """Reconstruction errors over actions [S, A], in halves of their ranges."""
     middle, half = (torch.tensor(values).to(actions) for values in (ranges.middle, ranges.half))
-    closed = actions[:, ARM_DIMS] > middle[ARM_DIMS]
-    tokens = codec.encode(actions[:, None])  # [S, 1, D, L]
-    largest, mean, wrong = [], [], []
-    for n in range(1, tokens.shape[-1] + 1):
-        decoded = codec.decode(tokens, n)[:, 0]
-        error = ((decoded - actions) / half).abs()
-        largest.append(float(error.max()))
-        mean.append(float(error.mean()))
-        wrong.append(float(((decoded[:, ARM_DIMS] > middle[ARM_DIMS]) != closed).float().mean()))
-    return CodecErrors(tuple(largest), tuple(mean), tuple(wrong))
+    layers = len(codec.rfsq.layers)
+    largest, total, wrong = torch.zeros(3, layers, dtype=torch.float64)
+    for part in actions.split(PART):
+        tokens = codec.encode(part[:, None])  # [S, 1, D, L]
+        closed = part[:, ARM_DIMS] > middle[ARM_DIMS]
+        for i in range(layers):
+            decoded = codec.decode(tokens, i + 1)[:, 0]
+            error = ((decoded - part) / half).abs()
+            largest[i] = max(float(largest[i]), float(error.max()))
+            total[i] += error.double().sum()
+            wrong[i] += ((decoded[:, ARM_DIMS] > middle[ARM_DIMS]) != closed).sum()
+    mean, wrong = total / actions.numel(), wrong / len(actions)
+    return CodecErrors(*(tuple(values.tolist()) for values in (largest, mean, wrong)))
 
 
 def _share_out(latents: int, actions: int) -> tuple[Tensor, Tensor, Tensor]:

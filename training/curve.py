@@ -20,7 +20,8 @@ def learning_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, name in enumerate(name for name in (train[0] if train else {}) if name.startswith("ce")):
-        left.plot([x["step"] for x in train], [x[name] for x in train], color=COLOURS[i], label=f"L{name[2:]}")
+        losses = [x[name] for x in train]
+        left.plot([x["step"] for x in train], losses, "o-", color=COLOURS[i], markersize=3, label=f"L{name[2:]}")
     left.set(xlabel="step", ylabel="cross-entropy", title="training, augmented frames")
     for i, name in enumerate(("agreement", "blind")):
         points = [100 * x[name] for x in held_out]

@@ -26,8 +26,11 @@ def actions() -> torch.Tensor:
     return actions
 
 
-def test_every_action_decodes(codec: Codec, actions: torch.Tensor) -> None:
+def test_every_action_decodes(codec: Codec, actions: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = check_codec(codec, actions)
+    monkeypatch.setattr("rsd_trt.training.codec.PART", 999)
+    in_parts = check_codec(codec, actions)
+    assert in_parts.largest == errors.largest and in_parts.mean == pytest.approx(errors.mean)
     assert errors.largest[-1] < LARGEST_ERROR / 2
     assert errors.mean[-1] < LARGEST_ERROR / 5
     assert set(errors.wrong_grippers) == {0.0}
