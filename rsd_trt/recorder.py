@@ -81,7 +81,7 @@ class Recorder:
         if self._bytes - before + len(data) > self.limit * 1e9:
             self.full = True
             log.warning(
-                "%s holds %.1f GB, and %g GB are the limit: nothing more is recorded",
+                "%s holds %.3g GB, and %g GB are the limit: nothing more is recorded",
                 self.folder,
                 self._bytes / 1e9,
                 self.limit,

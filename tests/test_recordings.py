@@ -105,7 +105,7 @@ def test_the_limit_ends_the_recording_and_says_so_once(
         episode.add(**query(facts, 0))
         assert not episode.save("c")
     assert [record.message for record in caplog.records if "nothing more is recorded" in record.message] == [
-        f"{tmp_path} holds 0.0 GB, and {1.5 * size / 1e9:g} GB are the limit: nothing more is recorded"
+        f"{tmp_path} holds {size / 1e9:.3g} GB, and {1.5 * size / 1e9:g} GB are the limit: nothing more is recorded"
     ]
 
 
