@@ -83,7 +83,7 @@ class Batches:
             step = first
             while True:
                 while len(coming) < AHEAD:
-                    coming.append(pool.submit(self._read, self._drawn(step + len(coming), count)))
+                    coming.append(pool.submit(lambda at: self._read(self._drawn(at, count)), step + len(coming)))
                 yield self._augmented(step, self._there(coming.popleft().result()))
                 step += 1
 
