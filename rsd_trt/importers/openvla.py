@@ -15,7 +15,7 @@ from typing import Literal
 from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, BackboneConfig, Quantiles, Resize
 from rsd_trt.errors import UserError, did_you_mean, missing_extra, named, reason, shown
 from rsd_trt.files import check_whole, read_bounded
-from rsd_trt.importers.openvla_config import backbone_config
+from rsd_trt.importers.openvla_config import RESAVE, backbone_config
 from rsd_trt.importers.original import HEADS, check_actions
 from rsd_trt.records import from_json, parse
 from rsd_trt.weights import Entry, contents, first_few, without_unused
@@ -23,6 +23,7 @@ from rsd_trt.weights import Entry, contents, first_few, without_unused
 MODEL_TYPE = "openvla"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STATISTICS = "dataset_statistics.json"
+STATISTICS_REMEDY = f"Put {STATISTICS} of the training run beside the weights"
 PROCESSOR, NESTED = "preprocessor_config.json", "processor_config.json"  # as transformers 4 and 5 write it
 MERGE = "Merge them (OpenVLA-OFT: vla-scripts/merge_lora_weights_and_save.py), and pack the merged folder"
 MOST_NAMES = 100  # of data sets, in a message
@@ -48,6 +49,7 @@ FILES = (
     "action_head--*.pt",
     *UNSUPPORTED,
 )  # what a hub repository is asked for
+ADAPTER_KEY = re.compile(r"\.lora_|\.base_layer\.|^base_model\.")  # what peft puts into keys
 SHARD = re.compile(r"model[\w.-]*\.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -70,9 +72,11 @@ class OpenVLAFolder:
             UserError: there is none, or more than one.
         """
         files = sorted(self.path.glob(f"{name}--*.pt"))
-        if len(files) != 1:
-            have = f"has {first_few([file.name for file in files])}: keep one" if files else "has none"
-            raise UserError(f"preset openvla-oft needs {name}--*_checkpoint.pt, {self.path} {have}", REMEDY.get(name))
+        needed = f"preset openvla-oft needs {name}--*_checkpoint.pt, {self.path} has"
+        if not files:
+            raise UserError(f"{needed} none", REMEDY.get(name))
+        if len(files) > 1:
+            raise UserError(f"{needed} {first_few([file.name for file in files])}: keep one")
         return files[0]
 
     def quantiles(self, name: str | None, kind: Literal["action", "proprio"]) -> tuple[str, Quantiles]:
@@ -87,7 +91,7 @@ class OpenVLAFolder:
                 if not names:
                     raise UserError(
                         f"{self.path} has no statistics to normalise by: no {STATISTICS}, no norm_stats in config.json",
-                        f"Put {STATISTICS} of the training run beside the weights",
+                        STATISTICS_REMEDY,
                     )
                 choice = f"statistics of {len(names)} data sets: {first_few([named(x) for x in names])}. Choose one"
                 raise UserError(f"{self.path} has {choice}: --statistics NAME")
@@ -98,7 +102,7 @@ class OpenVLAFolder:
             )
         values = _object(_object(self.statistics[name]).get(kind))
         if "q01" not in values or "q99" not in values:
-            raise UserError(f"{self.path} has no {kind} quantiles (q01 and q99) for {shown(name)}")
+            raise UserError(f"{self.path} has no {kind} quantiles (q01, q99) for {shown(name)}", STATISTICS_REMEDY)
         q01 = values["q01"]
         if isinstance(q01, list) and len(q01) == 2 * ACTION_DIMS:
             check_actions(f"{self.path}, statistics of {shown(name)}, {kind}", len(q01), SIZES[kind])
@@ -136,6 +140,9 @@ def read_folder(path: Path) -> OpenVLAFolder:
     Raises:
         UserError: another architecture, a missing or damaged file, or anything that rsd-trt does not compute.
     """
+    for pattern, (told, remedy) in UNSUPPORTED.items():
+        if beside := sorted(path.glob(pattern)):
+            raise UserError(f"{path} {told} ({beside[0].name}), which rsd-trt does not compute", remedy)
     file = path / "config.json"
     data = _read_object(file)
     if not file.is_file():
@@ -146,11 +153,8 @@ def read_folder(path: Path) -> OpenVLAFolder:
             f"{file} is of model_type {kind}, architectures {architectures}: only {MODEL_TYPE!r} (OpenVLA, "
             "OpenVLA-OFT) can be packed"
         )
-    for pattern, (told, remedy) in UNSUPPORTED.items():
-        if beside := sorted(path.glob(pattern)):
-            raise UserError(f"{path} {told} ({beside[0].name}), which rsd-trt does not compute", remedy)
     shards, found = _shards(path)
-    if adapters := [key for key in found if ".lora_" in key]:
+    if adapters := [key for key in found if ADAPTER_KEY.search(key)]:
         raise UserError(f"{path}: the weights hold LoRA adapters beside the layers ({named(adapters[0])})", MERGE)
     processor, nested = path / PROCESSOR, path / NESTED
     processor_data = _read_object(processor)
@@ -169,7 +173,9 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
         have = "both" if single.is_file() else "neither"
         if (path / ADAPTERS).is_dir() and not single.is_file():
             raise UserError(f"{path} has LoRA adapters ({ADAPTERS}) and no merged weights", MERGE)
-        raise UserError(f"{path} has {have} {SINGLE} {'and' if single.is_file() else 'nor'} {INDEX}: one is needed")
+        raise UserError(
+            f"{path} has {have} {SINGLE} {'and' if single.is_file() else 'nor'} {INDEX}: one is needed", RESAVE
+        )
     if single.is_file():
         return (single,), contents([single])
     weight_map = _object(_read_object(index).get("weight_map"))

@@ -19,6 +19,7 @@ from rsd_trt.presets import TIMM_TOWERS
 from rsd_trt.records import checked, from_json
 from rsd_trt.weights import Entry, first_few
 
+RESAVE = "Save the model anew, as safetensors and without what wraps it: model.save_pretrained(FOLDER)"
 EMBEDDING = "language_model.model.embed_tokens.weight"
 RESIZES: tuple[Resize, ...] = typing.get_args(Resize)
 
@@ -197,7 +198,8 @@ def _dtype(file: Path, model: ModelConfig) -> Literal["float32", "bfloat16"]:
 
 def _shape(path: Path, found: Mapping[str, Entry], key: str, axes: int) -> tuple[int, ...]:
     if key not in found:
-        raise UserError(f"{path} has no {key}: its weights are not OpenVLA's")
+        has = f"; they begin with {named(min(found))}" if found else ""
+        raise UserError(f"{path} has no {key}: its weights are not OpenVLA's{has}", RESAVE)
     if len(shape := found[key].shape) != axes:
         raise UserError(f"{found[key].file}: {key} is {list(shape)}, which does not have {axes} axes")
     return shape

@@ -18,11 +18,18 @@ from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, CodecConfig, Dims, HeadConf
 from rsd_trt.errors import UserError, named, reason, shown
 from rsd_trt.files import check_whole
 from rsd_trt.importers.archive import checked_archive
-from rsd_trt.weights import Entry
+from rsd_trt.weights import Entry, first_few
 
-WRAPPINGS = ("model_state_dict", "model", "state_dict")  # the keys under which a checkpoint may hold its state dict
+WRAPPINGS = (
+    "model_state_dict",
+    "model",
+    "state_dict",
+    "module",
+)  # the keys under which a checkpoint may hold its state dict
 # What training on several GPUs and torch.compile put into keys, wherever the wrapped module stands.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+COUNTER = "n_averaged"  # of the models that AveragedModel averaged, beside their average
+ALONE = "Save the weights alone: torch.save(model.state_dict(), FILE)"
 HEADS = "OpenVLA-OFT's L1 regression head, and the RFSQ heads of the original RSD experiment"
 USES_LAYERNORM = "use_layernorm"  # of the codec, in whatever was saved with it
 
@@ -94,27 +101,35 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
         found = f" ({named(culprit[1])})" if culprit else ""
         raise UserError(
             f"{file} is damaged or holds more than ordinary tensors and plain values{found}, and loading that could "
-            f"run code. Save the weights alone: torch.save(model.state_dict(), FILE)"
+            f"run code",
+            ALONE,
         ) from None
     except Exception as error:  # a damaged file makes torch and its unpickler raise nearly anything
-        raise UserError(f"{file} cannot be read as a checkpoint of PyTorch 1.6 or later: {reason(error)}") from None
+        raise UserError(
+            f"{file} cannot be read as a checkpoint of PyTorch 1.6 or later: {reason(error)}", ALONE
+        ) from None
     top = data if isinstance(data, Mapping) else {}
     under = next((key for key in WRAPPINGS if isinstance(top.get(key), Mapping)), None)
-    wrapped = top if under is None else top[under]
+    wrapped = {key: value for key, value in (top if under is None else top[under]).items() if key != COUNTER}
     names = _unwrapped([str(key) for key in wrapped])
     state = {name: value for name, value in zip(names, wrapped.values(), strict=True) if isinstance(value, Tensor)}
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise UserError(f"{file} holds {named(twice)} with and without a wrapper's prefix")
     if not state or len(state) != len(wrapped):
-        raise UserError(f"{file} holds no state dict, neither bare nor under {' or '.join(WRAPPINGS)}")
+        has = f"; it holds {first_few([named(key) for key in top])}" if top else ""
+        raise UserError(f"{file} holds no state dict, neither bare nor under {' or '.join(WRAPPINGS)}{has}", ALONE)
     beside = {key: value for key, value in top.items() if key != under} if under is not None else {}
     unread = tuple(named(key) for key, value in beside.items() if _holds_tensors(value))
     if any(key.startswith("noise_predictor.") for key in state):
         raise UserError(f"{file} is OpenVLA-OFT's diffusion head, which is not supported", f"Supported are {HEADS}")
     kind = next((kind for kind, mark in MARKS.items() if any(re.fullmatch(mark, key) for key in state)), None)
     if kind != part:
-        raise UserError(f"{file} is {f'a {kind}' if kind else 'of an unknown kind'}, not a {part}")
+        if kind:
+            raise UserError(f"{file} is a {kind}, not a {part}")
+        raise UserError(
+            f"{file} is of an unknown kind, not a {part}; it holds {first_few([*map(named, state)])}", ALONE
+        )
     shown = sum(value.nbytes for value in state.values())
     if shown > size:  # a view that repeats its storage shows any shape, and takes its memory when it is copied
         raise UserError(f"{file} has {size} bytes, its tensors would take {shown}. Save them as clones: they overlap")

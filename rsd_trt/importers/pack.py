@@ -134,7 +134,7 @@ def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None)
         if projector:
             write_part(folder, "backbone", {PROPRIO + key: value for key, value in projector.state.items()})
         write_config(folder, replace(config, backbone_weights=WeightsFolder(where, tuple(weights))))
-    used = {checkpoint.file for checkpoint in (projector, *parts.values()) if checkpoint}
+    used = [checkpoint for checkpoint in (projector, *parts.values()) if checkpoint]
     return Packed(
         str(request.out),
         request.preset,
@@ -143,8 +143,8 @@ def pack(request: PackRequest, on_file: Callable[[Path], None] = lambda _: None)
         str(request.out) if request.copy else str(source.path),
         sum(file.bytes for file in weights),
         (
-            *(file.name for file in sorted(source.path.glob("*.pt")) if file not in used),
-            *(f"{checkpoint.file.name}: {key}" for checkpoint in parts.values() for key in checkpoint.unread),
+            *(file.name for file in sorted(source.path.glob("*.pt")) if file not in {x.file for x in used}),
+            *(f"{checkpoint.file.name}: {key}" for checkpoint in used for key in checkpoint.unread),
         ),
     )
 

@@ -168,13 +168,14 @@ class Evil:
         ({}, "draft", "holds no state dict, neither bare nor under model_state_dict or model"),
         ({"model_state_dict": {"a": 1}}, "draft", "holds no state dict"),
         ([torch.zeros(1)], "draft", "holds no state dict"),
-        ({"weights": torch.zeros(1)}, "draft", "is of an unknown kind, not a draft"),
+        ({"ema_state_dict": {"a": torch.zeros(1)}}, "draft", "or module; it holds ema_state_dict. Save the weights al"),
+        ({"weights": torch.zeros(1)}, "draft", "is of an unknown kind, not a draft; it holds weights. Save the wei"),
         (original.RFSQHead().state_dict(), "draft", "is a head, not a draft"),
         (original.RFSQDraftModelWithProjection().state_dict(), "head", "is a draft, not a head"),
         (original.ActionRFSQAE(True).state_dict(), "head", "is a codec, not a head"),
         ({"config": Evil()}, "head", "holds more than ordinary tensors and plain values"),
     ],
-    ids=["empty", "numbers", "list", "unknown", "head", "draft", "codec", "code"],
+    ids=["empty", "numbers", "list", "an average alone", "unknown", "head", "draft", "codec", "code"],
 )
 def test_a_file_that_is_something_else(
     content: object, part: Part, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -239,6 +240,10 @@ def test_what_wrappers_put_into_keys_is_no_part_of_them(prefix: str, tmp_path: P
         torch.save(saved, tmp_path / f"{number}.pt")
         checkpoint = read_checkpoint(tmp_path / f"{number}.pt", "head")
         assert (checkpoint.state.keys(), checkpoint.unread) == (state.keys(), ())
+    average = {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in state.items()}}
+    for saved in (average, {"module": state, "ds_version": "0.15"}):  # of AveragedModel, of DeepSpeed
+        torch.save(saved, tmp_path / "x.pt")
+        assert read_checkpoint(tmp_path / "x.pt", "head").state.keys() == state.keys()
     oft = ActionHead().state_dict()  # whose own keys begin with model., and one more marks a projector
     for front in ("", "net."):
         torch.save({front + key: value for key, value in oft.items()}, tmp_path / "oft.pt")

@@ -340,6 +340,21 @@ def aloha_head() -> dict[str, Tensor]:
     return {**state, "model.fc2.weight": torch.zeros(14, HIDDEN), "model.fc2.bias": torch.zeros(14)}
 
 
+def rename_tensors(change: Callable[[str], str]) -> Change:
+    """Gives every tensor another name."""
+
+    def apply(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"] = {change(key): name for key, name in index["weight_map"].items()}
+        (folder / INDEX).write_text(json.dumps(index))
+        for shard in SHARDS:
+            state = safetensors.torch.load_file(folder / shard)
+            renamed = {change(key): value for key, value in state.items()}
+            safetensors.torch.save_file(renamed, folder / shard, {"format": "pt"})
+
+    return apply
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 LAYER = "language_model.model.layers.1"
 DAMAGE: dict[str, tuple[Change, str]] = {
@@ -422,12 +437,31 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         lambda f: shutil.copy(f / PROPRIO_FILE, f / "proprio_projector--9_checkpoint.pt"),
         "proprio_projector--9_checkpoint.pt: keep one",
     ),
+    "two heads": (
+        lambda f: shutil.copy(f / HEAD_FILE, f / "action_head--9_checkpoint.pt"),
+        "action_head--9_checkpoint.pt: keep one",
+    ),
     "FiLM": (
         lambda f: (f / "vision_backbone--9_checkpoint.pt").touch(),
         "DIR was fine-tuned with FiLM: its vision tower lies apart (vision_backbone--9_checkpoint.pt)",
     ),
     "diffusion": (lambda f: (f / "noise_predictor--9_checkpoint.pt").touch(), "DIR has a diffusion head"),
-    "LoRA": (lambda f: (f / "adapter_config.json").write_text("{}"), "DIR holds LoRA adapters that are not merged"),
+    "LoRA's folder, which has no config.json": (
+        lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+        "DIR holds LoRA adapters that are not merged",
+    ),
+    "LoRA's wrapper": (
+        rename_tensors(lambda key: f"base_model.model.{key}"),
+        "the weights hold LoRA adapters beside the layers (base_model.model.language_model.lm_head.weight). Merge",
+    ),
+    "LoRA's layers": (
+        rename_tensors(lambda key: key.replace("q_proj.weight", "q_proj.base_layer.weight")),
+        "the weights hold LoRA adapters beside the layers (language_model.model.layers.0.self_attn.q_proj.base_layer",
+    ),
+    "a wrapper's prefix": (
+        rename_tensors(lambda key: f"module.{key}"),
+        "its weights are not OpenVLA's; they begin with module.language_model.lm_head.weight. Save the model anew",
+    ),
     "LoRA in the weights": (
         edit_tensor("language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight", lambda x: x),
         "the weights hold LoRA adapters beside the layers (language_model.model.layers.0.self_attn.q_proj.lora_A",
@@ -466,7 +500,10 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         f"{SHARDS[1]} cannot be read as safetensors",
     ),
     "missing shard": (lambda f: (f / SHARDS[1]).unlink(), f"{SHARDS[1]} is missing: DIR is incomplete"),
-    "no weights": (lambda f: (f / INDEX).unlink(), f"has neither model.safetensors nor {INDEX}"),
+    "no weights": (
+        lambda f: (f / INDEX).unlink(),
+        f"has neither model.safetensors nor {INDEX}: one is needed. Save the model anew, as safetensors",
+    ),
     "two kinds of weights": (
         lambda f: shutil.copy(f / SHARDS[0], f / "model.safetensors"),
         f"has both model.safetensors and {INDEX}",
@@ -481,7 +518,10 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "no statistics": (edit("config.json", norm_stats=None), "DIR has no statistics to normalise by: no dataset_"),
     "other statistics": (edit("config.json", norm_stats={"bridge": {}}), f"has no statistics of {DATA!r}"),
-    "no quantiles": (edit("config.json", norm_stats={DATA: {"action": {}}}), "has no action quantiles (q01 and q99)"),
+    "no quantiles": (
+        edit("config.json", norm_stats={DATA: {"action": {}}}),
+        "quantiles (q01, q99) for 'libero_spatial_no_noops'. Put",
+    ),
     "short quantiles": (
         edit("config.json", norm_stats={DATA: {kind: {"q01": [0.0], "q99": [1.0]} for kind in ("action", "proprio")}}),
         "control.action_quantiles has lists of [1] numbers, not 7",
@@ -528,6 +568,13 @@ def test_a_folder_of_transformers_5(copied: Path, tmp_path: Path) -> None:
     (copied / "preprocessor_config.json").unlink()
     (copied / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
     assert packed(copied, tmp_path / "b").config.backbone == expected
+
+
+def test_other_weights_in_the_projectors_file_are_listed(copied: Path, tmp_path: Path) -> None:
+    state = ProprioProjector().state_dict()
+    torch.save({"model_state_dict": state, "ema_state_dict": state}, copied / PROPRIO_FILE)
+    made = pack(PackRequest(str(copied), "openvla-oft", tmp_path / "bundle", statistics=DATA))
+    assert made.not_read == (f"{PROPRIO_FILE}: ema_state_dict",)
 
 
 def test_merged_adapters_beside_the_weights_are_left_alone(copied: Path, tmp_path: Path) -> None:
