@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,6 +127,11 @@ def first_few(names: list[str]) -> str:
     """`a, b, c`; of more than ten, the first ten and how many more there are."""
     more = len(names) - LISTED_KEYS
     return ", ".join(names[:LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
+
+
+def fronts(keys: Iterable[str]) -> str:
+    """What keys have in front of their first dot, for a message about a file that holds something else."""
+    return first_few(sorted({printable(key.partition(".")[0]) for key in keys})) or "nothing"
 
 
 def fill(

@@ -17,7 +17,7 @@ from rsd_trt.config import FEATURIZERS, BackboneConfig, LanguageConfig, Resize, 
 from rsd_trt.errors import UserError, named, shown
 from rsd_trt.presets import TIMM_TOWERS
 from rsd_trt.records import checked, from_json
-from rsd_trt.weights import Entry, first_few
+from rsd_trt.weights import Entry, first_few, fronts
 
 RESAVE = "Save the model anew, as safetensors and without what wraps it: model.save_pretrained(FOLDER)"
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -198,8 +198,9 @@ def _dtype(file: Path, model: ModelConfig) -> Literal["float32", "bfloat16"]:
 
 def _shape(path: Path, found: Mapping[str, Entry], key: str, axes: int) -> tuple[int, ...]:
     if key not in found:
-        has = f"; they begin with {named(min(found))}" if found else ""
-        raise UserError(f"{path} has no {key}: its weights are not OpenVLA's{has}", RESAVE)
+        raise UserError(
+            f"{path} has no {key}: its weights are not OpenVLA's, their keys begin with {fronts(found)}", RESAVE
+        )
     if len(shape := found[key].shape) != axes:
         raise UserError(f"{found[key].file}: {key} is {list(shape)}, which does not have {axes} axes")
     return shape

@@ -18,14 +18,10 @@ from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, CodecConfig, Dims, HeadConf
 from rsd_trt.errors import UserError, named, reason, shown
 from rsd_trt.files import check_whole
 from rsd_trt.importers.archive import checked_archive
-from rsd_trt.weights import Entry, first_few
+from rsd_trt.weights import Entry, first_few, fronts
 
-WRAPPINGS = (
-    "model_state_dict",
-    "model",
-    "state_dict",
-    "module",
-)  # the keys under which a checkpoint may hold its state dict
+# The keys under which a checkpoint may hold its state dict.
+WRAPPINGS = ("model_state_dict", "model", "state_dict", "module")
 # What training on several GPUs and torch.compile put into keys, wherever the wrapped module stands.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 COUNTER = "n_averaged"  # of the models that AveragedModel averaged, beside their average
@@ -101,7 +97,7 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
         found = f" ({named(culprit[1])})" if culprit else ""
         raise UserError(
             f"{file} is damaged or holds more than ordinary tensors and plain values{found}, and loading that could "
-            f"run code",
+            "run code",
             ALONE,
         ) from None
     except Exception as error:  # a damaged file makes torch and its unpickler raise nearly anything
@@ -127,9 +123,7 @@ def read_checkpoint(file: Path, part: Part) -> Checkpoint:
     if kind != part:
         if kind:
             raise UserError(f"{file} is a {kind}, not a {part}")
-        raise UserError(
-            f"{file} is of an unknown kind, not a {part}; it holds {first_few([*map(named, state)])}", ALONE
-        )
+        raise UserError(f"{file} is of an unknown kind, not a {part}: its keys begin with {fronts(state)}", ALONE)
     shown = sum(value.nbytes for value in state.values())
     if shown > size:  # a view that repeats its storage shows any shape, and takes its memory when it is copied
         raise UserError(f"{file} has {size} bytes, its tensors would take {shown}. Save them as clones: they overlap")

@@ -169,7 +169,7 @@ class Evil:
         ({"model_state_dict": {"a": 1}}, "draft", "holds no state dict"),
         ([torch.zeros(1)], "draft", "holds no state dict"),
         ({"ema_state_dict": {"a": torch.zeros(1)}}, "draft", "or module; it holds ema_state_dict. Save the weights al"),
-        ({"weights": torch.zeros(1)}, "draft", "is of an unknown kind, not a draft; it holds weights. Save the wei"),
+        ({"weights": torch.zeros(1)}, "draft", "is of an unknown kind, not a draft: its keys begin with weights. Save"),
         (original.RFSQHead().state_dict(), "draft", "is a head, not a draft"),
         (original.RFSQDraftModelWithProjection().state_dict(), "head", "is a draft, not a head"),
         (original.ActionRFSQAE(True).state_dict(), "head", "is a codec, not a head"),
@@ -250,7 +250,8 @@ def test_what_wrappers_put_into_keys_is_no_part_of_them(prefix: str, tmp_path: P
         assert read_checkpoint(tmp_path / "oft.pt", "head").state.keys() == oft.keys()
     for other in ("a.weight", "z.weight"):  # not all keys have that name in front
         torch.save({**{f"net.{key}": value for key, value in oft.items()}, other: torch.zeros(1)}, tmp_path / "x.pt")
-        assert "is of an unknown kind" in refused(tmp_path / "x.pt", "head")
+        told = f"is of an unknown kind, not a head: its keys begin with {', '.join(sorted([other[0], 'net']))}. Save"
+        assert told in refused(tmp_path / "x.pt", "head")
     torch.save({**state, f"module.{next(iter(state))}": torch.zeros(1)}, tmp_path / "both.pt")
     assert "feature_proj.0.weight with and without a wrapper's prefix" in refused(tmp_path / "both.pt", "head")
 

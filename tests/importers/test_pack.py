@@ -460,7 +460,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "a wrapper's prefix": (
         rename_tensors(lambda key: f"module.{key}"),
-        "its weights are not OpenVLA's; they begin with module.language_model.lm_head.weight. Save the model anew",
+        "its weights are not OpenVLA's, their keys begin with module. Save the model anew, as",
     ),
     "LoRA in the weights": (
         edit_tensor("language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight", lambda x: x),
