@@ -32,7 +32,7 @@ def told(folder: Path, baseline: Results, rsd: Results) -> list[str]:
         f"A check took {share:.0%} of a full query. An action of rsd cost {cost:.2f} full queries, of open loop "
         f"{open_loop:.2f}: {abs(1 - cost / open_loop):.0%} {verb}.",
         f"Open loop is as cheap with n = {math.ceil(1 / cost)}. Which of the two succeeds more often, so few episodes "
-        "cannot tell: docs/reference-results.md has 450 a run.",
+        "cannot tell: docs/reference-results.md has 1,350 a run.",
     ]
     clocks = [run.clock for run in (baseline, rsd) if run.clock is not None]
     disturbed = dict.fromkeys(sentence for clock in clocks for sentence in clock.disturbed)

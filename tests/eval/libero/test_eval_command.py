@@ -125,6 +125,7 @@ def test_bad_requests_are_one_line(tiny_bundle: Path, tmp_path: Path, arguments:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_the_expert_succeeds_perturbed_or_not(tmp_path: Path) -> None:
     found = {}
