@@ -245,7 +245,7 @@ class Settings(Record, frozen=True):
 
     @property
     def seeds(self) -> int:
-        """Of the perturbation: that many trials in a row begin in the same initial state."""
+        """How many the perturbation has; see `rsd_trt.config.state_and_seed`."""
         return self.perturb.count(SEEDS_APART) + 1 if self.perturb else 1
 
     @property

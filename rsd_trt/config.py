@@ -94,6 +94,12 @@ ByArmDim = Annotated[  # how far two actions may differ, by arm dimension
 ]
 
 
+def state_and_seed(trial: int, seeds: int) -> tuple[int, int]:
+    """The initial state that a trial begins in, and which of so many seeds it is perturbed with: each state is tried
+    with every seed before the next."""
+    return divmod(trial, seeds)
+
+
 class Dims(Record, frozen=True):
     """The dimensions that draft, head and codec share, under the symbols that the tensors are described with."""
 

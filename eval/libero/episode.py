@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd_trt.config import state_and_seed
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.course import Course, Event, Perturbation
 from rsd_trt.eval.libero.film import Film, write_strip, write_video
@@ -62,12 +63,12 @@ class Assignment:
     videos: Path | None = None  # folder for a video of the episode, which has the name of what acts
     perturbation: Perturbation | None = None
     run: str = ""  # which of the runs that go on together it is of
-    seeds: int = 1  # of the perturbation: that many trials in a row begin in the same initial state
+    seeds: int = 1  # that the run's perturbation has
 
     @property
     def state(self) -> int:
         """The suite's initial state that it begins in."""
-        return self.trial // self.seeds
+        return state_and_seed(self.trial, self.seeds)[0]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsd_trt.config import PERTURBATIONS, SEEDS_APART, PerturbKind
+from rsd_trt.config import PERTURBATIONS, SEEDS_APART, PerturbKind, state_and_seed
 from rsd_trt.errors import UserError, did_you_mean
 from rsd_trt.eval.libero.course import Perturbation
 from rsd_trt.eval.libero.harmless import draw_frozen, draw_harmless
@@ -28,10 +28,7 @@ NO_TRACK = (3, 5)  # tasks without room to move to and fro
 
 @dataclass(frozen=True)
 class PerturbSpec:
-    """A kind of perturbation: what happens in an episode is drawn from a seed, the task and the initial state alone.
-
-    Each initial state is tried with every seed: trial i begins in state i // n with seed i % n.
-    """
+    """A kind of perturbation: what happens in an episode is drawn from a seed, the task and the initial state alone."""
 
     kind: PerturbKind
     seeds: tuple[int, ...]
@@ -60,7 +57,8 @@ class PerturbSpec:
 
     def draw(self, task: int, trial: int) -> Perturbation:
         """The perturbation of an episode."""
-        key = (self.seeds[trial % len(self.seeds)], task, trial // len(self.seeds))
+        state, which = state_and_seed(trial, len(self.seeds))
+        key = (self.seeds[which], task, state)
         if self.kind == "displace":
             return draw_displace(np.random.default_rng(key))
         random = np.random.default_rng([*key, STREAMS[self.kind]])

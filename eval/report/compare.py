@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Annotated, Literal
 
+from rsd_trt.config import state_and_seed
 from rsd_trt.errors import UserError
 from rsd_trt.eval.report.cost import COUNTED, Price
 from rsd_trt.eval.results import Episode, Results, Settings
@@ -117,7 +118,7 @@ def compare(
     for episode, (before, after) in zip(lefts, outcomes, strict=True):
         one = float(after) - float(before)
         by_task[episode.task_id] = by_task.get(episode.task_id, 0.0) + one
-        by_state.setdefault((episode.task_id, episode.trial // seeds), []).append(one)
+        by_state.setdefault((episode.task_id, state_and_seed(episode.trial, seeds)[0]), []).append(one)
     gained = [sum(ones) for ones in by_state.values()]
     if seeds > 1:
         test = replace(test, p=sign_flip(gained))

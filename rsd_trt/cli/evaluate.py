@@ -161,11 +161,11 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
 @option(
     "--perturb",
     type=Perturbation(),
-    metavar="[KIND:]SEED[:LOW-HIGH]",
+    metavar="[KIND:]SEED[+SEED...][:LOW-HIGH]",
     help="Perturb every episode of libero_spatial, the same in every mode. displace: the target jumps by 2-5 cm before "
     "the grasp; late: it slides by LOW-HIGH m when the hand comes near; moving: it slides at LOW-HIGH m/s until it is "
-    "touched; harmless: a distractor slides or the light changes; frozen: the cameras stop for 5 steps. "
-    "[default kind: displace]",
+    "touched; harmless: a distractor slides or the light changes; frozen: the cameras stop for 5 steps. Of several "
+    "seeds each is tried with every initial state. [default kind: displace]",
 )
 @precision_option
 @backbone_option
