@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,8 @@ class Simulator:
       trial is the same scene in any order and equals OpenVLA-OFT's.
     - By default robosuite compiles the model anew at every reset, which takes seconds. It makes a difference to
       the gripper's accumulated command and the fixtures' poses only, so these are put back, and the model kept.
+    - robosuite computes the whole state three times for each of a control step's 25 physics steps: before its
+      controller, in it, and in MuJoCo's step. `_once` computes it once, as robosuite 1.5 does; no number changes.
     - An observation is sampled at the first physics step of a control step. Cameras that are not asked for
       repeat their last image, which leaves that schedule as it is.
     """
@@ -99,7 +102,8 @@ class Simulator:
     def step(self, action: NDArray[np.float32], render: bool) -> bool:
         """Executes one action [7]; `render`: with fresh images. Returns whether the task is solved."""
         self._rendering = self.cameras == "on" or (render and self.cameras == "asked")
-        self._raw, _, done, _ = self._env.step(action.astype(np.float64))
+        with self._once():
+            self._raw, _, done, _ = self._env.step(action.astype(np.float64))
         return bool(done)
 
     def perturbed(self, perturbation: Perturbation) -> Course:
@@ -168,6 +172,24 @@ class Simulator:
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         return raw
 
+    @contextlib.contextmanager
+    def _once(self) -> Iterator[None]:
+        """Splits a physics step in MuJoCo's halves: before the controller, which finds its state there, and after."""
+        import mujoco
+
+        physics = self.physics
+        model, data = physics.model._model, physics.data._data
+        controllers = [robot.controller for robot in self._env.env.robots]
+        physics.forward, physics.step = (partial(half, model, data) for half in (mujoco.mj_step1, mujoco.mj_step2))
+        for controller in controllers:
+            controller.sim = _Computed(physics)
+        try:
+            yield
+        finally:
+            del physics.forward, physics.step
+            for controller in controllers:
+                controller.sim = physics
+
     def _settle(self, render: bool) -> None:
         """The idle steps of the protocol; with `render`, the last one gives images."""
         steps = self._control.settle_steps
@@ -189,6 +211,19 @@ class Simulator:
 
         sensor.__modality__ = "image"  # type: ignore[attr-defined]
         environment._observables[name]._sensor = sensor
+
+
+class _Computed:
+    """A simulation whose state is up to date: computing it again is for nothing."""
+
+    def __init__(self, physics: MjSim) -> None:
+        self._physics = physics
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._physics, name)
+
+    def forward(self) -> None:
+        pass
 
 
 def axis_angle(quaternion: NDArray[np.float64], rotation: Rotation = "shortest") -> NDArray[np.float64]:

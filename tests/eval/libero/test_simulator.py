@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
@@ -113,6 +114,32 @@ def test_trials_are_openvla_ofts_in_any_order(suite: str, task: int) -> None:
                 simulator.step(random.uniform(-1, 1, 7).astype(np.float32), render=False)
     images = [image for image, _, _ in expected]
     assert not np.array_equal(images[0], images[1])
+
+
+@pytest.mark.slow
+@pytest.mark.libero
+def test_a_step_is_robosuites_bit_for_bit() -> None:
+    random = np.random.default_rng(0)
+    actions = random.uniform(-1, 1, (80, 7)).astype(np.float32)
+    actions[:, 2] -= 0.5  # down to the table, and the gripper open and closed
+    actions[:, 6] = np.where(np.arange(80) // 20 % 2, 1, -1)
+
+    def course(step: Callable[[NDArray[np.float32]], object]) -> list[dict[str, NDArray[np.float64]]]:
+        simulator.reset(0, render=False)
+        seen = []
+        for action in actions:
+            step(action)
+            raw = simulator._env.env._get_observations()
+            seen.append({name: value for name, value in raw.items() if "image" not in name})
+            seen[-1]["state"] = simulator._env.get_sim_state()
+            seen[-1]["sensors"] = simulator.physics.data._data.sensordata.copy()
+        return seen
+
+    with closing(Simulator("libero_spatial", 4, SMALL)) as simulator:
+        ours = course(lambda action: simulator.step(action, render=False))
+        theirs = course(lambda action: simulator._env.step(action.astype(np.float64)))
+    for mine, original in zip(ours, theirs, strict=True):
+        assert all(np.array_equal(mine[name], original[name]) for name in original)
 
 
 @pytest.mark.slow
