@@ -15,7 +15,6 @@ import torch
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision, Backend, Precision
 from rsd_trt.errors import UserError
-from rsd_trt.eval.profile.clock import Clock
 from rsd_trt.eval.profile.components import ProfileRequest
 from rsd_trt.eval.profile.inputs import InputSize, make_inputs
 from rsd_trt.eval.profile.queries import KINDS, QueryKind, time_queries
@@ -43,13 +42,12 @@ class Cost:
 def cost_boundary(request: ProfileRequest) -> str:
     """How a query is timed."""
     paused = f", {request.pause:g} ms of pause before each" if request.pause else ""
-    return f"batch 1, from uint8 frames in the host's memory to actions there, clocks synchronised{paused}"
+    return f"batch 1, on the host's clock, from uint8 frames in the host's memory to actions there{paused}"
 
 
 def costs(bundle: Bundle, request: ProfileRequest) -> Iterator[Cost]:
     """Both kinds on every backend. What cannot run here has rows that say why, and so has a check without a draft."""
     given = make_inputs(bundle, InputSize())
-    clock = Clock(request.device)
     for backend in request.backends:
         kind = request.backbone or default_backbone(backend, request.device)
         how = (backend, request.precision, kind, request.backbone_precision)
@@ -60,7 +58,7 @@ def costs(bundle: Bundle, request: ProfileRequest) -> Iterator[Cost]:
             yield from (Cost(what, *how, reason=str(error)) for what in KINDS)
             continue
         kinds = KINDS if bundle.has("draft") else KINDS[1:]
-        found = time_queries(forward, given, clock, request.samples, request.warm_up, kinds, request.pause)
+        found = time_queries(forward, given, request.samples, request.warm_up, kinds, request.pause)
         del forward
         release(request.device, backend, kind)
         for what in KINDS:

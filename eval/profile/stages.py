@@ -238,9 +238,9 @@ class _Timer:
         launcher, request = _launcher(self.given, kind, self.request), self.request
         forward = assemble(launcher, "1", backbone, checks=False)
         started = time.perf_counter()
-        time_queries(forward, self.given, self.clock, samples=0, warm_up=1, kinds=("full",))
+        time_queries(forward, self.given, samples=0, warm_up=1, kinds=("full",))
         first = time.perf_counter() - started
-        whole = time_queries(forward, self.given, self.clock, request.samples, request.warm_up, ("full",))["full"]
+        whole = time_queries(forward, self.given, request.samples, request.warm_up, ("full",))["full"]
         configuration, captured = _configuration(kind, self.dtype, self.given), not isinstance(backbone, Backbone)
         rows = [
             self._row(stage, configuration, [stage], self._stage(call, captured))
@@ -277,7 +277,7 @@ class _Timer:
         with torch.inference_mode():
             inputs = preprocess(self.given.observations[:1])
         vision = self._stage(lambda: oracle.embed(inputs), captured=False)
-        times = time_queries(forward, self.given, self.clock, request.samples, request.warm_up, ("full",))["full"]
+        times = time_queries(forward, self.given, request.samples, request.warm_up, ("full",))["full"]
         return [
             self._row("vision", configuration, ["vision"], vision),
             self._row(FULL, configuration, STAGES, times),
