@@ -120,6 +120,7 @@ def test_cells_share_a_forward_and_draft_and_coin_have_their_own_guess() -> None
     cells = [Cell(1), Cell(2, guess="draft", tolerance=0.04, m=2), Cell(2, guess="random", tolerance=1.0, m=2)]
     by_draft = steps_of(cells, [1, 1.02])
     assert [answers[1][0] for answers in by_draft] == ["full", "rejected", "accepted"]
+    assert steps_of([Cell(2, guess="alone")], [1]) == [[("full", [1.05, 1.06])]]
     loops = Loops(forward := Scripted(), lambda number: Cell(1))  # type: ignore[arg-type]
     for slot in range(3):
         loops.reset(slot, (0, 0))

@@ -10,7 +10,7 @@ from rsd_trt.eval.libero.episode import Assignment
 from rsd_trt.eval.libero.perturb import PerturbSpec
 from rsd_trt.eval.libero.simulator import Simulator
 
-Guess = Literal["none", "main", "draft", "random"]
+Guess = Literal["none", "main", "draft", "random", "alone"]
 Rule = Literal["first", "actions", "path"]
 
 TRIALS = 50  # initial states of a task: `Assignment.trial` is the job's number times this, plus the state's number
@@ -29,8 +29,9 @@ class Cell:
     """One way to spend queries.
 
     guess: what the rest of a chunk is checked against: nothing (open loop), main's own fresh chunk (the oracle), the
-    bundle's draft, or a coin. n: actions of its chunk that a full query commits. m: actions between checks. latency:
-    control steps that pass until a full query is answered. refresh: every refresh-th query at the latest is a full one.
+    bundle's draft, or a coin; `alone`: nothing, and the draft stands in main's place, full queries and all. n: actions
+    of the chunk that a full query commits. m: actions between checks. latency: control steps that pass until a full
+    query is answered. refresh: every refresh-th query at the latest is a full one.
     """
 
     n: int
@@ -44,8 +45,9 @@ class Cell:
     @property
     def name(self) -> str:
         """`open n=4 d=0`, `main first 0.2 m=2 n=4 d=0`."""
-        way = {"none": "open", "random": f"random {self.tolerance:g} m={self.m}"}.get(
-            self.guess, f"{self.guess} {self.rule} {self.tolerance:g} m={self.m}"
+        checked = f"{self.tolerance:g} m={self.m}"
+        way = {"none": "open", "alone": "draft alone", "random": f"random {checked}"}.get(
+            self.guess, f"{self.guess} {self.rule} {checked}"
         )
         refresh = f" r={self.refresh}" if self.refresh else ""
         return f"{way} n={self.n} d={self.latency}{refresh}"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from examples.reference_policy.studies.cells import TRIALS, Cell, Rule
+from examples.reference_policy.studies.cells import TRIALS, Cell, Guess, Rule
 from rsd_trt.config import ARM_DIMS
 from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.forward import Forward
@@ -65,22 +65,20 @@ class Loops:
         """One query for each (observation, environment)."""
         states = [self.states[i] for i in environments]
         answers: dict[int, Query] = {}
-        for drafts in (False, True):
-            index = [i for i, state in enumerate(states) if (state.cell.guess == "draft") == drafts]
-            if not index:
-                continue
-            fresh, guesses = self._chunks([observations[i] for i in index], drafts)
+        kinds = [state.cell.guess if state.cell.guess in ("draft", "alone") else "main" for state in states]
+        for kind in dict.fromkeys(kinds):
+            index = [i for i, other in enumerate(kinds) if other == kind]
+            fresh, guesses = self._chunks([observations[i] for i in index], kind)
             for i, chunk, guess in zip(index, fresh, guesses, strict=True):
                 answers[i] = _answer(states[i], chunk, guess, self.seed)
         return [answers[i] for i in range(len(states))]
 
-    def _chunks(self, observations: Sequence[Observation], drafts: bool) -> tuple[Actions, Actions]:
-        """Main's fresh chunks [B, T, A], and what the old ones are checked against: the draft's, or the same."""
-        if not drafts:
-            fresh = self.forward.full(observations).actions.copy()
-            return fresh, fresh
-        guess = self.forward.check(observations).actions.copy()
-        return self.forward.full(observations).actions.copy(), guess
+    def _chunks(self, observations: Sequence[Observation], kind: Guess) -> tuple[Actions, Actions]:
+        """Fresh chunks [B, T, A] of main, or of a draft that acts alone, and what the old ones are checked against: the
+        draft's, or the same."""
+        guess = None if kind == "main" else self.forward.check(observations).actions.copy()
+        fresh = guess if kind == "alone" and guess is not None else self.forward.full(observations).actions.copy()
+        return fresh, fresh if guess is None else guess
 
 
 def _answer(state: State, fresh: Actions, guess: Actions, seed: int) -> Query:
@@ -118,7 +116,7 @@ def _query(state: State, actions: Actions, route: Route, prefix: int | None, ful
 def _due(state: State, steps: int) -> Route | None:
     """Why the query is a full one whatever a check would say; None where there is something to check."""
     cell, chunk = state.cell, state.chunk
-    if cell.guess == "none":
+    if cell.guess in ("none", "alone"):
         return "full"
     if chunk is None:
         return "start"

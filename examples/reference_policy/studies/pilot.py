@@ -176,6 +176,9 @@ def _cells(args: argparse.Namespace, steps: int) -> list[Cell]:
     for guess, latency, (rule, tolerance), n, m in product(args.guess, args.latency, args.rules, args.n, args.m):
         if n <= steps:
             made.append(Cell(n, latency, guess, rule, tolerance, m, args.refresh))
+    for n, latency in product(args.alone, args.latency):
+        if 0 < n <= steps:
+            made.append(Cell(n, latency, "alone"))
     for rate, latency, n, m in product(args.random, args.latency, args.n, args.m):
         if n <= steps:
             made.append(Cell(n, latency, "random", "first", rate, m, args.refresh))
@@ -190,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--conditions", type=_conditions, default=study.CONDITIONS, help=f"default {','.join(study.CONDITIONS)}")
     add("--latency", type=_numbers, default=(0, 1, 2, 4, 8), help="steps until a full query is answered")
     add("--open", type=_numbers, default=(*range(1, 9), 12), metavar="N", help="actions a query of open loop; 0: none")
+    add("--alone", type=_numbers, default=(), metavar="N", help="actions a query where the draft acts alone")
     add("--guess", type=_guesses, default=("main",), help="what checks: main (oracle), draft, or none")
     add(
         "--rules",

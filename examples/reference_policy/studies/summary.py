@@ -104,7 +104,7 @@ def room(table: Sequence[Row]) -> list[Room]:
         here = [row for row in table if (row.condition, row.latency) == (condition, latency)]
         cheap = [row for row in here if row.full_queries <= BUDGET]
         rival = max((row for row in cheap if row.open_loop), key=lambda row: row.within, default=None)
-        best = max((row for row in cheap if not row.open_loop), key=lambda row: row.within, default=None)
+        best = max((row for row in cheap if row.checks), key=lambda row: row.within, default=None)
         n1 = next((row for row in here if row.cell.startswith("open n=1 ")), None)
         found.append(
             Room(
