@@ -24,9 +24,10 @@ STRIP_FRAMES = 6  # side by side
 
 # The border says what became of the last query; the caption has the same as a word.
 GREEN, AMBER, RED, BLUE = (46, 160, 67), (227, 160, 8), (218, 54, 51), (56, 112, 191)
-WHITE = (235, 235, 235)
+WHITE, GREY = (235, 235, 235), (160, 160, 160)
 CHECKED = {"accepted": GREEN, "partial": AMBER, "rejected": RED}
 
+Colour = tuple[int, int, int]
 Frame = NDArray[np.uint8]  # [height, width, 3]
 
 
@@ -60,9 +61,11 @@ class Film:
                 answers += 1
                 full += route is not None and route not in ("accepted", "partial")
             told = [self.run, f"step {step}"]
-            told += [f"perturbed ({perturbed[0]}) at step {perturbed[1]}"] if perturbed and step >= perturbed[1] else []
+            event = perturbed if perturbed is not None and step >= perturbed[1] else None
+            told += [f"perturbed ({event[0]}) at step {event[1]}"] if event else []
             last = i == len(self.views) - 1
-            frame = _frame(views, self.task, [*told, self.outcome] if last else told, route, full)
+            ink = AMBER if event else GREY
+            frame = _frame(views, self.task, [*told, self.outcome] if last else told, ink, route, full)
             yield from [frame] * (FPS if last else 1)
 
     def strip(self) -> NDArray[np.uint8]:
@@ -72,7 +75,9 @@ class Film:
         return np.concatenate([self.views[i][0] for i in nearest], axis=1)
 
 
-def _frame(views: NDArray[np.uint8], task: str, told: Sequence[str], route: Route | None, full: int) -> Frame:
+def _frame(
+    views: NDArray[np.uint8], task: str, told: Sequence[str], ink: Colour, route: Route | None, full: int
+) -> Frame:
     from PIL import Image, ImageDraw, ImageFont
 
     canvas = Image.new("RGB", (VIEW * len(views), VIEW + CAPTION), (24, 24, 24))
@@ -82,13 +87,13 @@ def _frame(views: NDArray[np.uint8], task: str, told: Sequence[str], route: Rout
     colour = BLUE if route is None else CHECKED.get(route, BLUE)
     draw.rectangle((0, 0, canvas.width - 1, VIEW - 1), outline=colour, width=BORDER)
 
-    def write(x: int, line: int, text: str, ink: tuple[int, int, int]) -> None:
+    def write(x: int, line: int, text: str, ink: Colour) -> None:
         """As large as there is room for."""
         size = FONT * min(1.0, (canvas.width - x - BORDER) / ImageFont.load_default(FONT).getlength(text))
         draw.text((x, VIEW + 8 + 28 * line), text, ink, ImageFont.load_default(size))
 
     write(BORDER, 0, task, WHITE)
-    write(BORDER, 1, "   ".join(told), (160, 160, 160))
+    write(BORDER, 1, "   ".join(told), ink)
     if route is not None:
         said = f"check: {route}" if route in CHECKED else f"full query: {route}".removesuffix(": full")
         write(BORDER, 2, f"full queries {full}", WHITE)
