@@ -93,7 +93,8 @@ def bundle_driver(request: EvalRequest, bundle: Bundle, tasks: tuple[int, ...], 
         str(device),
         policy.n_action_steps,
     )
-    return Driver(settings, policy, batch, codec_round_trip_mse=bundle.codec().round_trip_error())
+    mse = bundle.codec().round_trip_error() if bundle.has("codec") else None
+    return Driver(settings, policy, batch, codec_round_trip_mse=mse)
 
 
 def model_key(request: EvalRequest) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command import rsd_trt
+from made_without import made_without
 from safetensors.torch import load_file
 
 from rsd_trt.errors import UserError
@@ -17,6 +18,7 @@ from rsd_trt.eval.libero.simulator import initial_states
 from rsd_trt.eval.libero.target import Displace
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.compare import compare
+from rsd_trt.presets import initialise
 
 EXPERT = ("--policy", "examples.reference_policy.scripted:act")
 EPISODE = ("--tasks", "3", "--trials", "1", "--max-steps", "8", "--n-action-steps", "2")
@@ -78,9 +80,11 @@ def test_the_shipped_policy_solves_its_task(tmp_path: Path) -> None:
 
 @pytest.mark.libero
 def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("eval", tiny_bundle, "--mode", "baseline", "--out", tmp_path, *EPISODE)
+    """With OpenVLA-OFT's head as it is packed: alone."""
+    head = made_without(initialise(tmp_path / "oft", "tiny", seed=0, head="oft-l1").path, "draft", "codec")
+    arguments = ("eval", head, "--mode", "baseline", "--out", tmp_path, *EPISODE)
     first = rsd_trt(*arguments, "--video")
     assert first.exit_code == 0, first.output
     assert "UNTRAINED" in first.stdout
