@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS
-from rsd_trt.runtime.speculate import Actions, Route, Tokens
+from rsd_trt.runtime.speculate import Actions, Route, Tokens, agreeing_prefix, gripper_holds
 
 Gap = tuple[tuple[float, ...], ...]  # [t, A]
 
@@ -23,6 +23,7 @@ class Query:
     checked: whether the draft was run and what was left of a chunk was judged by it; then prefix is the number of its
     next steps that pass the rule, score what the rule compared with its threshold where that is one number, and
     draft_finite whether the draft could be used. full_query: whether backbone and main head were run.
+    skipped: steps of the chunk before `actions`, which went by until it was there.
     token_agreement: share of equal draft and main tokens for each coarse layer, where both were computed.
     chunk [T, A] and tokens [T, D, L]: the main head's, where it was asked; not to be written to.
     draft_gap and main_gap: mode shadow only, `Chunk.gap` of the draft's guess and of the main head's new chunk.
@@ -41,6 +42,7 @@ class Query:
     tokens: Tokens | None = None
     draft_gap: Gap | None = None
     main_gap: Gap | None = None
+    skipped: int = 0
     fault: str | None = None
     ms: float = 0.0
 
@@ -55,6 +57,7 @@ class Chunk:
     cursor: int = 0  # steps of it that were committed: its age
     episode: tuple[int, ...] = ()  # which one the environment is at: (task, trial)
     queries: int = 0  # that were answered in it
+    late: int = 0  # steps that go by until a full query is answered: it is due that much earlier
     fixed: int | None = None  # actions of every query, whatever the policy's own numbers; a check commits all or none
 
     def due(self, instruction: str, refresh: int | None) -> Route | None:
@@ -63,9 +66,9 @@ class Chunk:
             return "start"
         if self.instruction != instruction:
             return "instruction"
-        if len(self.actions) - self.cursor < (self.fixed or 1):
+        if len(self.left) - self.late < (self.fixed or 1):
             return "exhausted"
-        if (self.left[0, ARM_DIMS] > 0) != (self.gripper > 0):
+        if self.until_switch <= self.late:
             return "gripper"
         return "refresh" if refresh is not None and self.cursor >= refresh else None
 
@@ -80,6 +83,11 @@ class Chunk:
         """The gripper's command before what is left."""
         assert self.actions is not None
         return float(self.actions[self.cursor - 1, ARM_DIMS])
+
+    @property
+    def until_switch(self) -> int:
+        """How many of the steps that are left keep the gripper's command."""
+        return agreeing_prefix(gripper_holds(self.left, before=self.gripper))
 
     def forget(self) -> None:
         """Ends it: the next query has nothing to check."""

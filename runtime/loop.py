@@ -23,8 +23,6 @@ from rsd_trt.runtime.speculate import (
     Rule,
     Tokens,
     Verdict,
-    agreeing_prefix,
-    gripper_holds,
     route_checked,
     rule_of,
 )
@@ -137,7 +135,7 @@ class Loop:
         if not guess.finite[place]:
             return Query(NOTHING, "rejected", checked=True, prefix=0, draft_finite=False)
         left = chunk.left
-        ahead = min(chunk.fixed or self.check_steps, len(left))
+        ahead = min(chunk.fixed or self.check_steps, len(left) - chunk.late)
         verdict: Verdict = self._rule(
             Check(
                 left=left,
@@ -150,7 +148,7 @@ class Loop:
                 query=(*chunk.episode, chunk.queries),
             )
         )
-        prefix = min(verdict.steps, agreeing_prefix(gripper_holds(left, before=chunk.gripper)))
+        prefix = min(verdict.steps, chunk.until_switch - chunk.late)
         if prefix < (chunk.fixed or 0):
             prefix = 0
         return Query(NOTHING, route_checked(prefix, ahead), checked=True, prefix=prefix, score=verdict.score)
@@ -185,12 +183,25 @@ class Loop:
                 continue
             chunk.actions = main.actions[i].copy()
             chunk.tokens = None if main.tokens is None else main.tokens[i].copy()
-            chunk.instruction, chunk.cursor = observations[i].instruction, chunk.fixed or self.n_action_steps
-            actions, clipped = self._within_limits(chunk.actions[: chunk.cursor])
+            chunk.instruction = observations[i].instruction
             share = equal_share(guess, chunk.tokens)
             said = replace(query, chunk=chunk.actions, tokens=chunk.tokens, token_agreement=share)
-            answers.append(replace(said, actions=actions, clipped=clipped))
+            answers.append(self.enter(chunk, said))
         return answers
+
+    def enter(self, chunk: Chunk, query: Query, skipped: int = 0) -> Query:
+        """The full query that made the chunk, with the chunk's first actions. skipped: steps of it that went by before
+        it was there."""
+        assert chunk.actions is not None
+        actions, clipped = self._within_limits(chunk.actions[skipped:][: chunk.fixed or self.n_action_steps])
+        chunk.cursor = skipped + len(actions)
+        return replace(query, actions=actions, clipped=clipped, skipped=skipped)
+
+    def go_on(self, chunk: Chunk) -> Query:
+        """The chunk's next action, while a full query is under way."""
+        actions, clipped = self._within_limits(chunk.left[:1])
+        chunk.cursor += 1
+        return Query(actions, "late", full_query=False, clipped=clipped)
 
     def _shadow(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
         """Acts as the baseline, and records what `rsd` would have decided."""

@@ -73,8 +73,8 @@ class Policy:
         self.config = config
         self.mode = mode
         rsd = config.rsd if n_action_steps is None else structs.replace(config.rsd, n_action_steps=n_action_steps)
-        self._loop = Loop(config.dims, rsd, config.control.limits, mode, forward.check, forward.full, rule, self._fault)
-        self.n_action_steps, self.check_steps = self._loop.n_action_steps, self._loop.check_steps
+        self.loop = Loop(config.dims, rsd, config.control.limits, mode, forward.check, forward.full, rule, self._fault)
+        self.n_action_steps, self.check_steps = self.loop.n_action_steps, self.loop.check_steps
         if mode != "baseline" and "propose" not in forward.sessions:
             raise UserError(f"{config.name} has no draft, and mode {mode} checks with one", "Use: --mode baseline")
         self.exports: dict[str, str] = {
@@ -214,7 +214,7 @@ class Policy:
         observations = self._fitted(observations)
         with self._turn:
             started = time.perf_counter()
-            queries = self._loop.query(observations, chunks)
+            queries = self.loop.query(observations, chunks)
             ms = (time.perf_counter() - started) * 1e3  # the answers are on the host: nothing is left to wait for
             if self.hidden_states is not None:
                 self.hidden_states.append(self._forward.hidden.cpu())

@@ -10,7 +10,7 @@ a check in the server, and at the robot's side. What the policy answers is compu
 
 Ways: `open loop n` asks for n actions when there are none; `async n` asks every n steps while the chunk runs, and skips
 what came too late; `rsd (server)` and `rsd (edge)` are the loop of the bundle, its checks on this or that side of the
-network. Reaction: steps from the move of the target to the first action that was computed from frames behind it.
+network; `rsd (async edge)` asks ahead for full queries, and goes on with its chunk meanwhile. Reaction: steps from the move of the target to the first action that was computed from frames behind it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -35,11 +35,12 @@ from rsd_trt.eval.libero.perturb import PerturbSpec
 from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
+from rsd_trt.runtime.serve.ahead import Ahead
 
 DT_MS = 50.0
 MAX_STEPS = 220
 NS = (1, 2, 4, 8)
-WAYS = (*(f"open loop {n}" for n in NS), *(f"async {n}" for n in NS), "rsd (server)", "rsd (edge)")
+WAYS = (*(f"open loop {n}" for n in NS), *(f"async {n}" for n in NS), "rsd (server)", "rsd (edge)", "rsd (async edge)")
 IDLE = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 
 Step = tuple[NDArray[np.float32], int | None]  # an action, and the step whose frames it was computed from
@@ -57,7 +58,7 @@ class Network:
     def steps(self, way: str, query: Query) -> int:
         """After how many steps the answer is there."""
         ms = self.rtt + self.full if query.full_query else 0.0
-        if way == "rsd (edge)":
+        if "edge" in way:
             ms += self.edge_check * query.checked
         elif way == "rsd (server)":
             ms = self.rtt + self.full * query.full_query + self.check * query.checked
@@ -90,6 +91,8 @@ class Virtual:
 
 def virtual(policy: Policy, way: str, network: Network) -> Callable[[int, Observation], Asked]:
     """Asks a policy, behind a network that is not there."""
+    if way == "rsd (async edge)":
+        return VirtualAhead(policy, way, network).ask
     chunk = Chunk()
 
     def ask(step: int, observation: Observation) -> Asked:
@@ -97,6 +100,50 @@ def virtual(policy: Policy, way: str, network: Network) -> Callable[[int, Observ
         return Virtual(query, step + network.steps(way, query))
 
     return ask
+
+
+@dataclass(frozen=True)
+class Later:
+    """A query that was computed, and is there from a step of the clock on."""
+
+    clock: VirtualAhead
+    at: int
+    answer: tuple[Query, Chunk]
+
+    def done(self) -> bool:
+        return self.clock.step >= self.at
+
+    def result(self) -> tuple[Query, Chunk]:
+        self.clock.step = max(self.clock.step, self.at)
+        return self.answer
+
+
+class VirtualAhead:
+    """The loop that asks ahead, in virtual time."""
+
+    def __init__(self, policy: Policy, way: str, network: Network) -> None:
+        self.policy, self.way, self.network = policy, way, network
+        _, rejected, _ = network.key(way)
+        self.ahead = Ahead(policy.loop, self._begin, rejected)
+        self.step = 0
+
+    def ask(self, step: int, observation: Observation) -> Asked:
+        self.step = step
+        query, at = self.ahead.query(observation), self.step
+        actions = [query.actions]
+        while query.route == "late":  # the next ones do not look
+            self.step += 1
+            if not self.ahead.goes_on():
+                break
+            actions.append(self.ahead.query(observation).actions)
+        return Virtual(replace(query, actions=np.concatenate(actions)), at)
+
+    def _begin(self, observation: Observation, chunk: Chunk) -> Later:
+        [query] = self.policy.answer([observation], [chunk])
+        late = self.network.steps(self.way, query)
+        if not query.full_query:  # a check is waited for
+            self.step += late
+        return Later(self, self.step + late * query.full_query, (query, chunk))
 
 
 @dataclass
@@ -147,7 +194,7 @@ class Robot:
         self.full_queries += query.full_query
         self.checks += query.checked
         if query.full_query:
-            self.seen = asked
+            self.seen = asked - query.skipped
         actions = query.actions
         if self.asynchronous:
             assert query.chunk is not None

@@ -5,8 +5,10 @@ It needs NumPy, ONNX Runtime, a websocket client and msgpack, and no torch.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +20,15 @@ from rsd_trt.errors import PolicyFault, UserError
 from rsd_trt.recorder import EpisodeRecorder, Recorder
 from rsd_trt.recordings import SERVER, Facts
 from rsd_trt.runtime.chunk import Chunk, Query
-from rsd_trt.runtime.loop import Guess, Loop
+from rsd_trt.runtime.loop import Guess, Loop, Main
 from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.serve.ahead import Ahead, Asked
 from rsd_trt.runtime.serve.edge_draft import OrtDraft, exported_draft
 from rsd_trt.runtime.serve.interface import no_state
 from rsd_trt.runtime.serve.line import Line, Unreachable
 from rsd_trt.runtime.serve.remote import Known, Remote, Timing
 from rsd_trt.runtime.serve.sessions import Alarm
+from rsd_trt.runtime.speculate import Tokens
 
 TOKEN_RULES = ("tokens", "likelihood")
 
@@ -34,6 +38,12 @@ class EdgePolicy:
 
     An accepted chunk goes on while the network is away. Where a full query is due and cannot be had, `act` raises
     `Unreachable`: nothing is repeated.
+
+    ahead: the world does not wait for a full query, so that it is asked for `ahead` steps before the chunk ends or its
+    gripper switches, or where a check is rejected, and the old chunk goes on until it is answered: `act` gives one action
+    of it at a time. So actions are executed that a check has just rejected, as asynchronous open loop does always; after
+    the query's time is over, `act` raises. One query at a time is under way. After `reset` or under another instruction
+    its answer is dropped, and nothing of the old chunk goes on.
     """
 
     def __init__(
@@ -50,12 +60,14 @@ class EdgePolicy:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         expected_rejections: float | None = None,
         on_alarm: Callable[[float], None] | None = None,
+        ahead: int = 0,
         record: Path | None = None,
         known: Known | None = None,
     ) -> None:
         """engines: the folder of exports with the draft's ONNX graph; mode `baseline` needs none. timeout_s: for a full
         query. on_alarm(share of rejected checks): called when many more of the recent checks were rejected than
-        `expected_rejections`: stop the robot there. record: a folder for recordings. known: of the policy of a server
+        `expected_rejections`: stop the robot there. ahead: control steps that a full query takes, rounded up; with 0
+        the robot waits for it. record: a folder for recordings. known: of the policy of a server
         that is not `rsd-trt serve`.
 
         Raises:
@@ -76,10 +88,12 @@ class EdgePolicy:
                 raise UserError(f"the rule {known.rsd.rule} needs the main model's tokens, and {url} gives none")
             file = exported_draft(Path(engines), known.name, known.propose, precision)
             self._draft = OrtDraft(file, providers, threads)
-        self._loop = Loop(known.dims, known.rsd, known.control.limits, mode, self._check, self._main.full)
+        self._loop = Loop(known.dims, known.rsd, known.control.limits, mode, self._check, self._full)
         self.n_action_steps = self._loop.n_action_steps
         self._rows: dict[str, NDArray[np.float32]] = {}
-        self._chunk = Chunk()
+        self._thread = ThreadPoolExecutor(1, "query") if ahead else None
+        self._reached = threading.Event()  # of the query under way: the main model is asked, or it is over
+        self._ahead = Ahead(self._loop, self._begin, ahead, self._keep)
         self._alarm = Alarm(expected_rejections)
         self._on_alarm = on_alarm
         self._record, self._steps = record, 0
@@ -94,8 +108,12 @@ class EdgePolicy:
 
     def close(self) -> None:
         """Hangs up, and writes the episode that is being recorded."""
+        self._ahead.reset()
         self._save(None)
         self._line.close()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._line.close()  # a query under way may have dialled anew
 
     def prepare(self, instruction: str) -> None:
         """Gets what the draft reads of an instruction, so that the first check need not."""
@@ -104,8 +122,8 @@ class EdgePolicy:
 
     def reset(self, success: bool | None = None) -> None:
         """A new episode. success: of the one before, for its recording."""
+        self._ahead.reset()
         self._save(success)
-        self._chunk = Chunk()
         self._alarm.recent.clear()
         self._steps = 0
 
@@ -125,21 +143,16 @@ class EdgePolicy:
         """As `act`, with how the query went."""
         self.prepare(observation.instruction)
         started = time.perf_counter()
-        before = replace(self._chunk)
+        if self._thread is not None:  # the caller may overwrite its frames meanwhile
+            observation = replace(observation, images=observation.images.copy())
         try:
-            [query] = self._loop.query([observation], [self._chunk])
-        except UserError as error:
-            self._chunk = before
-            if isinstance(error, Unreachable):
-                raise Unreachable(f"a full query is due, and {error}") from None
-            raise
+            query = self._ahead.query(observation)
+        except Unreachable as error:
+            raise Unreachable(f"a full query is due, and {error}") from None
         if query.checked:
             self._alarm.recent.append(query.route == "rejected")
             if self._alarm.raised and self._on_alarm is not None:
                 self._on_alarm(self._alarm.share or 0.0)
-        if query.fault is None:
-            self._keep(observation, query)
-        self._steps += len(query.actions)
         return replace(query, ms=(time.perf_counter() - started) * 1e3)
 
     def measure(self, instruction: str, samples: int, warm_up: int = 5) -> Timing:
@@ -158,6 +171,26 @@ class EdgePolicy:
             self._main.full([observation], None)
         return self.timing
 
+    def _begin(self, observation: Observation, chunk: Chunk) -> Future[tuple[Query, Chunk]]:
+        """Asks the loop, and waits until it is answered or asks the main model, where that need not be waited for."""
+        if self._thread is None:
+            answered: Future[tuple[Query, Chunk]] = Future()
+            answered.set_result(self._answer(observation, chunk))
+            return answered
+        self._reached = reached = threading.Event()
+        future = self._thread.submit(self._answer, observation, chunk)
+        future.add_done_callback(lambda _: reached.set())
+        reached.wait()
+        return future
+
+    def _answer(self, observation: Observation, chunk: Chunk) -> tuple[Query, Chunk]:
+        [query] = self._loop.query([observation], [chunk])
+        return query, chunk
+
+    def _full(self, observations: Sequence[Observation], condition: Tokens | None) -> Main:
+        self._reached.set()
+        return self._main.full(observations, condition)
+
     def _check(self, observations: Sequence[Observation]) -> Guess:
         assert self._draft is not None
         started = time.perf_counter()
@@ -167,21 +200,26 @@ class EdgePolicy:
         logits = out["logits"].reshape(-1, dims.T, dims.D, dims.K)
         return Guess(out["tokens"], out["actions"], logits, out["finite"])  # type: ignore[arg-type]
 
-    def _keep(self, observation: Observation, query: Query) -> None:
-        """Adds a query to the recording."""
-        if self._record is None:
+    def _keep(self, asked: Asked, query: Query | None) -> None:
+        """Adds a query to the recording, with all actions since its frames."""
+        given = asked.late if query is None or query.fault is not None else [*asked.late, query.actions]
+        if self._record is None or not given:
             return
+        observation = asked.observation
+        chunk, tokens = (None, None) if query is None else (query.chunk, query.tokens)
         if self._recorder is None:
             known = self._main.known
             size = min(128, observation.images.shape[1])
-            steps = known.dims.T if query.chunk is None else len(query.chunk)
+            steps = known.dims.T if chunk is None else len(chunk)
             facts = Facts(known.name, known.main or f"{SERVER}{self._line.url}", self.control.cameras, size, steps)
             self._recorder = Recorder(self._record, facts)
         if self._episode is None:
             self._episode = self._recorder.episode()
         state = no_state() if observation.proprio is None else observation.proprio
         seen = observation.images, state, observation.instruction
-        self._episode.add(self._steps, *seen, query.actions, query.chunk, query.tokens)
+        actions = np.concatenate(given)
+        self._episode.add(self._steps, *seen, actions, chunk, tokens)
+        self._steps += len(actions)
 
     def _save(self, success: bool | None) -> None:
         episode, self._episode = self._episode, None

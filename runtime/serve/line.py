@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ class Line:
         self._stack = ExitStack()
         self._socket: ClientConnection | None = None
         self._number = 0
+        self._turn = threading.Lock()  # a request is one thread's at a time
         self.metadata: dict[str, object] = {}
 
     @property
@@ -82,6 +84,10 @@ class Line:
             Unreachable: none came in time.
             UserError: the server says that it cannot answer.
         """
+        with self._turn:
+            return self._ask(message)
+
+    def _ask(self, message: Message) -> dict[str, object]:
         from websockets.exceptions import WebSocketException
 
         end = time.monotonic() + self.timeout_s

@@ -214,7 +214,7 @@ def see(first: int, second: int = 0) -> Observation:
 
 def with_draft(edge: EdgePolicy, stub: Stub) -> EdgePolicy:
     """The stub's draft in the place of an export."""
-    edge._loop = Loop(STUB_DIMS, STUB_RSD, STUB_CONTROL.limits, "rsd", stub.check, edge._main.full)
+    edge._loop.mode, edge._loop._check = "rsd", stub.check
     return edge
 
 

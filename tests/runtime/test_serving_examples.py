@@ -75,7 +75,7 @@ def walk_in_real_time(stub: Stub, way: str, rtt: int) -> list[tuple[int, int | N
     ):
         assert proxy.stdout is not None
         edge = EdgePolicy(f"ws://{proxy.stdout.readline().split()[0]}", mode="baseline")
-        edge._loop = Loop(STUB_DIMS, STUB_RSD, STUB_CONTROL.limits, stub.loop.mode, stub.check, edge._main.full)
+        edge._loop.mode, edge._loop._check = stub.loop.mode, stub.check
         found = walk(Robot(way, lambda step, seen: Waiting(thread.submit(edge.query, seen))), DT_MS / 1e3)
         edge.close()
         proxy.terminate()
