@@ -37,9 +37,20 @@ Logits = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
 # How a query went. The first three were checks; the others had to be full queries, and say why; `full` is each of mode
-# baseline; `late` is an action of the old chunk while a full query is under way; and a fault of the policy ended the query before it had a route.
+# baseline. `late`: no query, but the old chunk's next action while a full query is under way. A fault of the policy
+# ended the query before it had a route.
 Route = Literal[
-    "accepted", "partial", "rejected", "start", "instruction", "exhausted", "gripper", "refresh", "full", "late", "fault"
+    "accepted",
+    "partial",
+    "rejected",
+    "start",
+    "instruction",
+    "exhausted",
+    "gripper",
+    "refresh",
+    "full",
+    "late",
+    "fault",
 ]
 
 STREAM = 1  # keeps what the rule `random` draws apart from what else is drawn from (seed, task, trial)

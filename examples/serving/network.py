@@ -10,7 +10,8 @@ a check in the server, and at the robot's side. What the policy answers is compu
 
 Ways: `open loop n` asks for n actions when there are none; `async n` asks every n steps while the chunk runs, and skips
 what came too late; `rsd (server)` and `rsd (edge)` are the loop of the bundle, its checks on this or that side of the
-network; `rsd (async edge)` asks ahead for full queries, and goes on with its chunk meanwhile. Reaction: steps from the move of the target to the first action that was computed from frames behind it.
+network; `rsd (async edge)` asks ahead for full queries, and goes on with its chunk meanwhile. Reaction: steps from the
+move of the target to the first action that was computed from frames behind it.
 """
 
 from __future__ import annotations
@@ -25,17 +26,21 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.config import DEFAULT_BUNDLE
 from rsd_trt.eval.libero.perturb import PerturbSpec
+from rsd_trt.files import write_atomically
 from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.serve.ahead import Ahead
+
+if TYPE_CHECKING:
+    from rsd_trt.eval.libero.simulator import Simulator
 
 DT_MS = 50.0
 MAX_STEPS = 220
@@ -43,6 +48,7 @@ NS = (1, 2, 4, 8)
 WAYS = (*(f"open loop {n}" for n in NS), *(f"async {n}" for n in NS), "rsd (server)", "rsd (edge)", "rsd (async edge)")
 IDLE = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 
+State = tuple[int, int]  # a task and a trial of it
 Step = tuple[NDArray[np.float32], int | None]  # an action, and the step whose frames it was computed from
 
 
@@ -220,7 +226,9 @@ class Outcome:
     held: int
 
 
-def episode(policies: dict[str, Policy], simulator, cell: Cell, task: int, trial: int, perturb: str) -> Outcome:  # type: ignore[no-untyped-def]
+def episode(
+    policies: dict[str, Policy], simulator: Simulator, cell: Cell, task: int, trial: int, perturb: str
+) -> Outcome:
     """One trial in real time's stead."""
     robot = Robot(cell.way, virtual(policies[policy_of(cell.way)], cell.way, cell.network))
     simulator.reset(trial, render=True)
@@ -245,6 +253,7 @@ def episode(policies: dict[str, Policy], simulator, cell: Cell, task: int, trial
 
 
 _POLICIES: dict[str, Policy] = {}  # of a worker
+_SIMULATORS: dict[int, Simulator] = {}  # the last one: building it takes seconds
 
 
 def policy_of(way: str) -> str:
@@ -266,17 +275,18 @@ def prepare(bundle: Path, device: str, ways: Sequence[str]) -> None:
             _POLICIES[name] = Policy.load(bundle, mode, device=device, n_action_steps=n)  # type: ignore[arg-type]
 
 
-def run(job: tuple[int, int, tuple[Cell, ...], str, Path]) -> list[Outcome]:
-    """All cells on one initial state."""
+def run(job: tuple[State, tuple[Cell, ...], str, Path]) -> tuple[State, dict[Cell, Outcome]]:
+    """Cells on one initial state."""
     from rsd_trt.bundle import Bundle
     from rsd_trt.eval.libero.simulator import Simulator
 
-    task, trial, cells, perturb, bundle = job
-    simulator = Simulator("libero_spatial", task, Bundle.open(bundle).config.control)
-    try:
-        return [episode(_POLICIES, simulator, cell, task, trial, perturb) for cell in cells]
-    finally:
-        simulator.close()
+    (task, trial), cells, perturb, bundle = job
+    if task not in _SIMULATORS:
+        while _SIMULATORS:
+            _SIMULATORS.popitem()[1].close()
+        _SIMULATORS[task] = Simulator("libero_spatial", task, Bundle.open(bundle).config.control)
+    outcomes = {cell: episode(_POLICIES, _SIMULATORS[task], cell, task, trial, perturb) for cell in cells}
+    return (task, trial), outcomes
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, object]:
@@ -319,26 +329,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for way in ways:
         for network in networks:
             unique.setdefault((way, *network.key(way)), Cell(way, network))
-    cells = tuple(unique.values())
     jobs = [
-        (task, trial, cells, given.perturb, given.bundle)
+        ((task, trial), tuple(cell for cell in unique.values() if cell.way == way), given.perturb, given.bundle)
         for task in map(int, given.tasks.split(","))
         for trial in range(given.trials)
+        for way in ways
     ]
-    found: dict[Cell, list[Outcome]] = defaultdict(list)
+    found: dict[State, dict[Cell, Outcome]] = defaultdict(dict)
+    rows: list[dict[str, object]] = []
     words = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "examples.serving.network", *words])
     context = multiprocessing.get_context("spawn")
     with context.Pool(given.workers, prepare, (given.bundle, given.device, ways), maxtasksperchild=None) as pool:
-        for outcomes in pool.imap_unordered(run, jobs):
-            for cell, outcome in zip(cells, outcomes, strict=True):
-                found[cell].append(outcome)
-            rows = _rows(ways, networks, unique, found, given.perturb)
-            given.out.write_text(json.dumps({"command": command, "rows": rows}, indent=1))
-    print(f"{'way':14} {'rtt':>4} {'full':>5}  solved  steps  reaction p50/p90  full/action  held")
+        for state, outcomes in pool.imap_unordered(run, jobs):
+            found[state] |= outcomes
+            whole = [cells for cells in found.values() if len(cells) == len(unique)]  # what every way has been at
+            if whole:
+                rows = _rows(ways, networks, unique, whole, given.perturb)
+                write_atomically(given.out, json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    print(f"{'way':16} {'rtt':>4} {'full':>5}  solved  steps  reaction p50/p90  full/action  held")
     for row in rows:
         print(
-            f"{row['way']:14} {row['rtt_ms']:4g} {row['full_ms']:5g} {row['solved']:3}/{row['episodes']:<3}"
+            f"{row['way']:16} {row['rtt_ms']:4g} {row['full_ms']:5g} {row['solved']:3}/{row['episodes']:<3}"
             f" {row['mean_steps']:6}  {row['reaction_p50']!s:>6} / {row['reaction_p90']!s:<6}"
             f" {row['full_queries_per_action']:9} {row['held_share']:7}"
         )
@@ -348,7 +360,7 @@ def _rows(
     ways: Sequence[str],
     networks: Sequence[Network],
     unique: dict[tuple[object, ...], Cell],
-    found: dict[Cell, list[Outcome]],
+    found: Sequence[dict[Cell, Outcome]],
     perturb: str,
 ) -> list[dict[str, object]]:
     rows = []
@@ -356,7 +368,7 @@ def _rows(
         for network in networks:
             cell = unique[(way, *network.key(way))]
             row = {"way": way, "rtt_ms": network.rtt, "full_ms": network.full, "perturb": perturb}
-            rows.append(row | {"steps_late": network.key(way)} | summary(found[cell]))
+            rows.append(row | {"steps_late": network.key(way)} | summary([outcomes[cell] for outcomes in found]))
     return rows
 
 

@@ -38,7 +38,8 @@ class Ahead:
     """The chunk of one robot, and its query under way.
 
     Until a full query is answered, the robot gets the old chunk's actions, one a query; then it enters the new chunk at
-    the step that is due. Without an old chunk of the same instruction, or with nothing left of it, a query waits.
+    the step that is due. A query waits without an old chunk of the same instruction, with nothing left of it, and before
+    its gripper switches: the main head alone decides that.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Ahead:
         chunk, asked = self._chunk, self._asked
         if asked is None or chunk.instruction != asked.observation.instruction or asked.coming.done():
             return False
-        return chunk.actions is not None and len(chunk.left) > 0
+        return chunk.actions is not None and chunk.until_switch > 0
 
     def _drop(self) -> None:
         asked, self._asked = self._asked, None

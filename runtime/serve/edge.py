@@ -39,11 +39,11 @@ class EdgePolicy:
     An accepted chunk goes on while the network is away. Where a full query is due and cannot be had, `act` raises
     `Unreachable`: nothing is repeated.
 
-    ahead: the world does not wait for a full query, so that it is asked for `ahead` steps before the chunk ends or its
-    gripper switches, or where a check is rejected, and the old chunk goes on until it is answered: `act` gives one action
-    of it at a time. So actions are executed that a check has just rejected, as asynchronous open loop does always; after
-    the query's time is over, `act` raises. One query at a time is under way. After `reset` or under another instruction
-    its answer is dropped, and nothing of the old chunk goes on.
+    With `ahead` the robot does not wait for a full query. It is asked for that many steps before the chunk ends or its
+    gripper switches, or when a check is rejected. Until it is answered the old chunk goes on, and `act` gives one action
+    of it at a time: actions that a check has just rejected are executed, as in asynchronous open loop. Where nothing is
+    left of it, or its gripper would switch, `act` waits. An answer that does not come within `timeout_s` is an error of
+    the next `act`. One query at a time is under way; `reset` or another instruction drops its answer and the old chunk.
     """
 
     def __init__(

@@ -46,19 +46,24 @@ def test_gap_table(
 
 
 @pytest.mark.parametrize(
-    ("cursor", "instruction", "refresh", "route"),
+    ("cursor", "late", "instruction", "refresh", "route"),
     [
-        (1, "do it", None, None),
-        (1, "do it", 2, None),
-        (1, "do it", 1, "refresh"),
-        (2, "do it", None, "gripper"),
-        (3, "do it", None, None),
-        (4, "do it", None, "exhausted"),
-        (4, "do that", 1, "instruction"),
+        (1, 0, "do it", None, None),
+        (1, 0, "do it", 2, None),
+        (1, 0, "do it", 1, "refresh"),
+        (1, 1, "do it", 1, "gripper"),
+        (2, 0, "do it", None, "gripper"),
+        (3, 0, "do it", None, None),
+        (3, 1, "do it", None, "exhausted"),
+        (4, 0, "do it", None, "exhausted"),
+        (4, 1, "do it", None, "exhausted"),
+        (4, 0, "do that", 1, "instruction"),
     ],
 )
-def test_a_full_query_is_due(cursor: int, instruction: str, refresh: int | None, route: Route | None) -> None:
-    chunk = Chunk(steps([0] * 4, [OPEN, OPEN, CLOSED, CLOSED]), instruction="do it", cursor=cursor)
+def test_a_full_query_is_due(
+    cursor: int, late: int, instruction: str, refresh: int | None, route: Route | None
+) -> None:
+    chunk = Chunk(steps([0] * 4, [OPEN, OPEN, CLOSED, CLOSED]), instruction="do it", cursor=cursor, late=late)
     assert chunk.due(instruction, refresh) == route
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,13 @@ import numpy as np
 import pytest
 from command import rsd_trt
 from msgspec import structs
-from serving import SIDE, STUB_CONTROL, STUB_DIMS, STUB_RSD, Stub, bundle_service, running, stub_service
+from serving import SIDE, Stub, bundle_service, running, stub_service
 from websockets.sync.server import ServerConnection, serve
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import PolicyFault, UserError
 from rsd_trt.recordings import Recordings
-from rsd_trt.runtime.chunk import Chunk
+from rsd_trt.runtime.chunk import Chunk, Query
 from rsd_trt.runtime.loop import Loop
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
@@ -246,6 +247,84 @@ def test_late_replies_are_dropped() -> None:
         time.sleep(0.2)
         np.testing.assert_allclose(edge.act(see(50))[:, 0], [0.05, 0.06], atol=1e-6)
         edge.close()
+
+
+@contextlib.contextmanager
+def asking_ahead(stub: Stub, **options: object) -> Iterator[EdgePolicy]:
+    with (
+        running(stub_service(stub)) as port,
+        EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline", ahead=2, **options) as edge,  # type: ignore[arg-type]
+    ):
+        yield with_draft(edge, stub)
+        stub.hold.set()
+
+
+def answered(edge: EdgePolicy) -> None:
+    """Waits until the query under way is over."""
+    asked = edge._ahead._asked
+    assert asked is not None
+    wait([asked.coming])  # type: ignore[list-item]
+
+
+def told(query: Query) -> tuple[str, int, list[int]]:
+    """Its route, the steps that went by until it was there, and its actions, in thousandths."""
+    return query.route, query.skipped, [round(1e3 * x) for x in query.actions[:, 0].tolist()]
+
+
+def test_the_old_chunk_goes_on_while_a_full_query_is_under_way(tmp_path: Path) -> None:
+    stub = Stub()
+    with asking_ahead(stub, record=tmp_path) as edge:
+        assert told(edge.query(see(0))) == ("start", 0, [0, 10])
+        stub.hold.clear()
+        frames = see(120, 255)
+        assert told(edge.query(frames)) == ("late", 0, [20])  # rejected
+        frames.images[:] = 0  # they are the caller's
+        assert [told(edge.query(see(9))) for _ in range(3)] == [("late", 0, [x]) for x in (30, 40, 50)]
+        stub.hold.set()
+        answered(edge)
+        assert told(edge.query(see(9))) == ("rejected", 4, [160, 170])
+        assert len(stub.full_queries) == 2
+        assert told(edge.query(see(180))) == ("late", 0, [180])  # the chunk's end is two steps away
+        answered(edge)
+        assert told(edge.query(see(9))) == ("exhausted", 1, [190, 200])
+        stub.hold.clear()
+        edge.query(see(210, 255))
+        edge.reset()
+        threading.Timer(0.1, stub.hold.set).start()
+        assert told(edge.query(see(50))) == ("start", 0, [50, 60])  # not what was asked before
+    first, _ = Recordings(tmp_path).episodes
+    kept = first.read("step", "committed", "actions", "chunk")
+    np.testing.assert_array_equal(kept["step"], [0, 2, 8, 11])  # when the frames were taken
+    np.testing.assert_array_equal(kept["committed"], [2, 6, 3, 1])
+    np.testing.assert_allclose(kept["actions"][:8, 0] * 1e3, [0, 10, 20, 30, 40, 50, 160, 170], atol=1e-4)
+    np.testing.assert_allclose(kept["chunk"][:, 0, 0] * 1e3, [0, 120, 180, np.nan], atol=1e-4)
+
+
+def test_an_answer_that_does_not_come_is_an_error_of_the_next_query() -> None:
+    stub = Stub()
+    with asking_ahead(stub, timeout_s=0.3) as edge:
+        edge.query(see(0))
+        stub.hold.clear()
+        assert told(edge.query(see(120, 255))) == ("late", 0, [20])
+        answered(edge)
+        with pytest.raises(Unreachable, match="did not answer within"):
+            edge.act(see(120))
+        assert told(edge.query(see(30))) == ("accepted", 0, [30, 40])  # the chunk is as it was
+        assert [told(edge.query(see(50, 255)))[2] for _ in range(3)] == [[50], [60], [70]]
+        with pytest.raises(Unreachable, match="did not answer within"):  # nothing is left: it waits
+            edge.act(see(80))
+        stub.hold.set()
+        assert told(edge.query(see(80)))[0] == "exhausted"
+        stub.hold.clear()
+        assert told(edge.query(see(100, 255))) == ("late", 0, [100])
+        threading.Timer(0.1, stub.hold.set).start()
+        assert told(edge.query(replace(see(90), instruction="elsewhere"))) == ("instruction", 0, [90, 100])
+        stub.hold.clear()
+        assert told(edge.query(replace(see(30, 255), instruction="elsewhere"))) == ("late", 0, [110])
+        began = time.monotonic()
+        edge.close()  # does not wait for it
+        assert time.monotonic() - began < 0.25
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("query")]
 
 
 def test_another_policy_behind_the_same_address_is_refused() -> None:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from serving import SIDE, STUB_CONTROL, STUB_DIMS, STUB_RSD, Stub, running, stub_service
+from serving import SIDE, Stub, running, stub_service
 
 from examples.robot import robot
 from examples.serving import load
-from examples.serving.network import DT_MS, Network, Robot, virtual
+from examples.serving.network import DT_MS, Asked, Network, Robot, virtual
 from rsd_trt.runtime.chunk import Query
-from rsd_trt.runtime.loop import Loop
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.serve.edge import EdgePolicy
 
@@ -50,6 +49,17 @@ class Waiting:
         return self.future.result() if self.future.done() else None
 
 
+@dataclass
+class GoingOn:
+    """A query of a robot that goes on: it is looked for at the end of the step."""
+
+    edge: EdgePolicy
+    seen: Observation
+
+    def answer(self, step: int) -> Query:
+        return self.edge.query(self.seen)
+
+
 def walk(robot: Robot, seconds: float, steps: int = 20) -> list[tuple[int, int | None]]:
     """What is executed at each step, and the step whose frames it was computed from. The stub's world moves on with
     each action, and jumps once. seconds: of a step."""
@@ -65,7 +75,7 @@ def walk(robot: Robot, seconds: float, steps: int = 20) -> list[tuple[int, int |
     return executed
 
 
-def walk_in_real_time(stub: Stub, way: str, rtt: int) -> list[tuple[int, int | None]]:
+def walk_in_real_time(stub: Stub, way: str, rtt: int, ahead: int) -> list[tuple[int, int | None]]:
     """`walk` at 20 Hz, with the client at the robot's side, over the proxy."""
     command = [sys.executable, "-m", "examples.serving.proxy", "--rtt", str(rtt), "--to"]
     with (
@@ -74,21 +84,37 @@ def walk_in_real_time(stub: Stub, way: str, rtt: int) -> list[tuple[int, int | N
         subprocess.Popen([*command, f"127.0.0.1:{port}"], stdout=subprocess.PIPE, text=True) as proxy,
     ):
         assert proxy.stdout is not None
-        edge = EdgePolicy(f"ws://{proxy.stdout.readline().split()[0]}", mode="baseline")
+        edge = EdgePolicy(f"ws://{proxy.stdout.readline().split()[0]}", mode="baseline", ahead=ahead)
         edge._loop.mode, edge._loop._check = stub.loop.mode, stub.check
-        found = walk(Robot(way, lambda step, seen: Waiting(thread.submit(edge.query, seen))), DT_MS / 1e3)
+
+        def ask(step: int, seen: Observation) -> Asked:
+            return GoingOn(edge, seen) if edge._ahead.goes_on() else Waiting(thread.submit(edge.query, seen))
+
+        found = walk(Robot(way, ask), DT_MS / 1e3)
         edge.close()
         proxy.terminate()
     return found
 
 
+def test_an_edge_that_asks_ahead_holds_only_until_its_first_answer() -> None:
+    """Full queries take 2 steps: one is asked 2 steps before the chunk's end (step 8) and one at the jump (step 12)."""
+    robot = Robot("rsd (async edge)", virtual(Stub(), "rsd (async edge)", Network(100, 20, 0.3, 1)))  # type: ignore[arg-type]
+    executed = walk(robot, 0)
+    assert executed[:2] == [(0, None)] * 2
+    assert executed[2:12] == [(10 * i, 0 if i < 8 else 8) for i in range(10)]
+    assert executed[12:] == [(100, 8), (110, 8), *((180 + 10 * i, 12) for i in range(6))]
+    assert (robot.held, robot.full_queries, robot.checks) == (2, 3, 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rtt", [0, 50, 100])
-@pytest.mark.parametrize("way", ["rsd (edge)", "open loop 2", "async 4"])
+@pytest.mark.parametrize("way", ["rsd (edge)", "rsd (async edge)", "open loop 2", "async 4"])
 def test_the_network_studys_clock_is_the_real_one(way: str, rtt: int) -> None:
     """The same actions at the same steps, with full queries of 20 ms. A busy machine may be late: it may try again."""
     stub = Stub("rsd" if way.startswith("rsd") else "baseline", seconds=0.02)
-    expected = walk(Robot(way, virtual(stub, way, Network(rtt, 20, 0.3, 1))), 0)  # type: ignore[arg-type]
-    assert any(walk_in_real_time(stub, way, rtt) == expected for _ in range(5))
+    network = Network(rtt, 20, 0.3, 1)
+    expected = walk(Robot(way, virtual(stub, way, network)), 0)  # type: ignore[arg-type]
+    ahead = network.key(way)[1] if way == "rsd (async edge)" else 0
+    assert any(walk_in_real_time(stub, way, rtt, ahead) == expected for _ in range(5))
     reaction = next(step for step, (_, seen) in enumerate(expected) if seen is not None and seen >= JUMP) - JUMP
     print(f"{way}, {rtt} ms: reaction {reaction} steps")
