@@ -38,10 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="the draft's export, copied here")
     parser.add_argument("--mode", default="rsd", help="baseline: without a draft")
     parser.add_argument("--task", default="pick up the bowl")
+    parser.add_argument("--ahead", type=int, default=0, help="steps that a full query takes: go on meanwhile")
     parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args(arguments)
     alarm = {"expected_rejections": 0.3, "on_alarm": lambda share: stop(f"{share:.0%} of the checks were rejected")}
-    with EdgePolicy(given.url, given.engines, mode=given.mode, timeout_s=1.0, **alarm) as policy:
+    with EdgePolicy(given.url, given.engines, mode=given.mode, timeout_s=1.0, ahead=given.ahead, **alarm) as policy:
         policy.prepare(given.task)
         step, due = 0, time.monotonic()
         while step < given.steps:

@@ -38,8 +38,8 @@ class Ahead:
     """The chunk of one robot, and its query under way.
 
     Until a full query is answered, the robot gets the old chunk's actions, one a query; then it enters the new chunk at
-    the step that is due. A query waits without an old chunk of the same instruction, with nothing left of it, and before
-    its gripper switches: the main head alone decides that.
+    the step that is due. A query waits without an old chunk of the same instruction, when nothing is left of it, and
+    before its gripper switches: the main head alone decides that.
     """
 
     def __init__(

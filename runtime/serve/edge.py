@@ -40,10 +40,10 @@ class EdgePolicy:
     `Unreachable`: nothing is repeated.
 
     With `ahead` the robot does not wait for a full query. It is asked for that many steps before the chunk ends or its
-    gripper switches, or when a check is rejected. Until it is answered the old chunk goes on, and `act` gives one action
-    of it at a time: actions that a check has just rejected are executed, as in asynchronous open loop. Where nothing is
-    left of it, or its gripper would switch, `act` waits. An answer that does not come within `timeout_s` is an error of
-    the next `act`. One query at a time is under way; `reset` or another instruction drops its answer and the old chunk.
+    gripper switches, or when a check is rejected. Until it is answered the old chunk goes on, one action an `act`: what
+    a check has just rejected is executed, as in asynchronous open loop. Where nothing is left of it, or its gripper
+    would switch, `act` waits. An answer that does not come within `timeout_s` is an error of the next `act`. One query
+    at a time is under way; `reset` or another instruction drops its answer and the old chunk.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class EdgePolicy:
     ) -> None:
         """engines: the folder of exports with the draft's ONNX graph; mode `baseline` needs none. timeout_s: for a full
         query. on_alarm(share of rejected checks): called when many more of the recent checks were rejected than
-        `expected_rejections`: stop the robot there. ahead: control steps that a full query takes, rounded up; with 0
-        the robot waits for it. record: a folder for recordings. known: of the policy of a server
+        `expected_rejections`: stop the robot there. ahead: control steps that a full query takes, rounded up; 0: the
+        robot waits for it. record: a folder for recordings. known: of the policy of a server
         that is not `rsd-trt serve`.
 
         Raises:
@@ -90,6 +90,8 @@ class EdgePolicy:
             self._draft = OrtDraft(file, providers, threads)
         self._loop = Loop(known.dims, known.rsd, known.control.limits, mode, self._check, self._full)
         self.n_action_steps = self._loop.n_action_steps
+        if not 0 <= ahead <= (left := known.dims.T - self.n_action_steps):
+            raise UserError(f"ahead is {ahead}, and a full query leaves {left} steps of its chunk")
         self._rows: dict[str, NDArray[np.float32]] = {}
         self._thread = ThreadPoolExecutor(1, "query") if ahead else None
         self._reached = threading.Event()  # of the query under way: the main model is asked, or it is over

@@ -325,6 +325,8 @@ def test_an_answer_that_does_not_come_is_an_error_of_the_next_query() -> None:
         edge.close()  # does not wait for it
         assert time.monotonic() - began < 0.25
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("query")]
+        with pytest.raises(UserError, match="ahead is 7, and a full query leaves 6 steps"):
+            EdgePolicy(edge._line.url, mode="baseline", ahead=7)
 
 
 def test_another_policy_behind_the_same_address_is_refused() -> None:

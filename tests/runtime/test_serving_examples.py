@@ -25,7 +25,7 @@ JUMP = 11  # the step at which the stub's world jumps
 
 def test_the_robots_loop_runs_and_stops_where_there_is_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     with running(stub_service()) as port:
-        robot.main([f"ws://127.0.0.1:{port}", "--mode", "baseline", "--steps", "4"])
+        robot.main([f"ws://127.0.0.1:{port}", "--mode", "baseline", "--steps", "4", "--ahead", "1"])
         url = f"ws://127.0.0.1:{port}"
     assert capsys.readouterr().out.startswith("step 2: full, 2 actions, ")
     with pytest.raises(Exception, match=f"{url} cannot be reached"):
