@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--perturb", default="late:7", help="as rsd-trt eval has it; none: undisturbed")
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--ways", default=",".join(WAYS), help="some of these")
     parser.add_argument("--rtt", default="0,50,100", help="ms")
     parser.add_argument("--full", default="2.4,9,36", help="ms: reference policy, 7B compiled, 7B eager on an H200")
     parser.add_argument("--check", type=float, default=0.3, help="ms, in the server")
@@ -325,6 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for full in map(float, given.full.split(","))
     ]
     ways = given.ways.split(",")
+    if unknown := [way for way in ways if way not in WAYS]:
+        parser.error(f"--ways has {unknown[0]!r}, which is none of {', '.join(WAYS)}")
     unique: dict[tuple[object, ...], Cell] = {}
     for way in ways:
         for network in networks:

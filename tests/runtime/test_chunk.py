@@ -70,7 +70,7 @@ def test_a_full_query_is_due(
 def test_a_new_environment_has_no_chunk_and_a_query_no_time() -> None:
     assert (Chunk().cursor, Chunk().due("do it", None)) == (0, "start")
     query = Query(np.zeros((1, Dims().A), np.float32), "full")
-    assert query.ms == 0
+    assert (query.ms, query.skipped) == (0, 0)
     guess = Guess(np.zeros(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.float32), np.zeros(1, bool))
     for record, name in ((query, "ms"), (guess, "finite")):
         with pytest.raises(dataclasses.FrozenInstanceError):
