@@ -190,10 +190,12 @@ class Loop:
         return answers
 
     def enter(self, chunk: Chunk, query: Query, skipped: int = 0) -> Query:
-        """The full query that made the chunk, with the chunk's first actions. skipped: steps of it that went by before
-        it was there."""
+        """The full query that made the chunk, with the actions that it commits. skipped: how many of them went by before
+        it was there; one at least is left."""
         assert chunk.actions is not None
-        actions, clipped = self._within_limits(chunk.actions[skipped:][: chunk.fixed or self.n_action_steps])
+        actions, clipped = self._within_limits(
+            chunk.actions[skipped : max(chunk.fixed or self.n_action_steps, skipped + 1)]
+        )
         chunk.cursor = skipped + len(actions)
         return replace(query, actions=actions, clipped=clipped, skipped=skipped)
 

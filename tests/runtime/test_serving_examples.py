@@ -97,13 +97,13 @@ def walk_in_real_time(stub: Stub, way: str, rtt: int, ahead: int) -> list[tuple[
 
 
 def test_an_edge_that_asks_ahead_holds_only_until_its_first_answer() -> None:
-    """Full queries take 2 steps: one is asked 2 steps before the chunk's end (step 8) and one at the jump (step 12)."""
+    """Full queries take 2 steps: one is asked 2 steps before a chunk's end (8, 17) and one at the jump (11)."""
     robot = Robot("rsd (async edge)", virtual(Stub(), "rsd (async edge)", Network(100, 20, 0.3, 1)))  # type: ignore[arg-type]
     executed = walk(robot, 0)
     assert executed[:2] == [(0, None)] * 2
-    assert executed[2:12] == [(10 * i, 0 if i < 8 else 8) for i in range(10)]
-    assert executed[12:] == [(100, 8), (110, 8), *((180 + 10 * i, 12) for i in range(6))]
-    assert (robot.held, robot.full_queries, robot.checks) == (2, 3, 4)
+    assert executed[2:13] == [(10 * i, 0 if i < 8 else 8) for i in range(11)]
+    assert executed[13:] == [(170 + 10 * i, 11 if i < 6 else 17) for i in range(7)]
+    assert (robot.held, robot.full_queries, robot.checks) == (2, 4, 5)
 
 
 @pytest.mark.slow
