@@ -190,8 +190,8 @@ class Loop:
         return answers
 
     def enter(self, chunk: Chunk, query: Query, skipped: int = 0) -> Query:
-        """The full query that made the chunk, with the actions that it commits. skipped: how many of them went by before
-        it was there; one at least is left."""
+        """The full query that made the chunk, with the actions that it commits. skipped: how many of them went by
+        before it was there; one at least is left."""
         assert chunk.actions is not None
         actions, clipped = self._within_limits(
             chunk.actions[skipped : max(chunk.fixed or self.n_action_steps, skipped + 1)]
