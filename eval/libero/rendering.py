@@ -40,6 +40,38 @@ def choose_gl() -> str:
     )
 
 
+def gpu_number(device: str) -> int | None:
+    """Which of the machine's GPUs a device `cuda` or `cuda:N` is, by CUDA_VISIBLE_DEVICES; None: of another device, or
+    where that does not give numbers."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return None
+    place, visible = int(index or 0), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return place
+    named = dict(enumerate(visible.split(","))).get(place, "").strip()
+    return int(named) if named.isascii() and named.isdigit() else None
+
+
+def render_on(gpu: int) -> None:
+    """Has this process render on that GPU, unless MUJOCO_EGL_DEVICE_ID names one. By itself every process takes the
+    first, and many that share one wait for each other."""
+    if gpu < _egl_devices():
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(gpu))
+
+
+def _egl_devices() -> int:
+    """How many EGL has, in CUDA's order."""
+    count = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libEGL.so.1")
+        library.eglGetProcAddress.restype = ctypes.c_void_p
+        if found := library.eglGetProcAddress(b"eglQueryDevicesEXT"):
+            query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))(found)
+            query(0, None, ctypes.byref(count))
+    return count.value
+
+
 @contextlib.contextmanager
 def robosuite_alone() -> Iterator[None]:
     """For robosuite's import and its contexts. It takes CUDA_VISIBLE_DEVICES for the number of an EGL device, and opens

@@ -23,6 +23,7 @@ from rsd_trt.eval.libero.episode import Assignment, serve
 from rsd_trt.eval.libero.episode_log import EpisodeLog
 from rsd_trt.eval.libero.film import check_video_writer, write_beside
 from rsd_trt.eval.libero.pool import Meter, Pool
+from rsd_trt.eval.libero.rendering import gpu_number
 from rsd_trt.eval.libero.request import EvalRequest, Script
 from rsd_trt.eval.libero.simulator import Simulator, check_task, initial_states, instruction, open_suite, task_file
 from rsd_trt.eval.libero.worker import recorded_name
@@ -124,12 +125,12 @@ class Executor:
         self.__init__()  # type: ignore[misc]
 
     def _pool_of(self, request: EvalRequest, driver: Driver) -> Pool:
-        control, script = driver.settings.control, driver.script
-        key = (request.suite, to_text(control), script, request.workers, request.timeout)
+        control, script, gpu = driver.settings.control, driver.script, gpu_number(driver.settings.device)
+        key = (request.suite, to_text(control), script, gpu, request.workers, request.timeout)
         if self._pool is None or key != self._processes:
             if self._pool is not None:
                 self._pool.close()
-            process = partial(serve, build=partial(Simulator, request.suite, control=control), script=script)
+            process = partial(serve, build=partial(Simulator, request.suite, control=control, gpu=gpu), script=script)
             self._pool, self._processes = Pool(process, request.workers, request.timeout), key
         return self._pool
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rsd_trt.config import ControlConfig, Rotation
 from rsd_trt.errors import Unavailable, UserError, did_you_mean, installing, missing_extra, reason
 from rsd_trt.eval.libero.course import Cameras, Course, Perturbation
-from rsd_trt.eval.libero.rendering import check_gl, choose_gl, explaining_gl, robosuite_alone
+from rsd_trt.eval.libero.rendering import check_gl, choose_gl, explaining_gl, render_on, robosuite_alone
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.suites import ALL_SUITES, told_in_file
 
@@ -54,7 +54,10 @@ class Simulator:
       repeat their last image, which leaves that schedule as it is.
     """
 
-    def __init__(self, suite: str, task_id: int, control: ControlConfig) -> None:
+    def __init__(self, suite: str, task_id: int, control: ControlConfig, gpu: int | None = None) -> None:
+        """gpu: the number of the one to render on; by default the first."""
+        if gpu is not None:
+            render_on(gpu)
         benchmark = open_suite(suite)
         from libero.libero.envs import OffScreenRenderEnv  # after open_suite, which explains what may be missing
 

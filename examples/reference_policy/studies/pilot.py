@@ -84,17 +84,18 @@ def _study(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, missing: Sequence[Job], file: TextIO) -> None:
     """Runs the jobs until the time is up; an episode is on disk when it is over."""
-    if args.device.startswith("cuda:"):  # the simulators of a shard render on its own GPU
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", args.device.partition(":")[2])
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads would take the cores from the simulators
     from rsd_trt.bundle import Bundle
     from rsd_trt.eval.libero.pool import Meter, run_episodes
+    from rsd_trt.eval.libero.rendering import gpu_number
 
     started = time.monotonic()
     bundle = Bundle.open(args.bundle)
     policy, batch = _loops(args, missing, bundle)
     assignments = [job.assignment(number, args.max_steps) for number, job in enumerate(missing)]
-    process = partial(serve, build=partial(JobSimulator, SUITE, control=bundle.config.control))
+    process = partial(
+        serve, build=partial(JobSimulator, SUITE, control=bundle.config.control, gpu=gpu_number(args.device))
+    )
     running = run_episodes(policy, process, assignments, args.workers, batch, TIMEOUT, meter := Meter(), LAG)
     finished = 0
     with closing(running) as episodes:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rsd_trt.config import ControlConfig
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.rendering import choose_gl
+from rsd_trt.eval.libero.rendering import choose_gl, gpu_number, render_on
 from rsd_trt.eval.libero.simulator import IDLE, Simulator, axis_angle, open_suite
 
 SMALL = ControlConfig(camera_size=64)
@@ -66,6 +66,40 @@ def test_no_opengl_is_one_line_with_the_package(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     with pytest.raises(UserError, match="apt-get install libosmesa6"):
         choose_gl()
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "number"),
+    [
+        ("cpu", None, None),
+        ("cuda", None, 0),
+        ("cuda:2", None, 2),
+        ("cuda", "3", 3),
+        ("cuda:1", "3, 1", 1),
+        ("cuda:2", "3,1", None),
+        ("cuda", "GPU-5e3", None),
+        ("cuda", "", None),
+    ],
+)
+def test_simulators_render_on_the_gpu_of_their_policy(
+    device: str, visible: str | None, number: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_number(device) == number
+
+
+@pytest.mark.libero
+def test_a_gpu_that_opengl_does_not_have_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "9")  # so that it is as before afterwards
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID")
+    render_on(99)
+    assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
+    render_on(0)
+    assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == "0"
+    render_on(1)
+    assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == "0"
 
 
 def test_unknown_suite() -> None:
