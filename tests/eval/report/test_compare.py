@@ -164,6 +164,13 @@ def test_other_conditions_are_refused_with_both_values(changes: dict[str, object
         compare(run("baseline"), run("rsd", **changes))
 
 
+def test_packages_that_run_exports_differ_only_where_exports_run() -> None:
+    other = {"versions": {**settings().versions, "onnxruntime": "9", "tensorrt-lean": "9"}}
+    assert any("versions.onnxruntime" in line for line in differences(settings("baseline"), settings("rsd", **other)))
+    graphs = {"backend": "graph"}
+    assert differences(settings("baseline", **graphs), settings("rsd", **graphs, **other)) == []
+
+
 def test_a_run_is_not_compared_with_itself() -> None:
     with pytest.raises(UserError, match=r"both are run [0-9a-f]{12}"):
         compare(run("rsd"), run("rsd"))
