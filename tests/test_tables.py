@@ -25,7 +25,10 @@ from rsd_trt.eval.table import Column, Measured, Table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = (
-    *(ROOT / "docs" / name for name in ("performance.md", "reference-results.md", "deploy.md", "openvla-oft.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("performance.md", "reference-results.md", "deploy.md", "openvla-oft.md", "your-policy.md")
+    ),
     ROOT / "README.md",
 )
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -91,6 +94,18 @@ def _stages(name: str, stages: tuple[str, ...], whole: bool) -> str:
         *(Column("its p99", "ms"), Column("its p50 / roofline bound", "x"), Column("host overhead", "ms")),
         Column("over timm + transformers", "x"),
     )
+    return Table("", columns, tuple(rows)).markdown()
+
+
+def journeys() -> str:
+    """What every step of the journeys takes at 7B."""
+    record, names = read("h100/journeys.json"), ("OpenVLA-OFT", "RVQExperiment's files", "a data set")
+    figures = ("wall_s", "processor_s", "resident_gb", "gpu_gb")
+    columns = (
+        *(Column(f"{device(record)}, {record['hardware']['cores']} cores"), Column("wall time", "s")),
+        *(Column("processor time", "s"), Column("memory, GB"), Column("GPU memory, GB")),
+    )
+    rows = ((f"{names[row['journey'] - 1]}: {row['step']}", *map(row.get, figures)) for row in record["rows"])
     return Table("", columns, tuple(rows)).markdown()
 
 
@@ -236,6 +251,7 @@ TABLES = {
     "components": components,
     "stages": stages,
     "oft": oft,
+    "journeys": journeys,
     "late-all": late_all,
     "confirmation": confirmation,
     "proof": proof,
