@@ -100,11 +100,8 @@ def _stages(name: str, stages: tuple[str, ...], whole: bool) -> str:
 def journeys() -> str:
     """What every step of the journeys takes at 7B."""
     record, names = read("h100/journeys.json"), ("OpenVLA-OFT", "RVQExperiment's files", "a data set")
-    figures = ("wall_s", "processor_s", "resident_gb", "gpu_gb")
-    columns = (
-        *(Column(f"{device(record)}, {record['hardware']['cores']} cores"), Column("wall time", "s")),
-        *(Column("processor time", "s"), Column("memory, GB"), Column("GPU memory, GB")),
-    )
+    figures = ("wall_s", "processor_s", "resident_gb")
+    columns = (Column(device(record)), Column("wall time", "s"), Column("processor time", "s"), Column("memory, GB"))
     rows = ((f"{names[row['journey'] - 1]}: {row['step']}", *map(row.get, figures)) for row in record["rows"])
     return Table("", columns, tuple(rows)).markdown()
 
@@ -176,9 +173,9 @@ def still() -> str:
     return whole(None)
 
 
-def network() -> str:
+def network(name: str) -> str:
     """Reaction and success behind a network. Costs of a full query that change nothing share a row."""
-    rows = read("network/late.json")["rows"]
+    rows = read(f"network/{name}.json")["rows"]
     rtts, said = sorted({row["rtt_ms"] for row in rows}), ("reaction_p50", "reaction_p90", "solved")
     (episodes,) = {row["episodes"] for row in rows}
     found: dict[tuple[str, tuple[Any, ...]], list[str]] = {}
@@ -199,6 +196,17 @@ def network() -> str:
     )
     made = ((name, *(f"{x:g}" for x in of)) for name, (_, of) in zip(names, found, strict=True))
     return Table("", columns, tuple(made)).markdown()
+
+
+def judges() -> str:
+    """How well rules and a gate head tell that the main model would now say something else."""
+    record, sets = read("pilot/gate.json"), ("late", "undisturbed", "counterfactual, of chunks that held")
+    found = {(one["set"], one["score"]): one for one in record["scores"]}
+    columns = tuple(Column(f"{name}, {found[name, 'gate']['pairs']:,} pairs", "ratio") for name in sets)
+    names = ("first", "actions", "path", "likelihood", "gate", "blind likelihood", "blind gate")
+    each = ((found[name, score]["auc"] for name in sets) for score in names)
+    rows = ((score, *(Measured(x, (low, high)) for x, low, high in of)) for score, of in zip(names, each, strict=True))
+    return Table("", (Column("AUC (95%)"), *columns), tuple(rows)).markdown()
 
 
 def whole(perturb: str | None) -> str:
@@ -247,7 +255,8 @@ def device(record: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "network": network,
+    "network": partial(network, "late"),
+    "ahead": partial(network, "ahead"),
     "components": components,
     "stages": stages,
     "oft": oft,
@@ -257,6 +266,7 @@ TABLES = {
     "proof": proof,
     "dearer": partial(proof, (DEARER,)),
     "costs": costs,
+    "judges": judges,
     "still": still,
 }
 
