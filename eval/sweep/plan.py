@@ -163,7 +163,7 @@ def read_sweep(path: Path | None, given: Mapping[str, object], out: Path, worker
     if path is not None:
         where, file = str(path), from_json(SweepFile, _toml(path), str(path))
     if file == SweepFile() and options == Options():
-        raise UserError(f"{where} declares no run", "Write a [[run]] table, or give options such as --mode baseline,rsd")
+        raise UserError(f"{where} declares no run", "Write a [[run]] table, or give options such as --mode rsd")
     common = {name: getattr(file, name) for name in Options.__struct_fields__}
     runs: dict[str, Run] = {}
     idle: dict[str, str] | None = None  # what makes no difference in any table

@@ -57,7 +57,7 @@ def test_options_take_the_place_of_the_files_and_tables_add_to_what_stands_above
 
 @pytest.mark.parametrize(
     ("name", "folder", "count", "usual"),  # usual: the bundle's own rule, then
-    [("frontier", "reference", 15, "likelihood"), ("confirmation", "confirmation", 3, None)],
+    [("frontier", "reference", 15, "likelihood"), ("confirmation", "confirmation", 4, None)],
 )
 def test_the_sweeps_of_the_reference_policy_are_what_was_published(
     name: str, folder: str, count: int, usual: str | None
@@ -121,7 +121,7 @@ def test_what_is_tested_cannot_be_chosen_once_the_sweep_has_begun(tmp_path: Path
         ("n_action_step = 1", "unknown key n_action_step; did you mean 'n_action_steps'"),
         ("[[run]]\nmode = 'baseline'\ntolerance = 0.1", "run 1: tolerance is of checks, and mode baseline makes none"),
         ("accept_rate = 0.5", "accept_rate is of mode random: the mode is rsd"),
-        ("", "declares no run"),
+        ("# nothing", "declares no run"),
         ("[[run]]\n[[run]]", "run 2 declares rsd again"),
         ("mode = 'random'", "random takes over the rate of the rsd run with the same options, which are none"),
         (
