@@ -50,7 +50,7 @@ class Simulator:
       the gripper's accumulated command and the fixtures' poses only, so these are put back, and the model kept.
     - robosuite computes the whole state three times for each of a control step's 25 physics steps: before its
       controller, in it, and in MuJoCo's step. `_once` computes it once, as robosuite 1.5 does; no number changes.
-    - An observation is sampled at the first physics step of a control step. Cameras that are not asked for
+    - An observation is sampled at one physics step of a control step, near its end. Cameras that are not asked for
       repeat their last image, which leaves that schedule as it is.
     """
 

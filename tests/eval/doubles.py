@@ -108,7 +108,7 @@ def freeze(connection: Connection, message: object) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def world(suite: str, task: int, control: ControlConfig) -> World:
+def world(suite: str, task: int, control: ControlConfig, gpu: int | None = None) -> World:
     """In the place of `Simulator`."""
     return Held(task, side=control.camera_size, cameras=len(control.cameras))
 

@@ -285,7 +285,9 @@ def test_the_old_chunk_goes_on_while_a_full_query_is_under_way(tmp_path: Path) -
         assert told(edge.query(see(9))) == ("rejected", 4, [160])  # n = 2 of its steps went by
         assert len(stub.full_queries) == 2
         assert told(edge.query(see(170))) == ("accepted", 0, [170])
+        stub.hold.clear()
         assert told(edge.query(see(180))) == ("late", 0, [180])  # the chunk's end is two steps away
+        stub.hold.set()
         answered(edge)
         assert told(edge.query(see(9))) == ("exhausted", 1, [190])
         stub.hold.clear()
