@@ -160,7 +160,7 @@ def test_the_drivers_own_cost_of_an_episode_is_flat(tmp_path: Path) -> None:
 
     conduct(sweep(tmp_path, runs, trials), FakeSeats(4), Watch(), "command")
     seconds = [after - before for (before, _), (after, _) in itertools.pairwise(marks)]
-    assert seconds[-1] < 1.5 * seconds[0]
+    assert seconds[-1] < 3 * seconds[0]  # what grew with their number would be 7 times as much
     assert marks[-1][1] - marks[0][1] < 20e6
 
 
@@ -174,7 +174,7 @@ def test_reading_is_linear(tmp_path: Path) -> None:
             read_run(done.runs[0].request.results_file)
             state_of(done.runs[0])
         seconds[trials] = (time.process_time() - started) / trials
-    assert seconds[4000] < 2 * seconds[500]
+    assert seconds[4000] < 4 * seconds[500]  # what is quadratic would be 8 times as much
 
 
 def resident() -> int:
