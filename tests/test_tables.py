@@ -139,9 +139,10 @@ def proof(rivals: Sequence[str] = DECLARED) -> str:
         )
         for (name, one), p, task_p in zip(found, ps, by_task, strict=True)
     )
+    adjusted = ", Holm" if len(rivals) > 1 else ""
     columns = (
         *(Column("rsd against"), Column("points (95%)", "points"), Column("gained"), Column("lost")),
-        *(Column("p, Holm", "p"), Column("p by task, Holm", "p"), Column("tasks that are not worse")),
+        *(Column(f"p{adjusted}", "p"), Column(f"p by task{adjusted}", "p"), Column("tasks that are not worse")),
     )
     return Table("", columns, tuple(rows)).markdown()
 
