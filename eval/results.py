@@ -302,7 +302,7 @@ class TaskResult(Record, frozen=True):
 
 
 class Throughput(Record, frozen=True):
-    """How fast a run that was not interrupted was as a whole."""
+    """How fast a run that was not interrupted was as a whole, or several that took turns were together."""
 
     workers: Annotated[Positive, told("simulator processes")]
     wall_seconds: Annotated[float, told("from the first episode's start to the last one's end, building included")]
@@ -313,6 +313,7 @@ class Throughput(Record, frozen=True):
     gpu_utilisation: Annotated[float | None, told("mean share of time with a kernel on the GPU")] = None
     cores: Annotated[float | None, told("mean number of CPU cores that the run had")] = None
     gpus: Annotated[float | None, told("mean number of GPUs that the run had")] = None
+    runs: Annotated[Positive, told("that took turns, and that these figures are of together")] = 1
 
 
 class Results(Record, frozen=True):
@@ -341,7 +342,7 @@ class Results(Record, frozen=True):
     clipped_steps: Annotated[Natural, told("committed actions that were clipped to the controller's limits")]
     actions_per_query: float | None
     steps_per_second: Annotated[float | None, told("simulation and policy included; null unless timing is single")]
-    throughput: Annotated[Throughput | None, told("null when the run was interrupted, or took turns with another")]
+    throughput: Annotated[Throughput | None, told("null when the run was interrupted")]
     codec_round_trip_mse: Annotated[
         Annotated[float, Meta(ge=0)] | None,
         told("decode(tokens(x)) against its own reconstruction; null without a codec"),

@@ -105,6 +105,11 @@ def model_key(request: EvalRequest) -> tuple[object, ...]:
     )
 
 
+def company_key(request: EvalRequest) -> tuple[object, ...]:
+    """What requests have in common that are executed together: a model, simulators, and a seed."""
+    return (*model_key(request), request.policy, request.suite, request.seed, request.timeout)
+
+
 def script_control(request: EvalRequest) -> ControlConfig:
     """That of a script."""
     return with_protocol(ControlConfig(), request.protocol or "oft")

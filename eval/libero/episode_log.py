@@ -24,7 +24,7 @@ class EpisodeLog:
     def __init__(self, folder: Path, name: str, settings: Settings, fresh: bool) -> None:
         self.path = folder / f"{name}_episodes.jsonl"
         self.settings = settings
-        self.episodes: dict[EpisodeKey, Episode] = {}
+        self._errors: dict[EpisodeKey, bool] = {}  # of the episodes that are there: whether they ended in one
         settings_file = folder / f"{name}_settings.json"
         if fresh or not (self.path.exists() or settings_file.exists()):
             self.path.unlink(missing_ok=True)
@@ -32,17 +32,52 @@ class EpisodeLog:
             write_atomically(self.path, "")
         else:
             self._check_settings(settings_file)
-            self._resume()
+            self._drop_half_a_line()
+            self._errors = {episode.key: episode.error is not None for episode in self.read()}
 
     def lacks(self, task: int, trial: int) -> bool:
         """Whether a trial has still to be run: it is absent, or ended in an error."""
-        episode = self.episodes.get((task, trial))
-        return episode is None or episode.error is not None
+        return self._errors.get((task, trial), True)
 
     def missing(self) -> list[EpisodeKey]:
         """The episodes that the run still lacks; those that ended in an error come last."""
         keys = [(task, trial) for task in self.settings.tasks for trial in range(self.settings.trials)]
-        return sorted((key for key in keys if self.lacks(*key)), key=lambda key: key in self.episodes)
+        return sorted((key for key in keys if self.lacks(*key)), key=lambda key: key in self._errors)
+
+    @property
+    def whole(self) -> int:
+        """How many episodes ended without an error."""
+        return len(self._errors) - sum(self._errors.values())
+
+    def read(self) -> list[Episode]:
+        """The episodes, from the disk: a long run's are too many to be kept in memory.
+
+        Raises:
+            UserError: the file is damaged, or holds episodes of another run, or one of them twice.
+        """
+        lines: dict[EpisodeKey, int] = {}
+        found: dict[EpisodeKey, Episode] = {}
+        for number, line in enumerate(read_bounded(self.path, MAX_BYTES).splitlines(), start=1):
+            where = f"{self.path}, line {number}"
+            try:
+                episode = from_text(Episode, line, where)
+            except UserError as error:
+                raise UserError(f"{error}. Start over: --fresh") from None
+            if episode.run != self.settings.run:
+                raise UserError(
+                    f"{where} is of run {episode.run or '(none)'}, not {self.settings.run}: runs are mixed. "
+                    "Start over: --fresh"
+                )
+            before = found.get(episode.key)
+            if before is not None and before.error is None:
+                task, trial = episode.key
+                raise UserError(
+                    f"{where} holds task {task}, trial {trial} again after line {lines[episode.key]}. "
+                    "Remove one of them, or start over: --fresh"
+                )
+            lines[episode.key] = number
+            found[episode.key] = episode
+        return list(found.values())
 
     def append(self, episode: Episode) -> None:
         """Stores an episode for good: it is on the disk when this returns. If that fails, the file is as before."""
@@ -56,7 +91,7 @@ class EpisodeLog:
             except BaseException:
                 os.ftruncate(stream.fileno(), end)
                 raise
-        self.episodes[episode.key] = episode
+        self._errors[episode.key] = episode.error is not None
 
     def _check_settings(self, path: Path) -> None:
         if not path.exists():
@@ -72,28 +107,9 @@ class EpisodeLog:
             told = ", ".join(differences)
             raise UserError(f"{path} is of another run: {told}. Another --out, or start over: --fresh")
 
-    def _resume(self) -> None:
-        data = read_bounded(self.path, MAX_BYTES) if self.path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave half a line
-        lines: dict[EpisodeKey, int] = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
-            where = f"{self.path}, line {number}"
-            try:
-                episode = from_text(Episode, line, where)
-            except UserError as error:
-                raise UserError(f"{error}. Start over: --fresh") from None
-            if episode.run != self.settings.run:
-                raise UserError(
-                    f"{where} is of run {episode.run or '(none)'}, not {self.settings.run}: runs are mixed. "
-                    "Start over: --fresh"
-                )
-            if not self.lacks(*episode.key):
-                task, trial = episode.key
-                raise UserError(
-                    f"{where} holds task {task}, trial {trial} again after line {lines[episode.key]}. "
-                    "Remove one of them, or start over: --fresh"
-                )
-            lines[episode.key] = number
-            self.episodes[episode.key] = episode
+    def _drop_half_a_line(self) -> None:
+        """A killed run may leave one, or settings without a log."""
+        data = read_bounded(self.path, MAX_BYTES) if self.path.exists() else None
+        whole = b"" if data is None else data[: data.rfind(b"\n") + 1]
         if whole != data:
             write_atomically(self.path, whole.decode("utf-8"))

@@ -60,16 +60,17 @@ class Executor:
         self._processes: tuple[object, ...] = ()  # the key of the pool
 
     def open(self, requests: Sequence[EvalRequest]) -> list[Job]:
-        """Makes what acts in each request ready to do so. They differ in mode alone.
+        """Makes what acts in each request ready to do so. They have one `company_key`.
 
         Raises:
             UserError: anything in a request that cannot be done here.
         """
         request = requests[0]
         acting = Bundle.open(request.bundle) if request.policy is None else Script.find(request.policy)
-        instructions, suite_sha256 = _tasks(request)
-        if request.perturb is not None:
-            request.perturb.check(request.suite, list(instructions))
+        scenes = [_tasks(one) for one in requests]
+        for one, (instructions, _) in zip(requests, scenes, strict=True):
+            if one.perturb is not None:
+                one.perturb.check(one.suite, list(instructions))
         if request.video:
             check_video_writer()
         _seed_everything(request.seed)
@@ -77,7 +78,7 @@ class Executor:
         self._open = []
         if key != self._model:  # the memory of the old one is wanted for the new one
             self._loaded, self._model, self._warm = None, key, set()
-        for one in requests:
+        for one, (instructions, suite_sha256) in zip(requests, scenes, strict=True):
             if isinstance(acting, Script):
                 driver = script_driver(one, acting, tuple(instructions))
             else:
@@ -85,7 +86,9 @@ class Executor:
                 self._loaded = self._loaded or driver.policy
             settings = structs.replace(driver.settings, suite_sha256=suite_sha256)
             self._open.append((one, replace(driver, settings=settings)))
-        return [Job(driver.settings, instructions, driver.codec_round_trip_mse) for _, driver in self._open]
+        told = [instructions for instructions, _ in scenes]
+        opened = zip(told, self._open, strict=True)
+        return [Job(driver.settings, mine, driver.codec_round_trip_mse) for mine, (_, driver) in opened]
 
     def policies(self) -> list[Policy | None]:
         """What acts in each of the requests that are open; None: a script."""
@@ -93,13 +96,13 @@ class Executor:
 
     def run(
         self,
-        job: Job,
+        jobs: Sequence[Job],
         keys: Sequence[Sequence[EpisodeKey]],
         meter: Meter,
         pictures: bool = True,
         recorder: Recorder | None = None,
     ) -> Generator[Episode, None, None]:
-        """Executes episodes of the requests that were opened last, of which `job` is one: gives each as it finishes.
+        """Executes episodes of the requests that were opened last, as the `jobs`: gives each as it finishes.
 
         keys: the episodes of each request. pictures: whether strips, and the videos that the requests ask for, are
         kept. recorder: keeps what queries see and say, where it is wanted.
@@ -108,7 +111,8 @@ class Executor:
             UserError: as `rsd_trt.eval.libero.pool.Pool.run`.
         """
         request, first = self._open[0]
-        for told in dict.fromkeys(job.instructions[task] for mine in keys for task, _ in mine):
+        wanted = [job.instructions[task] for job, mine in zip(jobs, keys, strict=True) for task, _ in mine]
+        for told in dict.fromkeys(wanted):
             if first.policy is not None and told not in self._warm:
                 first.policy.warm_up(told)  # so that no query of an episode has to
                 self._warm.add(told)
@@ -151,20 +155,20 @@ class Run:
         they are asked for."""
         log = EpisodeLog(request.out, request.name, job.settings, request.fresh)
         if policy is not None and request.record_hidden is not None:
-            if log.episodes:
+            if log.whole:
                 raise UserError(f"{log.path} has episodes whose hidden states are gone", "To record them all: --fresh")
             policy.hidden_states = []
         if request.fresh:
             request.results_file.unlink(missing_ok=True)
             for kind in ("strips", "videos"):
                 shutil.rmtree(request.pictures(kind), ignore_errors=True)
-        earlier = tuple(episode for episode in log.episodes.values() if episode.error is None)
+        earlier = tuple(episode for episode in log.read() if episode.error is None)
         return cls(request, job, log, tuple(log.missing()), earlier)
 
     def finish(self, command: str, throughput: Throughput | None) -> Results:
         """The results of what the log has, written."""
-        episodes, job = list(self.log.episodes.values()), self.job
-        results = summarise(job.settings, episodes, job.instructions, job.codec_round_trip_mse, command, throughput)
+        told, mse = self.job.instructions, self.job.codec_round_trip_mse
+        results = summarise(self.job.settings, self.log.read(), told, mse, command, throughput)
         write_record(self.request.results_file, results)
         return results
 
@@ -172,15 +176,15 @@ class Run:
 def evaluate_together(
     requests: Sequence[EvalRequest],
     on_start: Callable[[int, list[Episode]], None],
-    on_episode: Callable[[Episode], None],
+    on_episode: Callable[[EvalRequest, Episode], None],
     command: str,
     executor: Executor | None = None,
 ) -> list[Results]:
     """Runs the episodes that the requests' runs still lack, and writes a results file for each.
 
-    The requests differ in mode alone. Their runs share the loaded model and take turns, episode by episode, so that a
-    machine that drifts drifts for all. `on_start` is told the number of episodes in all and those that are there.
-    executor: one that other calls share; by default one of its own.
+    The requests have one `company_key`. Their runs share the loaded model and the simulators, and take turns, episode
+    by episode, so that a machine that drifts drifts for all. `on_start` is told the number of episodes in all and those
+    that are there. executor: one that other calls share; by default one of its own.
 
     Raises:
         UserError: anything in a request that cannot be done here, a folder that cannot be written, or the user
@@ -197,33 +201,35 @@ def evaluate_together(
         for run in begun:
             _check_recorded(run, recorder)
         runs = {run.job.settings.run: run for run in begun}
-        total = len(jobs[0].instructions) * sum(request.trials for request in requests)
+        total = sum(len(run.job.instructions) * run.request.trials for run in begun)
         device = jobs[0].settings.device
         meter = Meter(cores=len(os.sched_getaffinity(0)), gpus=int(device.startswith("cuda")))
         on_start(total, [episode for run in begun for episode in run.earlier])
-        running = executor.run(jobs[0], [run.missing for run in begun], meter, recorder=recorder)
+        running = executor.run(jobs, [run.missing for run in begun], meter, recorder=recorder)
         try:
             with GpuMeter(torch.device(device)) as gpu, closing(running) as episodes:
                 load = LoadMeter()
                 for episode in episodes:
                     episode = structs.replace(episode, others=load.lap())
                     runs[episode.run].log.append(episode)
-                    on_episode(episode)
+                    on_episode(runs[episode.run].request, episode)
         except KeyboardInterrupt:
-            whole = sum(episode.error is None for run in begun for episode in run.log.episodes.values())
+            logs = [run.log for run in begun]
+            place = " and ".join(str(log.path) for log in logs) if len(logs) < 3 else requests[0].out.parent
             raise UserError(
-                f"stopped with {whole} of {total} episodes in {' and '.join(str(run.log.path) for run in begun)}",
+                f"stopped with {sum(log.whole for log in logs)} of {total} episodes in {place}",
                 "The same command goes on from there",
             ) from None
-        meter.utilisation, count = gpu.mean, len(begun[0].missing)
-        whole_run = count and len(begun) == 1 and not begun[0].earlier
-        throughput = throughput_of(count, meter.wall, [(requests[0].workers, meter)]) if whole_run else None
+        meter.utilisation, count = gpu.mean, sum(len(run.missing) for run in begun)
+        whole = count and not any(run.earlier for run in begun)
+        parts = [(requests[0].workers, meter)]
+        throughput = throughput_of(count, len(begun), meter.wall, parts) if whole else None
         results = [run.finish(command, throughput) for run in begun]
         for request, policy in zip(requests, executor.policies(), strict=True):
             if policy is not None and request.record_hidden is not None:
                 _write_hidden(request.record_hidden, policy)
         if len(requests) > 1 and requests[0].video:
-            _write_beside(requests, sorted({episode.key for run in begun for episode in run.log.episodes.values()}))
+            _write_beside(requests, sorted({episode.key for one in results for episode in one.episodes}))
         return results
 
 
@@ -285,9 +291,9 @@ def _in_turn(runs: Sequence[Sequence[Assignment]]) -> list[Assignment]:
     return [place[-1] for place in sorted(places, key=lambda place: place[:3])]
 
 
-def throughput_of(episodes: int, seconds: float, parts: Sequence[tuple[int, Meter]]) -> Throughput:
-    """How fast a run was that took so many seconds. parts: the simulator processes and the meter of each part of it
-    that was executed in one go."""
+def throughput_of(episodes: int, runs: int, seconds: float, parts: Sequence[tuple[int, Meter]]) -> Throughput:
+    """How fast runs were that took turns, and so many seconds together. parts: the simulator processes and the meter of
+    each part of them that was executed in one go."""
     wall = sum(meter.wall for _, meter in parts)
 
     def mean(values: Iterable[float]) -> float:
@@ -299,6 +305,7 @@ def throughput_of(episodes: int, seconds: float, parts: Sequence[tuple[int, Mete
     used = [meter.utilisation for _, meter in parts if meter.utilisation is not None]
     together = wall / seconds  # parts at a time
     return Throughput(
+        runs=runs,
         workers=max(1, round(mean(workers for workers, _ in parts) * together)),
         wall_seconds=round(seconds, 3),
         episodes_per_second=episodes / seconds,

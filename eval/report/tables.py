@@ -13,6 +13,7 @@ from rsd_trt.eval.report.compare import Comparison, SpeedUp, needed
 from rsd_trt.eval.report.cost import COUNTED, Price, measured
 from rsd_trt.eval.report.runs import RULE, Run, condition
 from rsd_trt.eval.results import Results, TaskResult
+from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.table import Column, Measured, Table, Value
 from rsd_trt.records import to_json
 
@@ -328,20 +329,27 @@ def routes_table(runs: Sequence[Run]) -> Table:
 
 
 def throughput_table(runs: Sequence[Run]) -> Table:
-    """How fast each run was as a whole."""
+    """How fast each run was as a whole; where some took turns, they were together."""
     columns = (
-        *(Column("run"), Column("workers"), Column("wall time", "s"), Column("episodes per second")),
-        *(Column("a core"), Column("a GPU"), Column("queries per forward"), Column("policy computes", "%")),
+        *(Column("run"), Column("took turns"), Column("workers"), Column("wall time", "s")),
+        *(
+            Column("episodes per second"),
+            Column("a core"),
+            Column("a GPU"),
+            Column("queries per forward"),
+            Column("policy computes", "%"),
+        ),
         *(Column("bound by"), Column("GPU busy", "%")),
     )
     rows: list[Row] = []
     for run in runs:
         if (found := run.results.throughput) is None:
-            rows.append((_numbered(run), *[None] * 7, "not measured: interrupted", None))
+            rows.append((_numbered(run), *[None] * 8, "not measured: interrupted", None))
         else:
             speed = found.episodes_per_second
             each = (speed / found.cores if found.cores else None, speed / found.gpus if found.gpus else None)
-            counts = (found.workers, found.wall_seconds, speed, *each, found.rows_per_forward)
+            turns = None if found.runs == 1 else counted(found.runs, "run")
+            counts = (turns, found.workers, found.wall_seconds, speed, *each, found.rows_per_forward)
             rows.append((_numbered(run), *counts, found.policy_share, found.bound, found.gpu_utilisation))
     return _without_empty(Table("", columns, tuple(rows)))
 

@@ -1,19 +1,21 @@
 """Which episodes of a sweep are whose, while seats execute shards of its runs.
 
-A seat is a place at which a model is loaded, with its simulators. A shard is some episodes of one run. What seats
-finish streams to the runs' logs here, which are the one source of truth: an episode counts once its line is written,
-and a line is written only for an episode that its log lacks. Nothing here knows how seats come about:
+A seat is a place at which a model is loaded, with its simulators. A group is runs that share both, and take turns. A
+shard is some of a group's episodes, of few tasks: a simulator has the environment of one. What seats finish streams to
+the runs' logs here, which are the one source of truth: an episode counts once its line is written, and a line is
+written only for an episode that its log lacks. Nothing here knows how seats come about:
 `rsd_trt.eval.sweep.cluster` has those of Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from msgspec import structs
 
@@ -25,12 +27,12 @@ from rsd_trt.eval.libero.run import Run as Begun
 from rsd_trt.eval.results import Episode, EpisodeKey, Settings
 from rsd_trt.eval.statistics import counted
 from rsd_trt.eval.sweep.plan import Run, Sweep
-from rsd_trt.eval.sweep.run import Progress, unfinished, with_rate
+from rsd_trt.eval.sweep.run import Progress, groups, unfinished, with_rate
 from rsd_trt.files import explained
 from rsd_trt.records import differing, read_record, to_json
 
 ATTEMPTS = 3  # at a shard, by seats that are lost or break before they finish any of it
-LEAST_ROUNDS = 2  # episodes of each simulator in a shard, at least: at its end some of them are idle
+AT_ONCE = 0.75  # of a seat's share, dealt in one shard; what is left evens out what seats differ by
 PATIENCE = 60.0  # s without a seat after which a sweep is given up
 OF_A_MACHINE = ("cpu", "cores", "threads")  # of the settings' hardware: may differ from node to node
 
@@ -49,15 +51,20 @@ class Lost:
     message: str
 
 
+Answer: TypeAlias = Sequence[Job] | Episode | Meter | Refused | Lost
+Item: TypeAlias = tuple[int, int, int]  # an episode: the number of its run in the group, task, trial
+
+
 @dataclass(eq=False)
 class Place:
     """A seat, as it is seen from here."""
 
     node: str  # for people
     workers: int  # simulators
-    record: Record | None = None  # the run that it has open
-    shard: list[EpisodeKey] | None = None  # what it has still to finish; None: it opens the run
+    group: Group | None = None  # what it has open
+    shard: set[Item] | None = None  # what it has still to finish; None: it opens the group
     size: int = 0  # of the shard, at first
+    tasks: set[int] = field(default_factory=set)  # of its last shard: its simulators have built their environments
     busy: bool = False
 
 
@@ -65,170 +72,182 @@ class Seats(Protocol):
     """Those that there are. They come and go."""
 
     def places(self) -> Sequence[Place]: ...
-    def open(self, place: Place, request: EvalRequest, /) -> None:
-        """To be answered with a `Job`."""
+    def open(self, place: Place, requests: Sequence[EvalRequest], /) -> None:
+        """To be answered with a `Job` for each."""
         ...
 
-    def run(self, place: Place, keys: Sequence[EpisodeKey], /) -> None:
-        """To be answered with episodes, and with a `Meter` at the end."""
+    def run(self, place: Place, keys: Sequence[Sequence[EpisodeKey]], /) -> None:
+        """keys: of each request that is open. To be answered with episodes, and with a `Meter` at the end."""
         ...
 
-    def answers(self) -> Iterable[tuple[Place, Job | Episode | Meter | Refused | Lost]]:
+    def answers(self) -> Iterable[tuple[Place, Answer]]:
         """What has come in; waits a moment for it. After a `Refused` or `Lost` the seat is not among the places."""
         ...
 
 
-@dataclass
-class Record:
-    """A run on this machine: its log, and the episodes that nobody has."""
+@dataclass(eq=False)
+class Group:
+    """Runs that are executed together: their logs, on this machine, and the episodes that nobody has."""
 
-    run: Run
-    request: EvalRequest
+    runs: tuple[Run, ...]
+    requests: tuple[EvalRequest, ...]
     command: str
-    files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of a run that is open
-    begun: Begun | None = None
-    left: deque[EpisodeKey] = field(default_factory=deque)
-    attempts: dict[EpisodeKey, int] = field(default_factory=dict)  # that came to nothing
+    files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    begun: tuple[Begun, ...] = ()  # none before the first seat has opened them
+    numbers: dict[str, int] = field(default_factory=dict)  # of the runs, by what their episodes say
+    left: list[Item] = field(default_factory=list)
+    attempts: dict[Item, int] = field(default_factory=dict)  # that came to nothing
     parts: list[tuple[int, Meter]] = field(default_factory=list)
     started: float = 0.0
     interrupted: bool = False  # some episodes were there before, or a shard broke
     shards: int = 0  # that seats are at
 
-    def accept(self, job: Job, node: str) -> None:
-        """A node's view of the run, before its first shard there: the first one opens the log.
+    def accept(self, jobs: Sequence[Job], node: str) -> None:
+        """A node's view of the runs, before its first shard there: the first one opens the logs.
 
         Raises:
-            UserError: the node has another bundle, exports, suite or packages than the log's episodes are of.
+            UserError: the node has another bundle, exports, suite or packages than the logs' episodes are of.
         """
-        if self.begun is None:
-            self.files.enter_context(own_folder(self.request))
-            alike = replace(job, settings=_as_logged(job.settings, self.request))
-            self.begun, self.started = Begun.begin(self.request, alike), time.perf_counter()
-            self.left.extend(self.begun.missing)
-            self.interrupted = bool(self.begun.log.episodes)
+        if not self.begun:
+            self.begun = tuple(map(self._begin, self.requests, jobs))
+            self.numbers = {one.job.settings.run: i for i, one in enumerate(self.begun)}
+            self.left, self.started = _in_shares([one.missing for one in self.begun]), time.perf_counter()
+            self.interrupted = any(one.earlier for one in self.begun)
             return
-        logged = self.begun.job.settings
-        ours, theirs = to_json(logged), to_json(_with_machine_of(job.settings, logged))
-        if differences := [f"{key} is {shown(b)} there and {shown(a)} here" for key, a, b in differing(ours, theirs)]:
-            raise UserError(f"node {node}, {self.run.name}: {', '.join(differences[:3])}", "Make the nodes alike")
+        for run, one, job in zip(self.runs, self.begun, jobs, strict=True):
+            logged = one.job.settings
+            ours, theirs = to_json(logged), to_json(_with_machine_of(job.settings, logged))
+            if differences := [
+                f"{key} is {shown(b)} there and {shown(a)} here" for key, a, b in differing(ours, theirs)
+            ]:
+                raise UserError(f"node {node}, {run.name}: {', '.join(differences[:3])}", "Make the nodes alike")
 
-    def take(self, most: int) -> list[EpisodeKey]:
-        """A shard of so many episodes that nobody has, at most."""
-        return [self.left.popleft() for _ in range(min(most, len(self.left)))]
+    def take(self, most: int, tasks: set[int]) -> list[Item]:
+        """A shard of so many episodes that nobody has, at most: first of those tasks."""
+        chosen = sorted(self.left, key=lambda item: item[1] not in tasks)[:most]
+        taken = set(chosen)
+        self.left = [item for item in self.left if item not in taken]
+        return chosen
+
+    def item(self, episode: Episode) -> Item:
+        return (self.numbers[episode.run], *episode.key)
 
     def add(self, episode: Episode) -> bool:
-        """Writes the episode's line, unless the log has it already."""
-        assert self.begun is not None
-        if not self.begun.log.lacks(*episode.key):
+        """Writes the episode's line, unless its log has it already."""
+        log = self.begun[self.numbers[episode.run]].log
+        if not log.lacks(*episode.key):
             return False
-        self.begun.log.append(episode)
+        log.append(episode)
         return True
 
-    def give_back(self, keys: Sequence[EpisodeKey], whole: bool, why: str) -> None:
+    def give_back(self, items: set[Item], whole: bool, why: str) -> None:
         """What a shard did not finish is anybody's again. whole: it finished nothing.
 
         Raises:
             UserError: so ended `ATTEMPTS` whole shards with the same episode.
         """
-        for key in keys if whole else ():
-            self.attempts[key] = self.attempts.get(key, 0) + 1
-            if self.attempts[key] == ATTEMPTS:
+        for item in sorted(items) if whole else ():
+            self.attempts[item] = self.attempts.get(item, 0) + 1
+            if self.attempts[item] == ATTEMPTS:
+                number, task, trial = item
                 raise UserError(
-                    f"{self.run.name}: task {key[0]}, trial {key[1]} was given to {ATTEMPTS} seats in turn, and "
+                    f"{self.runs[number].name}: task {task}, trial {trial} was given to {ATTEMPTS} seats in turn, and "
                     f"none finished anything; last: {why}"
                 )
         self.interrupted = True
-        self.left.extendleft(reversed(keys))
+        self.left = sorted(items) + self.left
 
     @property
     def is_through(self) -> bool:
-        return self.begun is not None and not self.left and not self.shards
+        return bool(self.begun) and not self.left and not self.shards
 
     def close(self) -> None:
-        """Writes the results of a run that is through, and lets go of it."""
-        assert self.begun is not None
-        seconds, count = time.perf_counter() - self.started, len(self.begun.log.episodes)
+        """Writes the results of runs that are through, and lets go of the logs."""
+        seconds, count = time.perf_counter() - self.started, sum(len(one.missing) for one in self.begun)
         whole = self.parts and not self.interrupted
-        self.begun.finish(self.command, throughput_of(count, seconds, self.parts) if whole else None)
+        throughput = throughput_of(count, len(self.runs), seconds, self.parts) if whole else None
+        for one in self.begun:
+            one.finish(self.command, throughput)
         self.files.close()
-        self.begun = None
+
+    def _begin(self, request: EvalRequest, job: Job) -> Begun:
+        self.files.enter_context(own_folder(request))
+        return Begun.begin(request, replace(job, settings=_as_logged(job.settings, request)))
 
 
 class Board:
     """Which episodes are whose. It knows nothing of how they are executed."""
 
-    def __init__(self, sweep: Sweep, waiting: Sequence[Run], progress: Progress, command: str) -> None:
+    def __init__(self, sweep: Sweep, waiting: Sequence[tuple[Run, ...]], progress: Progress, command: str) -> None:
         self._sweep, self._progress, self._command = sweep, progress, command
-        self._waiting = deque(waiting)  # not begun
-        self.open: dict[str, Record] = {}
-        self._unopened = 0  # seats in a row that were lost while they opened a run
+        self._waiting = deque(waiting)  # groups that no seat has been asked to open
+        self.open: list[Group] = []
+        self._unopened = 0  # seats in a row that were lost while they opened a group
 
     @property
     def is_through(self) -> bool:
         return not self._waiting and not self.open
 
-    def choose(self, current: Record | None) -> Record | None:
-        """The run that a seat takes its next shard from: the one that it has open, else one that nobody has begun, else
+    def choose(self, current: Group | None) -> Group | None:
+        """The group that a seat takes its next shard from: the one that it has open, else one that no seat has, else
         the one with most episodes left."""
         if current is not None and current.left:
             return current
-        for run in self._waiting:
-            if run.matched is None or self._is_through(run.matched):
-                self._waiting.remove(run)
-                record = Record(run, with_rate(run, self._sweep), self._command)
-                self.open[run.name] = record
-                return record
-        behind = [record for record in self.open.values() if record.left]
-        return max(behind, key=lambda record: len(record.left), default=None)
+        there = {run.name for group in self.open for run in group.runs}
+        there |= {run.name for runs in self._waiting for run in runs}
+        for runs in self._waiting:
+            if not any(run.matched in there for run in runs):
+                self._waiting.remove(runs)
+                group = Group(runs, tuple(with_rate(run, self._sweep) for run in runs), self._command)
+                self.open.append(group)
+                return group
+        behind = [group for group in self.open if group.left or not group.begun]
+        return max(behind, key=lambda group: len(group.left), default=None)
 
-    def shard(self, record: Record, seats: int, workers: int, under_way: int) -> list[EpisodeKey]:
-        """The next episodes of the run for one of so many seats: a seat's share of all that is not finished, so that
-        the seats end together. A shard costs: simulators build other tasks' environments, and wait for its longest
-        episode. So there are few, and a rest that is too short for one goes along.
+    def shard(self, group: Group, place: Place, seats: int, under_way: int) -> list[Item]:
+        """The next episodes of the group for one of so many seats: the most part of a seat's share of all that is not
+        finished, so that few shards are dealt and the seats end together all the same. A shard costs: its simulators
+        wait for its longest episode, and may build other tasks' environments. A rest that is too short for a shard goes
+        along.
 
         under_way: episodes that seats are at.
         """
-        left = sum(len(other.left) for other in self.open.values())
-        not_begun = len(self._waiting) + sum(other.begun is None for other in self.open.values())
-        left += not_begun * len(record.left)  # those are about as long
-        least = LEAST_ROUNDS * workers
-        share = max(least, (left + under_way) // seats)
-        return record.take(share if len(record.left) - share >= least else len(record.left))
+        left = sum(len(other.left) for other in self.open)
+        not_begun = len(self._waiting) + sum(not other.begun for other in self.open)
+        left += not_begun * len(group.left)  # those are about as long
+        share = max(place.workers, int(AT_ONCE * (left + under_way) / seats))
+        whole = len(group.left) - share < place.workers
+        return group.take(len(group.left) if whole else share, place.tasks)
 
-    def accept(self, record: Record, job: Job, node: str) -> None:
+    def accept(self, group: Group, jobs: Sequence[Job], node: str) -> None:
         self._unopened = 0
-        record.accept(job, node)
+        group.accept(jobs, node)
 
-    def add(self, record: Record, episode: Episode) -> None:
-        if record.add(episode):
-            self._progress.add(record.run.name, episode)
+    def add(self, group: Group, episode: Episode) -> None:
+        if group.add(episode):
+            self._progress.add(group.runs[group.item(episode)[0]].name, episode)
 
-    def settle(self, record: Record) -> None:
-        """Closes the run if it is through."""
-        if record.is_through:
-            record.close()
-            del self.open[record.run.name]
+    def settle(self, group: Group) -> None:
+        """Closes the group if it is through."""
+        if group.is_through and group in self.open:
+            group.close()
+            self.open.remove(group)
 
-    def abandon(self, record: Record, why: str) -> None:
-        """A seat was lost while it opened the run: it has not begun, unless others have.
+    def abandon(self, group: Group, why: str) -> None:
+        """A seat was lost while it opened the group.
 
         Raises:
             UserError: that happened `ATTEMPTS` times in a row.
         """
         self._unopened += 1
         if self._unopened == ATTEMPTS:
-            raise UserError(f"{record.run.name} cannot be opened: {ATTEMPTS} seats in turn were lost; last: {why}")
-        if record.begun is None:
-            del self.open[record.run.name]
-            self._waiting.appendleft(record.run)
+            names = " and ".join(run.name for run in group.runs[:2])
+            raise UserError(f"{names} cannot be opened: {ATTEMPTS} seats in turn were lost; last: {why}")
 
     def stop(self) -> None:
         """Lets go of the files."""
-        for record in self.open.values():
-            record.files.close()
-
-    def _is_through(self, name: str) -> bool:
-        return name not in self.open and all(run.name != name for run in self._waiting)
+        for group in self.open:
+            group.files.close()
 
 
 def conduct(sweep: Sweep, seats: Seats, progress: Progress, command: str) -> None:
@@ -239,7 +258,7 @@ def conduct(sweep: Sweep, seats: Seats, progress: Progress, command: str) -> Non
             seat; or the user stopped the sweep: what had finished is kept, and the same sweep goes on from there.
     """
     sweep.declare()
-    board = Board(sweep, unfinished(sweep, progress), progress, command)
+    board = Board(sweep, groups(unfinished(sweep, progress)), progress, command)
     seen = time.monotonic()
     try:
         while not board.is_through:
@@ -262,50 +281,70 @@ def conduct(sweep: Sweep, seats: Seats, progress: Progress, command: str) -> Non
 
 
 def _employ(place: Place, board: Board, seats: Seats, places: Sequence[Place]) -> None:
-    """Gives an idle seat a run to open, or a shard of the one that it has open."""
-    record = board.choose(place.record)
-    if record is None:
+    """Gives an idle seat a group to open, or a shard of the one that it has open."""
+    group = board.choose(place.group)
+    if group is None:
         return
     place.busy = True
-    if record is not place.record:
-        place.record, place.shard = record, None
-        seats.open(place, record.request)
+    if group is not place.group:
+        place.group, place.shard = group, None
+        seats.open(place, group.requests)
         return
-    under_way = sum(len(other.shard or ()) for other in places)
-    place.shard = board.shard(record, len(places), place.workers, under_way)
-    place.size = len(place.shard)
-    record.shards += 1
-    seats.run(place, place.shard)
+    items = board.shard(group, place, len(places), sum(len(other.shard or ()) for other in places))
+    place.shard, place.size, place.tasks = set(items), len(items), {task for _, task, _ in items}
+    group.shards += 1
+    keys: list[list[EpisodeKey]] = [[] for _ in group.runs]
+    for number, task, trial in items:
+        keys[number].append((task, trial))
+    seats.run(place, keys)
 
 
-def _note(place: Place, answer: Job | Episode | Meter | Refused | Lost, board: Board, progress: Progress) -> None:
+def _note(place: Place, answer: Answer, board: Board, progress: Progress) -> None:
     """What a seat said."""
-    record = place.record
-    assert record is not None
+    group = place.group
+    assert group is not None
+    folder = group.requests[0].out
     if isinstance(answer, Episode):
         assert place.shard is not None
-        with explained(record.request.out):
-            board.add(record, answer)
-        place.shard.remove(answer.key)
+        with explained(folder):
+            board.add(group, answer)
+        place.shard.remove(group.item(answer))
         return
     place.busy = False
-    if isinstance(answer, Job):
-        with explained(record.request.out):
-            board.accept(record, answer, place.node)
-    elif isinstance(answer, Meter):
-        record.parts.append((place.workers, answer))
-        record.shards -= 1
-    elif place.shard is None:  # while it opened the run
+    if isinstance(answer, Meter):
+        group.parts.append((place.workers, answer))
+        group.shards -= 1
+    elif not isinstance(answer, (Refused, Lost)):
+        with explained(folder):
+            board.accept(group, answer, place.node)
+    elif place.shard is None:  # while it opened the group
         if isinstance(answer, Refused):
             raise UserError(f"node {place.node}: {answer.message}")
         progress.lost(f"node {place.node}: {answer.message}")
-        board.abandon(record, answer.message)
+        board.abandon(group, answer.message)
     else:
         progress.lost(f"node {place.node}: {answer.message}; {counted(len(place.shard), 'episode')} go to others")
-        record.shards -= 1
-        record.give_back(place.shard, len(place.shard) == place.size, answer.message)
-    with explained(record.request.out):
-        board.settle(record)
+        group.shards -= 1
+        group.give_back(place.shard, len(place.shard) == place.size, answer.message)
+    with explained(folder):
+        board.settle(group)
+
+
+def _in_shares(missing: Sequence[Sequence[EpisodeKey]]) -> list[Item]:
+    """The episodes that each run lacks, by task, in the order in which they are dealt: first so much of every task as
+    is dealt at once, so that a seat that comes again finds more of its tasks."""
+    tasks: dict[int, list[tuple[int, Item]]] = {}
+    for number, keys in enumerate(missing):
+        for place, (task, trial) in enumerate(keys):
+            tasks.setdefault(task, []).append((place, (number, task, trial)))
+    first: list[Item] = []
+    later: list[Item] = []
+    for _, mine in sorted(tasks.items()):
+        items = [item for _, item in sorted(mine)]
+        cut = math.ceil(AT_ONCE * len(items))
+        first += items[:cut]
+        later += items[cut:]
+    return first + later
 
 
 def _with_machine_of(settings: Settings, other: Settings) -> Settings:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef, ObjectRefGenerator
     from ray.actor import ActorHandle
 
-    Answer = Job | Episode | Meter | Refused | Lost
+    from rsd_trt.eval.sweep.board import Answer
 
 log = logging.getLogger(__name__)
 
@@ -54,28 +54,28 @@ class Seat:
         self._keep_pictures = ray.get_runtime_context().get_node_id() == pictures_on
         self._cores, self._executor, self._alone = cores, Executor(), alone
 
-    def open(self, request: EvalRequest) -> Job | Refused:
-        """Makes a request's model, exports and LIBERO ready here."""
+    def open(self, requests: Sequence[EvalRequest]) -> list[Job] | Refused:
+        """Makes the requests' model, exports and LIBERO ready here."""
         try:
-            with explained(request.out):
-                (self._job,) = self._executor.open([request])
+            with explained(requests[0].out):
+                self._jobs = self._executor.open(requests)
         except UserError as error:
             return Refused(str(error))
         except Exception as error:
             log.exception("a request cannot be opened")
             return Refused(f"{type(error).__name__}: {reason(error)}")
-        return self._job
+        return self._jobs
 
-    def run(self, keys: Sequence[EpisodeKey]) -> Iterator[Episode | Meter | Refused]:
-        """Executes episodes of the request that is open; at last tells what that took."""
+    def run(self, keys: Sequence[Sequence[EpisodeKey]]) -> Iterator[Episode | Meter | Refused]:
+        """Executes episodes of each request that is open; at last tells what that took."""
         import torch
 
-        device = self._job.settings.device
+        device = self._jobs[0].settings.device
         meter = Meter(cores=self._cores, gpus=int(device.startswith("cuda")))
         try:
             with (
                 GpuMeter(torch.device(device)) as gpu,
-                contextlib.closing(self._executor.run(self._job, [keys], meter, self._keep_pictures)) as episodes,
+                contextlib.closing(self._executor.run(self._jobs, keys, meter, self._keep_pictures)) as episodes,
             ):
                 load = LoadMeter()
                 for episode in episodes:
@@ -153,10 +153,10 @@ class RaySeats:
                     self._add(node, str(resources["name"]), alone=room == 1)
         return list(self._seats)
 
-    def open(self, place: Place, request: EvalRequest) -> None:
-        self._waiting[self._seats[place].open.remote(request)] = place
+    def open(self, place: Place, requests: Sequence[EvalRequest]) -> None:
+        self._waiting[self._seats[place].open.remote(requests)] = place
 
-    def run(self, place: Place, keys: Sequence[EpisodeKey]) -> None:
+    def run(self, place: Place, keys: Sequence[Sequence[EpisodeKey]]) -> None:
         self._waiting[self._seats[place].run.options(num_returns="streaming").remote(keys)] = place
 
     def answers(self) -> Iterable[tuple[Place, Answer]]:

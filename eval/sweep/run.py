@@ -1,16 +1,25 @@
-"""A sweep's runs, one after another on this machine, and what is known of them before and after."""
+"""A sweep's runs, in groups that share a model and simulators, and what is known of them before and after."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.driver import acceptance_rate, control_of, max_steps, script_control, with_options
+from rsd_trt.eval.libero.driver import (
+    acceptance_rate,
+    company_key,
+    control_of,
+    max_steps,
+    script_control,
+    with_options,
+)
 from rsd_trt.eval.libero.request import EvalRequest, Script
 from rsd_trt.eval.libero.run import Executor, evaluate_together
 from rsd_trt.eval.libero.simulator import open_suite
@@ -136,21 +145,32 @@ def unfinished(sweep: Sweep, progress: Progress) -> list[Run]:
     return [run for run in sweep.runs if not states[run.name].finished]
 
 
+def groups(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
+    """The runs in groups that can be executed together, in order: a run that takes over a rate comes in a later group
+    than the one that has it."""
+    found: dict[tuple[object, ...], list[Run]] = {}
+    names = {run.name for run in runs}
+    for run in runs:
+        found.setdefault((run.matched in names, *company_key(run.request)), []).append(run)
+    return [tuple(found[key]) for key in sorted(found, key=lambda key: bool(key[0]))]
+
+
 def sweep_here(sweep: Sweep, progress: Progress, command: str) -> None:
-    """Executes what the sweep lacks on this machine, a run at a time, with one executor for all of them.
+    """Executes what the sweep lacks on this machine, a group of runs at a time, with one executor for all of them.
 
     Raises:
         UserError: as `evaluate_together`.
     """
     sweep.declare()
     with closing(Executor()) as executor:
-        for run in unfinished(sweep, progress):
-            request = with_rate(run, sweep)
+        for group in groups(unfinished(sweep, progress)):
+            names = {run.request.out: run.name for run in group}
 
-            def add(episode: Episode, name: str = run.name) -> None:
-                progress.add(name, episode)
+            def add(request: EvalRequest, episode: Episode, names: dict[Path, str] = names) -> None:
+                progress.add(names[request.out], episode)
 
-            evaluate_together([request], lambda *_: None, add, command, executor)
+            requests = [with_rate(run, sweep) for run in group]
+            evaluate_together(requests, lambda *_: None, add, command, executor)
 
 
 def with_rate(run: Run, sweep: Sweep) -> EvalRequest:

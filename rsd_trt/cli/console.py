@@ -20,6 +20,7 @@ from rsd_trt.suites import ALL_SUITES
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from rsd_trt.eval.libero.request import EvalRequest
     from rsd_trt.eval.results import Episode
     from rsd_trt.export.run import Outcome
 
@@ -201,7 +202,7 @@ class EpisodeProgress(Bar):
         self.progress.update(self.bar, total=total, completed=len(done), words=words)
         self.progress.start()
 
-    def add(self, episode: Episode) -> None:
+    def add(self, _: EvalRequest, episode: Episode) -> None:
         self.episodes.append(episode)
         done = [e for e in self.episodes if e.error is None]
         steps = sum(e.steps for e in done)

@@ -14,21 +14,20 @@ from rsd_trt.eval.libero.pool import Meter
 from rsd_trt.eval.libero.request import EvalRequest
 from rsd_trt.eval.libero.run import Job
 from rsd_trt.eval.results import Episode, EpisodeKey, QueryRecord
-from rsd_trt.eval.sweep.board import Lost, Place, Refused
+from rsd_trt.eval.sweep.board import Answer, Lost, Place, Refused
 from rsd_trt.eval.sweep.plan import Run, Sweep
 
-Answer = Job | Episode | Meter | Refused | Lost
 QUERY = QueryRecord(step=0, route="start", committed=2, ms=10.0, checked=False, full_query=True)
 
 
-def episode(key: EpisodeKey, queries: int = 2) -> Episode:
-    return Episode(*key, success=sum(key) % 3 > 0, steps=2 * queries, seconds=2.0, queries=(QUERY,) * queries)
+def episode(key: EpisodeKey, queries: int = 2, run: str = "") -> Episode:
+    return Episode(*key, sum(key) % 3 > 0, steps=2 * queries, seconds=2.0, queries=(QUERY,) * queries, run=run)
 
 
 def sweep(out: Path, runs: int, trials: int, tasks: int = 1) -> Sweep:
-    """Runs of open loop, told apart by their seeds."""
+    """Runs of open loop that differ in n."""
     request = EvalRequest(mode="baseline", tasks=tuple(range(tasks)), trials=trials, workers=2)
-    made = [replace(request, seed=seed, out=out / f"run{seed}") for seed in range(runs)]
+    made = [replace(request, n_action_steps=i + 1, out=out / f"run{i}") for i in range(runs)]
     return Sweep(tuple(Run(one.out.name, one) for one in made), (), out)
 
 
@@ -52,18 +51,21 @@ class FakeSeats:
             self.made += 1
         return list(self.work)
 
-    def open(self, place: Place, request: EvalRequest) -> None:
-        made = settings(
-            request.mode, tasks=request.tasks, trials=request.trials, seed=request.seed, timing="batched", device="cpu"
-        )
-        machine = {**made.hardware, "cpu": self.hardware.get(place.node, "any")}
-        job = Job(structs.replace(made, hardware=machine), {task: TASKS[task] for task in made.tasks})
-        self.work[place].append(job)
+    def open(self, place: Place, requests: Sequence[EvalRequest]) -> None:
+        self.work[place].append([self.job(place, request) for request in requests])
 
-    def run(self, place: Place, keys: Sequence[EpisodeKey]) -> None:
-        assert place.record is not None
-        self.asked += [(place.node, place.record.run.name, key) for key in keys]
-        self.work[place].extend(episode(key, self.queries) for key in keys)
+    def job(self, place: Place, request: EvalRequest) -> Job:
+        made = settings(request.mode, tasks=request.tasks, trials=request.trials, timing="batched", device="cpu")
+        machine = {**made.hardware, "cpu": self.hardware.get(place.node, "any")}
+        n = request.n_action_steps or made.n_action_steps
+        alike = structs.replace(made, hardware=machine, n_action_steps=n)
+        return Job(alike, {task: TASKS[task] for task in made.tasks})
+
+    def run(self, place: Place, keys: Sequence[Sequence[EpisodeKey]]) -> None:
+        assert place.group is not None
+        for run, one, mine in zip(place.group.runs, place.group.begun, keys, strict=True):
+            self.asked += [(place.node, run.name, key) for key in mine]
+            self.work[place].extend(episode(key, self.queries, one.job.settings.run) for key in mine)
         self.work[place].append(Meter(seconds=1.0, wall=4.0, cores=2, gpus=0))
 
     def answers(self) -> Iterable[tuple[Place, Answer]]:

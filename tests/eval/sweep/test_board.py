@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes import FakeSeats, Quiet, episode, sweep
 
 from rsd_trt.errors import UserError
+from rsd_trt.eval.libero.request import EvalRequest
+from rsd_trt.eval.libero.run import Job
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.results import EpisodeKey
 from rsd_trt.eval.sweep import board as board_module
 from rsd_trt.eval.sweep.board import Lost, Place, Refused, conduct
 from rsd_trt.eval.sweep.plan import Sweep
-from rsd_trt.eval.sweep.run import state_of
+from rsd_trt.eval.sweep.run import groups, state_of
 
 Strike = Callable[[int, Place], Refused | Lost | None]
 
@@ -37,7 +40,7 @@ def every(n: int, answer: Refused | Lost) -> Strike:
     return lambda number, place: answer if number % n == 0 else None
 
 
-@pytest.mark.parametrize("strike", [every(7, Lost("the node died")), every(9, Refused("the GL context is lost"))])
+@pytest.mark.parametrize("strike", [every(11, Lost("the node died")), every(13, Refused("the GL context is lost"))])
 def test_seats_that_are_lost_again_and_again_lose_no_episode_and_double_none(tmp_path: Path, strike: Strike) -> None:
     calm, troubled = sweep(tmp_path / "a", 3, 8, tasks=2), sweep(tmp_path / "b", 3, 8, tasks=2)
     conduct(calm, FakeSeats(2), Quiet(), "command")
@@ -52,7 +55,8 @@ def test_seats_that_are_lost_again_and_again_lose_no_episode_and_double_none(tmp
 
 def test_an_episode_that_no_seat_finishes_ends_the_sweep(tmp_path: Path) -> None:
     def strike(number: int, place: Place) -> Lost | None:
-        return Lost("the node died") if place.shard is not None and (0, 3) in place.shard[:1] else None
+        held = place.shard is not None and min(place.shard, default=None) == (0, 0, 3)
+        return Lost("the node died") if held else None
 
     with pytest.raises(UserError, match=r"run0: task 0, trial 3 was given to 3 seats in turn, .* last: the node died"):
         conduct(sweep(tmp_path, 1, 4), FakeSeats(1, strike), Quiet(), "command")
@@ -70,11 +74,11 @@ def test_a_seat_that_cannot_open_a_run_ends_the_sweep_and_names_its_node(tmp_pat
 class Mixed(FakeSeats):
     """Its second seat has other packages."""
 
-    def open(self, place: Place, request: object) -> None:
-        super().open(place, request)  # type: ignore[arg-type]
+    def job(self, place: Place, request: EvalRequest) -> Job:
+        made = super().job(place, request)
         if place.node == "node1":
-            job = self.work[place][-1]
-            job.settings.versions["torch"] = "1.0"  # type: ignore[union-attr]
+            made.settings.versions["torch"] = "1.0"
+        return made
 
 
 def test_nodes_may_differ_in_their_processors_and_in_nothing_else(tmp_path: Path) -> None:
@@ -118,30 +122,43 @@ def test_a_cluster_without_nodes_is_given_up(tmp_path: Path, monkeypatch: pytest
         conduct(sweep(tmp_path, 1, 4), FakeSeats(0), Quiet(), "command")
 
 
-def test_shards_are_few_and_the_seats_end_together(tmp_path: Path) -> None:
+def test_shards_are_few_and_of_few_tasks_and_the_seats_end_together(tmp_path: Path) -> None:
     seats = FakeSeats(4)
-    sizes: defaultdict[str, list[int]] = defaultdict(list)  # by run
+    shards: list[tuple[str, int, set[int]]] = []  # (node, episodes, tasks)
     run = seats.run
 
-    def noted(place: Place, keys: Sequence[EpisodeKey]) -> None:
-        assert place.record is not None
-        sizes[place.record.run.name].append(len(keys))
+    def noted(place: Place, keys: Sequence[Sequence[EpisodeKey]]) -> None:
+        assert place.shard is not None
+        shards.append((place.node, len(place.shard), place.tasks))
         run(place, keys)
 
     seats.run = noted  # type: ignore[method-assign]
-    conduct(sweep(tmp_path, 9, 24), seats, Quiet(), "command")
-    *whole, shared = sizes.values()
-    assert whole == [[24]] * 8
-    assert len(shared) == 4 and min(shared) >= 4
+    conduct(sweep(tmp_path, 9, 24, tasks=3), seats, Quiet(), "command")
+    assert [size for _, size, _ in shards[:4]] == [121] * 4  # three quarters of 9 * 24 * 3 / 4
+    assert len(shards) < 20 and min(size for _, size, _ in shards) >= 2
+    for node, _, tasks in shards[4:8]:
+        first = next(mine for other, _, mine in shards if other == node)
+        assert tasks & first
     each = Counter(node for node, _, _ in seats.asked).values()
-    assert max(each) - min(each) <= 4
+    assert max(each) - min(each) <= 6
+
+
+def test_runs_of_a_group_finish_together_and_those_of_another_model_apart(tmp_path: Path) -> None:
+    alike = sweep(tmp_path, 3, 2)
+    one, other, third = (run.request for run in alike.runs)
+    odd = replace(alike.runs[1], request=replace(other, backend="graph"))
+    matched = replace(alike.runs[2], matched="run0")
+    assert groups((alike.runs[0], odd, matched)) == [(alike.runs[0],), (odd,), (matched,)]
+    assert groups((odd, matched)) == [(odd,), (matched,)], "the run that has the rate is through"
+    assert groups(alike.runs) == [alike.runs]
+    assert {one.seed, other.seed, third.seed} == {7}
 
 
 def test_the_throughput_of_a_run_on_several_seats(tmp_path: Path) -> None:
     done = sweep(tmp_path, 1, 40)
     conduct(done, FakeSeats(2), Quiet(), "command")
     found = read_run(done.runs[0].request.results_file).throughput
-    assert found is not None and found.cores is not None
+    assert found is not None and found.cores is not None and found.runs == 1
     assert (found.policy_share, found.bound, found.gpus) == (0.25, "simulator", 0.0)
     assert found.cores == pytest.approx(found.workers, abs=1)
 
