@@ -117,7 +117,7 @@ class Executor:
                 first.policy.warm_up(told)  # so that no query of an episode has to
                 self._warm.add(told)
         opened = zip(self._open, keys, strict=True)
-        assignments = _in_turn([_assignments(*pair, mine, pictures) for pair, mine in opened])
+        assignments = _in_turn([_assignments(*pair, mine, pictures) for pair, mine in opened], request.workers)
         beside = {driver.settings.run: driver.policy for _, driver in self._open[1:] if driver.policy is not None}
         pool = self._pool_of(request, first)
         return pool.run(first.policy, assignments, first.batch, meter, beside=beside, recorder=recorder)
@@ -182,9 +182,10 @@ def evaluate_together(
 ) -> list[Results]:
     """Runs the episodes that the requests' runs still lack, and writes a results file for each.
 
-    The requests have one `company_key`. Their runs share the loaded model and the simulators, and take turns, episode
-    by episode, so that a machine that drifts drifts for all. `on_start` is told the number of episodes in all and those
-    that are there. executor: one that other calls share; by default one of its own.
+    The requests have one `company_key`. Their runs share the loaded model and the simulators. With one worker they take
+    turns, episode by episode, so that a machine that drifts drifts for all; with more, task by task. `on_start` is told
+    the number of episodes in all and those that are there. executor: one that other calls share; by default one of its
+    own.
 
     Raises:
         UserError: anything in a request that cannot be done here, a folder that cannot be written, or the user
@@ -283,10 +284,12 @@ def _assignments(request: EvalRequest, driver: Driver, keys: Sequence[EpisodeKey
     return [Assignment(*key, steps, strips, videos, drawn.get(key), run, seeds) for key in keys]
 
 
-def _in_turn(runs: Sequence[Sequence[Assignment]]) -> list[Assignment]:
-    """The assignments of all runs: each trial in one run after the other, and the next trial the other way round."""
-    if len(runs) == 1:
-        return list(runs[0])
+def _in_turn(runs: Sequence[Sequence[Assignment]], workers: int) -> list[Assignment]:
+    """The assignments of all runs. With one worker, whose clock counts: each trial in one run after the other, and the
+    next trial the other way round. With more, each task in one run after the other: queries of one run share a
+    forward."""
+    if workers > 1:
+        return [assignment for run in runs for assignment in run]
     places = [(a.task, a.trial, -i if a.trial % 2 else i, a) for i, run in enumerate(runs) for a in run]
     return [place[-1] for place in sorted(places, key=lambda place: place[:3])]
 
