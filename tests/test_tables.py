@@ -30,6 +30,7 @@ PAGES = (
         for name in ("performance.md", "reference-results.md", "deploy.md", "openvla-oft.md", "your-policy.md")
     ),
     ROOT / "README.md",
+    RESULTS / "pilot" / "README.md",
 )
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -39,8 +40,7 @@ COST = Column("cost per action", "ms")
 COSTS = {  # of a check and of a full query: file, backend
     "OpenVLA-7B's shapes, H100, compiled, bf16": ("h100/profile_7b.json", "compiled"),
     "this policy, 2 CPU cores, ONNX Runtime, fp32": ("cpu/profile.json", "ort"),
-    "this policy, H100, CUDA graphs, fp32": ("h100/compiled.json", "graph"),
-    "this policy, H100, compiled, fp32": ("h100/compiled.json", "compiled"),
+    "this policy, H100, CUDA graphs, fp32": ("h100/graph.json", "graph"),
     "this policy, H100, compiled, bf16": ("h100/compiled_bf16.json", "compiled"),
 }
 DECLARED = ("open loop, n = 5", "open loop, n = 6")  # before the runs, to be compared with
@@ -103,6 +103,40 @@ def journeys() -> str:
     figures = ("wall_s", "processor_s", "resident_gb")
     columns = (Column(device(record)), Column("wall time", "s"), Column("processor time", "s"), Column("memory, GB"))
     rows = ((f"{names[row['journey'] - 1]}: {row['step']}", *map(row.get, figures)) for row in record["rows"])
+    return Table("", columns, tuple(rows)).markdown()
+
+
+def check() -> str:
+    """What the queries of a policy of 7B take."""
+    record = read("h100/profile_7b.json")
+    what = {"check": "check", "full": "full query"}
+    rows = [(f"{what[x['what']]}, {x['backend']}", x["ms"]) for x in record["costs"]]
+    columns = (
+        Column(f"batch 1, {device(record)}, bf16, n = {rows[0][1]['n']}"),
+        Column("p50", "ms"),
+        Column("p99", "ms"),
+    )
+    return Table("", columns, tuple((name, ms["p50"], ms["p99"]) for name, ms in rows)).markdown()
+
+
+def loop() -> str:
+    """What queries of the shipped policy take in a row, after pauses, and in episodes."""
+    record, rows = read("h100/live.json"), []
+    for backend, name in (("graph", "graph"), ("compiled", "compiled_bf16")):
+        profiles = [read(f"h100/{name}{pause}.json") for pause in ("", "_pause")]
+        ms = [{x["what"]: x["ms"]["p50"] for x in one["costs"]} for one in profiles]
+        for one in (row for row in record["rows"] if row["backend"] == backend):
+            rsd, title = one["mode"] == "rsd", f"{backend}, {one['precision']}"
+            told, what, mode = ("check", "check", "rsd") if rsd else ("full", "full query", "open loop, n = 4")
+            rows.append((f"{what}, {title}: p50", *(x[told] for x in ms), one[told]["p50"]))
+            asked = ("from_the_profile", "from_the_profile_with_pause", "measured")
+            rows.append((f"an action of {mode}, {title}", *(one[f"ms_per_action_{x}"] for x in asked)))
+    columns = (
+        Column(device(record)),
+        Column("in a row", "ms"),
+        Column("after pauses", "ms"),
+        Column("in episodes", "ms"),
+    )
     return Table("", columns, tuple(rows)).markdown()
 
 
@@ -172,6 +206,41 @@ def confirmed() -> dict[str, Results]:
 def still() -> str:
     """Success and cost where nothing happens."""
     return whole(None)
+
+
+def nearer() -> str:
+    """Runs with other n and m than the shipped ones."""
+    found = [run for run in read("pilot/rules.json")["runs"] if run["perturb"].startswith("late:104:")]
+    rows = []
+    for run in sorted(found, key=lambda run: -float(run["within_100_steps"])):
+        limit = run["threshold"] if run["rule"] == "likelihood" else run["tolerance"]
+        rsd = f"rsd, n = {run['n_action_steps']}, m = {run['check_steps']}, {run['rule']} {limit}"
+        rsd += f", at most {run['refresh']} actions old" if "refresh" in run else ""
+        name = rsd if run["rule"] else f"open loop, n = {run['n_action_steps']}"
+        solved = [Measured(run[x] / run["episodes"]) for x in ("within_100_steps", "successes")]
+        rows.append((name, *solved, run["full_queries_per_action"], run["checks_per_action"]))
+    columns = (
+        *(Column(f"{found[0]['episodes']} episodes a run"), Column("success within 100 steps", "%")),
+        *(Column("success", "%"), Column("full queries per action", "ratio"), Column("checks per action", "ratio")),
+    )
+    return Table("", columns, tuple(rows)).markdown()
+
+
+def latency() -> str:
+    """Who solves how many, by the steps that a full query takes."""
+    cells: dict[str, dict[int, dict[str, Any]]] = {}
+    for cell in read("pilot/latency.json")["cells"]:
+        cells.setdefault(cell["cell"].rpartition(" d=")[0], {})[cell["latency"]] = cell
+    steps = sorted({d for of in cells.values() for d in of})
+    names = {"open": "open loop", "main": "oracle,", "draft first": "rsd, first", "random": "random"}
+    rows = []
+    for name, of in sorted(cells.items(), key=lambda item: -float(item[1][0]["full_queries"])):
+        start = max((x for x in names if name.startswith(x)), key=len, default="")
+        told = names.get(start, "") + name.removeprefix(start)
+        rows.append(
+            (told, *(f"{round(x['within'] * x['episodes'])} of {x['episodes']}" for _, x in sorted(of.items())))
+        )
+    return Table("", (Column(""), *(Column(f"d = {d}") for d in steps)), tuple(rows)).markdown()
 
 
 def network(name: str) -> str:
@@ -262,6 +331,10 @@ TABLES = {
     "stages": stages,
     "oft": oft,
     "journeys": journeys,
+    "nearer": nearer,
+    "latency": latency,
+    "check": check,
+    "loop": loop,
     "late-all": late_all,
     "confirmation": confirmation,
     "proof": proof,

@@ -1,10 +1,9 @@
 """Which episodes of a sweep are whose, while seats execute shards of its runs.
 
-A seat is a place at which a model is loaded, with its simulators. A group is runs that share both, and take turns. A
-shard is some of a group's episodes, of few tasks: a simulator has the environment of one. What seats finish streams to
-the runs' logs here, which are the one source of truth: an episode counts once its line is written, and a line is
-written only for an episode that its log lacks. Nothing here knows how seats come about:
-`rsd_trt.eval.sweep.cluster` has those of Ray.
+A seat is a place at which a model is loaded, with its simulators. A group is runs that share both. A shard is some of a
+group's episodes, of few tasks: a simulator has the environment of one. What seats finish streams to the runs' logs
+here, which are the one source of truth: an episode counts once its line is written, and a line is written only for an
+episode that its log lacks. Nothing here knows how seats come about: `rsd_trt.eval.sweep.cluster` has those of Ray.
 """
 
 from __future__ import annotations
