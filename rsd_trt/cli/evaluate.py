@@ -114,8 +114,7 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
     "--mode",
     type=Several(MODES),
     metavar="MODE[,MODE]",
-    help=f"Choose how queries are answered: {', '.join(MODES)}. Several share a model. With one worker they take turns, "
-    "episode by episode.",
+    help=f"Choose how queries are answered: {', '.join(MODES)}. Several share a model; one worker has them take turns.",
 )
 @option("--backend", type=Choice(BACKENDS), help="Choose what runs draft, head and decoder.")
 @device_option
