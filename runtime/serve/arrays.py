@@ -61,14 +61,13 @@ def pack(value: object, keys: type[bytes] | type[str] = bytes) -> bytes:
     def written(x: object) -> object:
         if isinstance(x, np.ndarray):
             names = ("__ndarray__", "data", "dtype", "shape")
-            values = (True, x.tobytes(), x.dtype.str, x.shape)
+            values = (True, np.ascontiguousarray(x).data, x.dtype.str, x.shape)  # a view: frames are copied once
             return {name.encode() if keys is bytes else name: y for name, y in zip(names, values, strict=True)}
         if isinstance(x, np.generic):
             return x.item()
         raise TypeError(f"{type(x).__name__} cannot be sent")
 
-    packed: bytes = msgpack.packb(value, default=written)
-    return packed
+    return msgspec.msgpack.encode(value, enc_hook=written)
 
 
 def parse(data: bytes | str) -> object:

@@ -140,7 +140,7 @@ class Interface:
         if len({frame.shape for frame in frames}) != 1:
             raise BadMessage(f"the cameras' frames are of sizes {[frame.shape[0] for frame in frames]}")
         turned = self.frames == "upright" and self.control.rotate_images
-        stacked = np.stack(frames)
+        stacked = np.array(frames)
         return Observation(stacked[:, ::-1, ::-1] if turned else stacked, self._state(state), instruction)
 
     def _state(self, state: object) -> NDArray[np.float32]:
