@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from types import FrameType
+from typing import Any
 
 import h11
 import uvicorn
@@ -56,16 +57,25 @@ class PatientHttp(H11Protocol):
         self.loop.call_later(PATIENCE / 2, self._hurry)
 
 
-class Websocket(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
-    """uvicorn's websocket, which reads into memory that is there already, and more than 256 kB at a time."""
+class Websocket:
+    """uvicorn's websocket, which reads into memory that is there already, and more than 256 kB at a time.
+
+    Non-obvious: no subclass of uvicorn's. An asyncio.Protocol is never asked for its buffer by uvloop.
+    """
 
     _read = memoryview(bytearray(1 << 20))  # of all connections: it is emptied before anything else is read
+
+    def __init__(self, **given: Any) -> None:
+        self._protocol = WebSocketsSansIOProtocol(**given)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._read
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(self._read[:nbytes])  # type: ignore[arg-type]  # which copies it
+        self._protocol.data_received(self._read[:nbytes])  # type: ignore[arg-type]  # which copies it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._protocol, name)
 
 
 class Server(uvicorn.Server):
@@ -206,7 +216,7 @@ def build(service: Service) -> Server:
     config = uvicorn.Config(
         application(service),
         http=PatientHttp,
-        ws=Websocket,
+        ws=Websocket,  # type: ignore[arg-type]
         ws_max_size=service.options.max_message,
         ws_ping_interval=PING,
         ws_ping_timeout=PONG,
