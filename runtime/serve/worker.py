@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Literal, Protocol
 
 import numpy as np
@@ -148,14 +148,12 @@ class Worker:
 
     def _take(self, warm: deque[Job], cold: deque[Job]) -> bool:
         """Sorts what has come in, and waits if there is nothing to do -> whether to go on."""
-        while True:
-            try:
-                job = self._incoming.get(block=not warm and not cold)
-            except Empty:
-                return True
+        while not (warm or cold) or not self._incoming.empty():
+            job = self._incoming.get()
             if job is None:
                 return False
             (warm if job.instruction in self._prepared else cold).append(job)
+        return True
 
     def _answer(self, policy: Answering, warm: deque[Job]) -> None:
         """The next jobs of one kind, as many as may share a forward."""
