@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import resize
 from rsd_trt.runtime.serve.arrays import arrays, pack, parse, to_json, unpack
 from rsd_trt.runtime.serve.launch import ServedPolicy, open_service
+from rsd_trt.runtime.serve.server import Websocket
 from rsd_trt.runtime.serve.service import ServeOptions
 from rsd_trt.runtime.serve.sessions import Alarm
 
@@ -469,6 +471,17 @@ def test_idle_connections_are_closed() -> None:
             client.socket.recv(10)
         assert closed.value.rcvd is not None
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1000, "idle")
+
+
+def test_uvloop_reads_into_the_servers_memory() -> None:
+    pytest.importorskip("uvloop")
+    received = Websocket.buffer_updated
+    with (
+        running(stub_service()) as port,
+        mock.patch.object(Websocket, "buffer_updated", autospec=True, side_effect=received) as read,
+    ):
+        assert Client(port).infer(request())["outcome"] == "start"
+        assert read.called
 
 
 def test_too_large_messages_are_refused() -> None:
