@@ -302,7 +302,7 @@ class TaskResult(Record, frozen=True):
 
 
 class Throughput(Record, frozen=True):
-    """How fast a run that was not interrupted was as a whole, or several that took turns were together."""
+    """How fast a run that was not interrupted was as a whole, or several that shared a model were together."""
 
     workers: Annotated[Positive, told("simulator processes")]
     wall_seconds: Annotated[float, told("from the first episode's start to the last one's end, building included")]
@@ -313,7 +313,7 @@ class Throughput(Record, frozen=True):
     gpu_utilisation: Annotated[float | None, told("mean share of time with a kernel on the GPU")] = None
     cores: Annotated[float | None, told("mean number of CPU cores that the run had")] = None
     gpus: Annotated[float | None, told("mean number of GPUs that the run had")] = None
-    runs: Annotated[Positive, told("that took turns, and that these figures are of together")] = 1
+    runs: Annotated[Positive, told("that shared model and simulators, and that these figures are of together")] = 1
 
 
 class Results(Record, frozen=True):

@@ -39,6 +39,7 @@ LATE = "late:201:0.02-0.05"
 COST = Column("cost per action", "ms")
 COSTS = {  # of a check and of a full query: file, backend
     "OpenVLA-7B's shapes, H100, compiled, bf16": ("h100/profile_7b.json", "compiled"),
+    "the same, after pauses of 40 ms": ("h100/profile_7b_pause.json", "compiled"),
     "this policy, 2 CPU cores, ONNX Runtime, fp32": ("cpu/profile.json", "ort"),
     "this policy, H100, CUDA graphs, fp32": ("h100/graph.json", "graph"),
     "this policy, H100, compiled, bf16": ("h100/compiled_bf16.json", "compiled"),

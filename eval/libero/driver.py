@@ -105,7 +105,7 @@ def model_key(request: EvalRequest) -> tuple[object, ...]:
     )
 
 
-def company_key(request: EvalRequest) -> tuple[object, ...]:
+def group_key(request: EvalRequest) -> tuple[object, ...]:
     """What requests have in common that are executed together: a model, simulators, and a seed."""
     return (*model_key(request), request.policy, request.suite, request.seed, request.timeout)
 

@@ -24,7 +24,8 @@ class EpisodeLog:
     def __init__(self, folder: Path, name: str, settings: Settings, fresh: bool) -> None:
         self.path = folder / f"{name}_episodes.jsonl"
         self.settings = settings
-        self._errors: dict[EpisodeKey, bool] = {}  # of the episodes that are there: whether they ended in one
+        self.done: set[EpisodeKey] = set()  # the episodes that ended without an error
+        self._broken: set[EpisodeKey] = set()  # those that ended in one
         settings_file = folder / f"{name}_settings.json"
         if fresh or not (self.path.exists() or settings_file.exists()):
             self.path.unlink(missing_ok=True)
@@ -33,21 +34,17 @@ class EpisodeLog:
         else:
             self._check_settings(settings_file)
             self._drop_half_a_line()
-            self._errors = {episode.key: episode.error is not None for episode in self.read()}
+            for episode in self.read():
+                self._note(episode)
 
     def lacks(self, task: int, trial: int) -> bool:
         """Whether a trial has still to be run: it is absent, or ended in an error."""
-        return self._errors.get((task, trial), True)
+        return (task, trial) not in self.done
 
     def missing(self) -> list[EpisodeKey]:
         """The episodes that the run still lacks; those that ended in an error come last."""
         keys = [(task, trial) for task in self.settings.tasks for trial in range(self.settings.trials)]
-        return sorted((key for key in keys if self.lacks(*key)), key=lambda key: key in self._errors)
-
-    @property
-    def whole(self) -> int:
-        """How many episodes ended without an error."""
-        return len(self._errors) - sum(self._errors.values())
+        return sorted((key for key in keys if self.lacks(*key)), key=lambda key: key in self._broken)
 
     def read(self) -> list[Episode]:
         """The episodes, from the disk: a long run's are too many to be kept in memory.
@@ -91,7 +88,10 @@ class EpisodeLog:
             except BaseException:
                 os.ftruncate(stream.fileno(), end)
                 raise
-        self._errors[episode.key] = episode.error is not None
+        self._note(episode)
+
+    def _note(self, episode: Episode) -> None:
+        (self.done if episode.error is None else self._broken).add(episode.key)
 
     def _check_settings(self, path: Path) -> None:
         if not path.exists():

@@ -60,7 +60,7 @@ class Executor:
         self._processes: tuple[object, ...] = ()  # the key of the pool
 
     def open(self, requests: Sequence[EvalRequest]) -> list[Job]:
-        """Makes what acts in each request ready to do so. They have one `company_key`.
+        """Makes what acts in each request ready to do so. They have one `group_key`.
 
         Raises:
             UserError: anything in a request that cannot be done here.
@@ -78,6 +78,7 @@ class Executor:
         self._open = []
         if key != self._model:  # the memory of the old one is wanted for the new one
             self._loaded, self._model, self._warm = None, key, set()
+        jobs: dict[str, tuple[EvalRequest, Job]] = {}  # by run
         for one, (instructions, suite_sha256) in zip(requests, scenes, strict=True):
             if isinstance(acting, Script):
                 driver = script_driver(one, acting, tuple(instructions))
@@ -85,10 +86,12 @@ class Executor:
                 driver = bundle_driver(one, acting, tuple(instructions), self._loaded)
                 self._loaded = self._loaded or driver.policy
             settings = structs.replace(driver.settings, suite_sha256=suite_sha256)
+            if settings.run in jobs:
+                same = f"{jobs[settings.run][0].out.name} and {one.out.name}"
+                raise UserError(f"{same} have the same settings: they are one run", "Leave one of them out")
+            jobs[settings.run] = one, Job(settings, instructions, driver.codec_round_trip_mse)
             self._open.append((one, replace(driver, settings=settings)))
-        told = [instructions for instructions, _ in scenes]
-        opened = zip(told, self._open, strict=True)
-        return [Job(driver.settings, mine, driver.codec_round_trip_mse) for mine, (_, driver) in opened]
+        return [job for _, job in jobs.values()]
 
     def policies(self) -> list[Policy | None]:
         """What acts in each of the requests that are open; None: a script."""
@@ -147,7 +150,7 @@ class Run:
     job: Job
     log: EpisodeLog
     missing: tuple[EpisodeKey, ...]  # that its log lacks
-    earlier: tuple[Episode, ...]  # that its log has
+    earlier: frozenset[EpisodeKey]  # that its log has
 
     @classmethod
     def begin(cls, request: EvalRequest, job: Job, policy: Policy | None = None) -> Run:
@@ -155,15 +158,14 @@ class Run:
         they are asked for."""
         log = EpisodeLog(request.out, request.name, job.settings, request.fresh)
         if policy is not None and request.record_hidden is not None:
-            if log.whole:
+            if log.done:
                 raise UserError(f"{log.path} has episodes whose hidden states are gone", "To record them all: --fresh")
             policy.hidden_states = []
         if request.fresh:
             request.results_file.unlink(missing_ok=True)
             for kind in ("strips", "videos"):
                 shutil.rmtree(request.pictures(kind), ignore_errors=True)
-        earlier = tuple(episode for episode in log.read() if episode.error is None)
-        return cls(request, job, log, tuple(log.missing()), earlier)
+        return cls(request, job, log, tuple(log.missing()), frozenset(log.done))
 
     def finish(self, command: str, throughput: Throughput | None) -> Results:
         """The results of what the log has, written."""
@@ -175,14 +177,14 @@ class Run:
 
 def evaluate_together(
     requests: Sequence[EvalRequest],
-    on_start: Callable[[int, list[Episode]], None],
+    on_start: Callable[[int, Iterable[Episode]], None],
     on_episode: Callable[[EvalRequest, Episode], None],
     command: str,
     executor: Executor | None = None,
 ) -> list[Results]:
     """Runs the episodes that the requests' runs still lack, and writes a results file for each.
 
-    The requests have one `company_key`. Their runs share the loaded model and the simulators. With one worker they take
+    The requests have one `group_key`. Their runs share the loaded model and the simulators. With one worker they take
     turns, episode by episode, so that a machine that drifts drifts for all; with more, task by task. `on_start` is told
     the number of episodes in all and those that are there. executor: one that other calls share; by default one of its
     own.
@@ -205,7 +207,7 @@ def evaluate_together(
         total = sum(len(run.job.instructions) * run.request.trials for run in begun)
         device = jobs[0].settings.device
         meter = Meter(cores=len(os.sched_getaffinity(0)), gpus=int(device.startswith("cuda")))
-        on_start(total, [episode for run in begun for episode in run.earlier])
+        on_start(total, (episode for run in begun for episode in run.log.read() if episode.error is None))
         running = executor.run(jobs, [run.missing for run in begun], meter, recorder=recorder)
         try:
             with GpuMeter(torch.device(device)) as gpu, closing(running) as episodes:
@@ -218,7 +220,7 @@ def evaluate_together(
             logs = [run.log for run in begun]
             place = " and ".join(str(log.path) for log in logs) if len(logs) < 3 else requests[0].out.parent
             raise UserError(
-                f"stopped with {sum(log.whole for log in logs)} of {total} episodes in {place}",
+                f"stopped with {sum(len(log.done) for log in logs)} of {total} episodes in {place}",
                 "The same command goes on from there",
             ) from None
         meter.utilisation, count = gpu.mean, sum(len(run.missing) for run in begun)
@@ -269,7 +271,7 @@ def _recorder(request: EvalRequest, job: Job) -> Recorder | None:
 
 def _check_recorded(run: Run, recorder: Recorder | None) -> None:
     """Raises UserError if episodes of the run so far were not recorded, and the others are to be."""
-    done = [recorded_name(run.job.settings.run, *episode.key) for episode in run.earlier]
+    done = [recorded_name(run.job.settings.run, *key) for key in run.earlier]
     if recorder is not None and (lost := sum(not recorder.has(name) for name in done)):
         raise UserError(f"{run.log.path} has {lost} episodes that were not recorded", "To record them all: --fresh")
 
@@ -288,7 +290,7 @@ def _in_turn(runs: Sequence[Sequence[Assignment]], workers: int) -> list[Assignm
     """The assignments of all runs. With one worker, whose clock counts: each trial in one run after the other, and the
     next trial the other way round. With more, each task in one run after the other: queries of one run share a
     forward."""
-    if workers > 1:
+    if workers > 1 or len(runs) == 1:
         return [assignment for run in runs for assignment in run]
     places = [(a.task, a.trial, -i if a.trial % 2 else i, a) for i, run in enumerate(runs) for a in run]
     return [place[-1] for place in sorted(places, key=lambda place: place[:3])]

@@ -329,9 +329,9 @@ def routes_table(runs: Sequence[Run]) -> Table:
 
 
 def throughput_table(runs: Sequence[Run]) -> Table:
-    """How fast each run was as a whole; where some took turns, they were together."""
+    """How fast each run was as a whole; where some shared a model, they were together."""
     columns = (
-        *(Column("run"), Column("took turns"), Column("workers"), Column("wall time", "s")),
+        *(Column("run"), Column("together"), Column("workers"), Column("wall time", "s")),
         *(
             Column("episodes per second"),
             Column("a core"),
@@ -348,8 +348,8 @@ def throughput_table(runs: Sequence[Run]) -> Table:
         else:
             speed = found.episodes_per_second
             each = (speed / found.cores if found.cores else None, speed / found.gpus if found.gpus else None)
-            turns = None if found.runs == 1 else counted(found.runs, "run")
-            counts = (turns, found.workers, found.wall_seconds, speed, *each, found.rows_per_forward)
+            together = None if found.runs == 1 else counted(found.runs, "run")
+            counts = (together, found.workers, found.wall_seconds, speed, *each, found.rows_per_forward)
             rows.append((_numbered(run), *counts, found.policy_share, found.bound, found.gpu_utilisation))
     return _without_empty(Table("", columns, tuple(rows)))
 

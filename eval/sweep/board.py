@@ -129,11 +129,12 @@ class Group:
         return chosen
 
     def item(self, episode: Episode) -> Item:
+        """Which of the group's an episode is."""
         return (self.numbers[episode.run], *episode.key)
 
-    def add(self, episode: Episode) -> bool:
+    def add(self, item: Item, episode: Episode) -> bool:
         """Writes the episode's line, unless its log has it already."""
-        log = self.begun[self.numbers[episode.run]].log
+        log = self.begun[item[0]].log
         if not log.lacks(*episode.key):
             return False
         log.append(episode)
@@ -222,9 +223,9 @@ class Board:
         self._unopened = 0
         group.accept(jobs, node)
 
-    def add(self, group: Group, episode: Episode) -> None:
-        if group.add(episode):
-            self._progress.add(group.runs[group.item(episode)[0]].name, episode)
+    def add(self, group: Group, item: Item, episode: Episode) -> None:
+        if group.add(item, episode):
+            self._progress.add(group.runs[item[0]].name, episode)
 
     def settle(self, group: Group) -> None:
         """Closes the group if it is through."""
@@ -240,8 +241,8 @@ class Board:
         """
         self._unopened += 1
         if self._unopened == ATTEMPTS:
-            names = " and ".join(run.name for run in group.runs[:2])
-            raise UserError(f"{names} cannot be opened: {ATTEMPTS} seats in turn were lost; last: {why}")
+            name = group.runs[0].name
+            raise UserError(f"{name} cannot be opened: {ATTEMPTS} seats in turn were lost; last: {why}")
 
     def stop(self) -> None:
         """Lets go of the files."""
@@ -305,9 +306,10 @@ def _note(place: Place, answer: Answer, board: Board, progress: Progress) -> Non
     folder = group.requests[0].out
     if isinstance(answer, Episode):
         assert place.shard is not None
+        item = group.item(answer)
         with explained(folder):
-            board.add(group, answer)
-        place.shard.remove(group.item(answer))
+            board.add(group, item, answer)
+        place.shard.remove(item)
         return
     place.busy = False
     if isinstance(answer, Meter):

@@ -14,8 +14,8 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.driver import (
     acceptance_rate,
-    company_key,
     control_of,
+    group_key,
     max_steps,
     script_control,
     with_options,
@@ -151,7 +151,7 @@ def groups(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
     found: dict[tuple[object, ...], list[Run]] = {}
     names = {run.name for run in runs}
     for run in runs:
-        found.setdefault((run.matched in names, *company_key(run.request)), []).append(run)
+        found.setdefault((run.matched in names, *group_key(run.request)), []).append(run)
     return [tuple(found[key]) for key in sorted(found, key=lambda key: bool(key[0]))]
 
 

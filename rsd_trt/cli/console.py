@@ -191,15 +191,15 @@ class EpisodeProgress(Bar):
         self.loading.stop()
         super().__exit__()
 
-    def start(self, total: int, done: list[Episode]) -> None:
+    def start(self, total: int, done: Iterable[Episode]) -> None:
         from rsd_trt.eval.statistics import what_can_be_shown
 
         self.loading.stop()
-        self.episodes = done
-        self.total, self.found = total, len(done)
+        self.episodes = list(done)
+        self.total, self.found = total, len(self.episodes)
         self.progress.console.print(what_can_be_shown(total), soft_wrap=True)
         words = "" if self.found == total else "waiting for simulator and episode 1"
-        self.progress.update(self.bar, total=total, completed=len(done), words=words)
+        self.progress.update(self.bar, total=total, completed=self.found, words=words)
         self.progress.start()
 
     def add(self, _: EvalRequest, episode: Episode) -> None:

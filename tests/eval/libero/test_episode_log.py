@@ -35,7 +35,7 @@ def test_a_run_resumes_where_it_stopped(tmp_path: Path) -> None:
     assert again.read() == [episode(0, 0), episode(0, 1, success=True)]
     assert (again.lacks(0, 1), again.lacks(0, 2)) == (False, True)
     again.append(episode(0, 2, error="the GL context is lost"))
-    assert again.lacks(0, 2) and again.whole == 2
+    assert again.lacks(0, 2) and len(again.done) == 2
     again.append(episode(0, 2))
     assert open_log(tmp_path).read()[2] == episode(0, 2)
 
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
         log.append(episode(0, 1))
     assert log.path.read_bytes() == whole
     log.append(episode(0, 1))
-    assert open_log(tmp_path).whole == 2
+    assert len(open_log(tmp_path).done) == 2
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_another_run_is_refused_with_both_values(tmp_path: Path, changes: dict[s
     open_log(tmp_path).append(episode(0, 0))
     with pytest.raises(UserError, match=message):
         open_log(tmp_path, **changes)
-    assert open_log(tmp_path).whole == 1
+    assert len(open_log(tmp_path).done) == 1
     assert not open_log(tmp_path, fresh=True, **changes).read()
 
 

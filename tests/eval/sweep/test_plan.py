@@ -55,6 +55,15 @@ def test_options_take_the_place_of_the_files_and_tables_add_to_what_stands_above
     assert {run.request.trials for run in read_sweep(path, {"trials": 2}, tmp_path, 4).runs} == {2}
 
 
+def test_what_is_declared_and_not_yet_run_can_be() -> None:
+    runs = read_sweep(SWEEPS / "nearer.toml", {}, Path("out"), 16).runs
+    assert [(run.request.mode, run.request.n_action_steps) for run in runs] == [
+        ("baseline", 2),
+        ("baseline", 5),
+        ("rsd", 2),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "folder", "count", "usual"),  # usual: the bundle's own rule, then
     [("frontier", "reference", 15, "likelihood"), ("confirmation", "confirmation", 4, None)],

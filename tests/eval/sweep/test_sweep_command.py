@@ -29,6 +29,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "_tasks", lambda request: ({task: f"task {task}" for task in (0, 1)}, "0" * 64))
 
 
+def test_a_run_that_is_declared_by_two_names_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text('mode = "baseline"\n[[run]]\n[[run]]\nn_action_steps = [2, 4]\n')  # 4: the bundle's own
+    result = sweep(file, *OPTIONS, "--bundle", tiny_bundle, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "baseline_tiny and baseline_tiny_n4 have the same settings: they are one run" in result.stderr
+
+
 def test_a_sweep_loads_a_model_once_goes_on_and_reports(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
