@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS
-from rsd_trt.runtime.speculate import Actions, Route, Tokens, agreeing_prefix, gripper_holds
+from rsd_trt.runtime.speculate import Actions, Route, Tokens, steps_until_switch
 
 Gap = tuple[tuple[float, ...], ...]  # [t, A]
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(msgspec.Struct, frozen=True):
     """One query's outcome.
 
     actions [n, A] float32 in environment units, within the controller's limits, owned by the caller; n is 0 when
@@ -87,7 +87,7 @@ class Chunk:
     @property
     def until_switch(self) -> int:
         """How many of the steps that are left keep the gripper's command."""
-        return agreeing_prefix(gripper_holds(self.left, before=self.gripper))
+        return steps_until_switch(self.left, self.gripper)
 
     def forget(self) -> None:
         """Ends it: the next query has nothing to check."""

@@ -4,10 +4,12 @@ and needs no torch: a policy and the client at a robot's side run the same lines
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from msgspec.structs import replace
 
 from rsd_trt.config import ACTION_DIMS, Dims, Limits, Mode, RsdConfig
 from rsd_trt.errors import UserError
@@ -208,7 +210,7 @@ class Loop:
     def _shadow(self, observations: Sequence[Observation], chunks: Sequence[Chunk]) -> list[Query]:
         """Acts as the baseline, and records what `rsd` would have decided."""
         due = self._due(observations, chunks)
-        before = [replace(chunk) for chunk in chunks]
+        before = [copy(chunk) for chunk in chunks]
         guess = self._check(observations)
         queries = [
             Query(NOTHING, reason) if reason is not None else self._checked(chunk, guess, i)
@@ -231,8 +233,9 @@ class Loop:
 
     def _within_limits(self, actions: Actions) -> tuple[Actions, int]:
         """A copy of actions [n, A] as the controller takes them, and how many were others."""
-        within = np.clip(actions, *self._limits)
-        return within, int((within != actions).any(-1).sum())
+        low, high = self._limits[0].tolist(), self._limits[1].tolist()
+        outside = [any(not a <= x <= b for a, x, b in zip(low, row, high, strict=True)) for row in actions.tolist()]
+        return np.clip(actions, *self._limits) if any(outside) else actions.copy(), sum(outside)
 
 
 def equal_share(draft: Tokens | None, main: Tokens | None) -> tuple[float, ...] | None:

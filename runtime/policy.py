@@ -218,7 +218,7 @@ class Policy:
             ms = (time.perf_counter() - started) * 1e3  # the answers are on the host: nothing is left to wait for
             if self.hidden_states is not None:
                 self.hidden_states.append(self._forward.hidden.cpu())
-            return [replace(query, ms=ms) for query in queries]
+            return [structs.replace(query, ms=ms) for query in queries]
 
     def full(self, observations: Sequence[Observation], condition: Tokens | None = None) -> Main:
         """Full queries alone: whole chunks, as the main head gives them, for a caller who runs the loop elsewhere. The

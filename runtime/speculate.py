@@ -21,12 +21,14 @@ Tolerances and the threshold of likelihoods may depend on the chunk's age.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from rsd_trt.config import ARM_DIMS, RsdConfig
@@ -57,8 +59,7 @@ STREAM = 1  # keeps what the rule `random` draws apart from what else is drawn f
 TINY_TOLERANCE = 1e-9  # what a deviation is divided by where nothing may deviate
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Struct, frozen=True):
     """The draft's guess beside what is left of a chunk."""
 
     left: Actions  # [t, A], t >= 1
@@ -212,19 +213,18 @@ def agreeing_token_steps(draft: Tokens, chunk: Tokens, share: float) -> Flags:
 
 def log_likelihood(logits: Logits, tokens: Tokens) -> float:
     """The mean log-probability of tokens [t, D] under logits [t, D, K]."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    own = np.take_along_axis(shifted, tokens[..., None], -1)[..., 0]
-    return float((own - np.log(np.exp(shifted).sum(-1))).mean())
+    total = 0.0
+    for row, token in zip(logits.reshape(tokens.size, -1).tolist(), tokens.reshape(-1).tolist(), strict=True):
+        most = max(row)
+        total += row[token] - most - math.log(sum([math.exp(logit - most) for logit in row]))
+    return total / tokens.size
 
 
-def gripper_holds(chunk: Actions, before: float) -> Flags:
-    """Steps of a chunk [T, A] whose gripper sign is that of the step before -> [T] bool.
-
-    `before`: the gripper command before the first of them.
-    """
-    closed = np.concatenate([[before > 0], chunk[:, ARM_DIMS] > 0])
-    holds: Flags = closed[1:] == closed[:-1]
-    return holds
+def steps_until_switch(chunk: Actions, before: float) -> int:
+    """The number of leading steps of a chunk [T, A] whose gripper command has the sign of the one `before` them."""
+    closed = [command > 0 for command in chunk[:, ARM_DIMS].tolist()]
+    switched = not before > 0
+    return closed.index(switched) if switched in closed else len(closed)
 
 
 def agreeing_prefix(passes: Flags) -> int:

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
@@ -294,7 +294,8 @@ def _checked(query: Query) -> Query:
     if query.fault is not None:
         return query
     if actions.ndim != 2 or not len(actions) or actions.shape[1] != ACTION_DIMS:
-        return replace(query, fault=f"the policy gave actions of shape {list(actions.shape)}, not [n, {ACTION_DIMS}]")
+        shape = f"{list(actions.shape)}, not [n, {ACTION_DIMS}]"
+        return structs.replace(query, fault=f"the policy gave actions of shape {shape}")
     if not np.isfinite(actions).all():
-        return replace(query, fault="the policy gave actions that are not finite")
+        return structs.replace(query, fault="the policy gave actions that are not finite")
     return query

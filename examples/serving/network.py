@@ -24,11 +24,12 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from rsd_trt.config import DEFAULT_BUNDLE
@@ -142,7 +143,7 @@ class VirtualAhead:
             if not self.ahead.goes_on():
                 break
             actions.append(self.ahead.query(observation).actions)
-        return Virtual(replace(query, actions=np.concatenate(actions)), at)
+        return Virtual(structs.replace(query, actions=np.concatenate(actions)), at)
 
     def _begin(self, observation: Observation, chunk: Chunk) -> Later:
         [query] = self.policy.answer([observation], [chunk])

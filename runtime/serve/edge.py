@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from rsd_trt.config import DEFAULT_ENGINES, PROPRIO_DIM, Mode, Precision
@@ -155,7 +156,7 @@ class EdgePolicy:
             self._alarm.recent.append(query.route == "rejected")
             if self._alarm.raised and self._on_alarm is not None:
                 self._on_alarm(self._alarm.share or 0.0)
-        return replace(query, ms=(time.perf_counter() - started) * 1e3)
+        return structs.replace(query, ms=(time.perf_counter() - started) * 1e3)
 
     def measure(self, instruction: str, samples: int, warm_up: int = 5) -> Timing:
         """Times checks and full queries alone, on noise. Nothing is executed."""

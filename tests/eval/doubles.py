@@ -8,11 +8,12 @@ import struct
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from rsd_trt.config import PROPRIO_DIM, ControlConfig, Dims
@@ -175,10 +176,12 @@ class Reader:
             actions = np.resize(observation.images[0, 0] / 255.0, (self.chunk, Dims().A)).astype(np.float32)
             query = Query(actions, "full", ms=1.0)
             if bad and self.fault == "nan":
-                query = replace(query, actions=actions * np.nan)
+                query = structs.replace(query, actions=actions * np.nan)
             if bad and self.fault == "shape":
-                query = replace(query, actions=actions[:, :3])
+                query = structs.replace(query, actions=actions[:, :3])
             if bad and self.fault == "told":
-                query = replace(query, actions=actions[:0], fault="the hidden state after block 4 is not finite")
+                query = structs.replace(
+                    query, actions=actions[:0], fault="the hidden state after block 4 is not finite"
+                )
             queries.append(query)
         return queries

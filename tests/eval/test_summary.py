@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -53,7 +52,7 @@ def test_a_record_of_a_query() -> None:
     record = QueryRecord.of(query, 4, 3)
     assert (record.step, record.batch, record.committed, record.ms) == (4, 3, 2, 1.2346)
     assert record.unusable and record.prefix is None and record.score is None
-    usable = QueryRecord.of(dataclasses.replace(query, score=0.123456, draft_finite=True), 4, 3)
+    usable = QueryRecord.of(structs.replace(query, score=0.123456, draft_finite=True), 4, 3)
     assert (usable.unusable, usable.prefix, usable.score) == (False, 0, 0.12346)
 
 

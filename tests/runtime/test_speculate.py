@@ -30,10 +30,10 @@ from rsd_trt.runtime.speculate import (
     agreeing_steps,
     agreeing_token_steps,
     factor,
-    gripper_holds,
     log_likelihood,
     route_checked,
     rule_of,
+    steps_until_switch,
 )
 
 STEPS = 8
@@ -79,26 +79,26 @@ def test_a_prefix_ends_before_the_first_disagreement(row: list[bool]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "signs", "holds"),
+    ("before", "signs", "steps"),
     [
-        (-1, [-1, -1, -1], [True, True, True]),
-        (1, [-1, -1, -1], [False, True, True]),
-        (-1, [-1, 1, 1], [True, False, True]),
-        (-1, [1, -1, 1], [False, False, False]),
-        (0.2, [0.1, 1, 0.5], [True, True, True]),
-        (0, [-1, 0, -0.1], [True, True, True]),
+        (-1, [-1, -1, -1], 3),
+        (1, [-1, -1, -1], 0),
+        (-1, [-1, 1, 1], 1),
+        (-1, [1, -1, 1], 0),
+        (0.2, [0.1, 1, 0.5], 3),
+        (0, [-1, 0, -0.1], 3),
+        (1, [], 0),
     ],
 )
-def test_a_gripper_switch_does_not_hold(before: float, signs: list[float], holds: list[bool]) -> None:
-    assert gripper_holds(grippers(*signs), before).tolist() == holds
+def test_a_gripper_switch_ends_what_may_be_executed(before: float, signs: list[float], steps: int) -> None:
+    assert steps_until_switch(grippers(*signs), before) == steps
 
 
-@given(passes=booleans, closed=booleans, before=st.booleans())
-def test_a_gripper_switch_ends_the_prefix(passes: list[bool], closed: list[bool], before: bool) -> None:
-    signs = [1.0 if c else -1.0 for c in closed]
-    holds = gripper_holds(grippers(*signs), 1.0 if before else -1.0)
-    n = agreeing_prefix(np.array(passes) & holds)
-    assert len({before, *closed[:n]}) == 1
+@given(closed=booleans, before=st.booleans())
+def test_the_gripper_does_not_switch_before_that(closed: list[bool], before: bool) -> None:
+    n = steps_until_switch(grippers(*(1.0 if c else -1.0 for c in closed)), 1.0 if before else -1.0)
+    assert {before, *closed[:n]} == {before}
+    assert n == len(closed) or closed[n] != before
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,14 @@ from rsd_trt.config import ARM_DIMS
 from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.forward import Forward
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.speculate import Actions, RandomAcceptance, Route, agreeing_prefix, agreeing_steps, gripper_holds
+from rsd_trt.runtime.speculate import (
+    Actions,
+    RandomAcceptance,
+    Route,
+    agreeing_prefix,
+    agreeing_steps,
+    steps_until_switch,
+)
 
 LOOK_AHEAD = 4  # steps, at least, over which the rule `path` sums the motion
 OPEN = -1.0  # the gripper's command before the first one
@@ -147,7 +154,7 @@ def confirmed(rule: Rule, guess: Actions, left: Actions, gripper: float, toleran
     if rule == "first":
         return len(left) * bool(agreeing[0])
     if rule == "actions":
-        return int(agreeing_prefix(agreeing & gripper_holds(left, gripper)))
+        return min(agreeing_prefix(agreeing), steps_until_switch(left, gripper))
     ahead = max(m, LOOK_AHEAD)
     drift: NDArray[np.float32] = np.abs(np.cumsum(now[:ahead, :ARM_DIMS] - left[:ahead, :ARM_DIMS], axis=0))
     same = (now[0, ARM_DIMS] > 0) == (left[0, ARM_DIMS] > 0)
