@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,7 @@ OTHERS = (VERMILION, GREEN, PINK, ORANGE)
 HEIGHT, PANEL_WIDTH = 3.4, 4.4  # inches, of a chart and of a panel of the PNG
 MARKERS = "sDv^pP"  # of the runs that check, in turn
 TICKS = tuple(x * 10.0**e for e in range(-3, 4) for x in (1, 2, 3, 5, 7))
+NOTEWORTHY = 1.05  # times less cost at the same success: an arrow says so
 MOST_TASKS, MOST_TIMED = 20, 4  # in a chart
 CONTROL_HZ = (10, 20, 50)
 ROUTES = dict(zip(GROUPS, (GREEN, ORANGE, VERMILION, BLUE), strict=True))
@@ -40,7 +42,7 @@ def frontier_charts(runs: Sequence[Run], price: Price) -> tuple[Chart, ...]:
     for name, mine in known.items():
         caption = (
             f"{name}: success within {mine[0].endpoint.within} steps against cost. Line: open loop, with its n. Bars: "
-            "95%, Wilson's score."
+            "95%, Wilson's score. Dotted arrow: the cost of open loop, on its line, at the success of the other run."
         )
 
         def draw(figure: Figure, mine: list[Run] = mine) -> None:
@@ -81,7 +83,7 @@ def _frontier(axes: Axes, runs: Sequence[Run], known: dict[str, list[Run]], pric
     """One condition; the scales and the looks of runs are those of all."""
     everyone = [run for mine in known.values() for run in mine]
     kinds = list(dict.fromkeys(run.label for run in everyone if not run.open_loop))
-    loops = sorted((run for run in runs if run.open_loop), key=lambda run: run.cost or 0.0)
+    line = sorted((run.cost or 0.0, _percent(run)) for run in runs if run.open_loop)
     for run in runs:
         kind = 0 if run.open_loop else kinds.index(run.label)
         colour, marker = (BLUE, "o") if run.open_loop else (OTHERS[kind % len(OTHERS)], MARKERS[kind % len(MARKERS)])
@@ -89,12 +91,16 @@ def _frontier(axes: Axes, runs: Sequence[Run], known: dict[str, list[Run]], pric
         axes.plot((cost, cost), (low * 100, high * 100), color=colour, linewidth=1, alpha=0.5)
         if not run.open_loop:
             axes.plot(cost, rate, marker, color=colour, markersize=7, label=run.label, linestyle="")
+            if (same := cost_at(rate, line)) is not None and same >= NOTEWORTHY * cost:
+                arrow = {"arrowstyle": "->", "color": colour, "linestyle": ":", "shrinkA": 0, "shrinkB": 5}
+                axes.annotate("", (cost, rate), (same, rate), arrowprops=arrow)
+                less, middle = f"{same / cost:.1f}x less", (math.sqrt(cost * same), rate)
+                axes.annotate(less, middle, (0, 3), textcoords="offset points", color=colour, fontsize=8, ha="center")
             continue
         told = f"n = {run.results.settings.n_action_steps}"
-        axes.annotate(told, (cost, rate), (-4, 4), textcoords="offset points", color=INK, fontsize=8, ha="right")
-    if loops:
-        costs = [run.cost or 0.0 for run in loops]
-        axes.plot(costs, [_percent(run) for run in loops], "o-", color=BLUE, markersize=5, label="open loop")
+        axes.annotate(told, (cost, rate), (5, -10), textcoords="offset points", color=INK, fontsize=8)
+    if line:
+        axes.plot(*zip(*line, strict=True), "o-", color=BLUE, markersize=5, label="open loop")
     arrow = {"arrowstyle": "->", "color": INK}
     axes.annotate(
         *("better", (0.02, 0.98), (0.12, 0.88)), xycoords="axes fraction", color=INK, arrowprops=arrow, va="center"
@@ -110,6 +116,15 @@ def _frontier(axes: Axes, runs: Sequence[Run], known: dict[str, list[Run]], pric
     axes.set_yticks([tick for tick in axes.get_yticks() if min(bounds) - 2 <= tick <= 100])
     axes.set_xlabel(f"{price.unit} per action")
     axes.set_ylabel(f"success within {runs[0].endpoint.within} steps, %")
+
+
+def cost_at(rate: float, line: Sequence[tuple[float, float]]) -> float | None:
+    """The cost at which a line through points (cost, rate), cheapest first, comes up to a rate; None where it does not.
+    It is straight over the logarithm of the cost, as in the chart."""
+    for (near, low), (far, high) in pairwise(line):
+        if low <= rate <= high and low < high:
+            return float(near * (far / near) ** ((rate - low) / (high - low)))
+    return None
 
 
 def _percent(run: Run) -> float:
