@@ -86,7 +86,8 @@ class EdgePolicy:
             if known.propose is None:
                 raise UserError(f"{url} serves a policy without a draft that could check here", "Use: mode='baseline'")
             if not self._line.ours and known.rsd.rule in TOKEN_RULES:
-                raise UserError(f"the rule {known.rsd.rule} needs the main model's tokens, and {url} gives none")
+                why = f"the rule {known.rsd.rule} needs the main model's tokens, and {url} gives none"
+                raise UserError(why, "Give the policy's settings the rule first, actions or path")
             file = exported_draft(Path(engines), known.name, known.propose, precision)
             self._draft = OrtDraft(file, providers, threads)
         self._loop = Loop(known.dims, known.rsd, known.control.limits, mode, self._check, self._full)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec import structs
 
-from rsd_trt.config import DEFAULT_BUNDLE
+from rsd_trt.bundle import Bundle
+from rsd_trt.config import ARM_DIMS, DEFAULT_BUNDLE
 from rsd_trt.errors import UserError
 from rsd_trt.eval.sweep.plan import Declared, read_sweep
 
@@ -55,47 +58,40 @@ def test_options_take_the_place_of_the_files_and_tables_add_to_what_stands_above
     assert {run.request.trials for run in read_sweep(path, {"trials": 2}, tmp_path, 4).runs} == {2}
 
 
-def test_what_is_declared_and_not_yet_run_can_be() -> None:
-    runs = read_sweep(SWEEPS / "nearer.toml", {}, Path("out"), 16).runs
-    assert [(run.request.mode, run.request.n_action_steps) for run in runs] == [
-        ("baseline", 2),
-        ("baseline", 5),
-        ("rsd", 2),
-    ]
-
-
 @pytest.mark.parametrize(
-    ("name", "folder", "count", "usual"),  # usual: the bundle's own rule, then
-    [("frontier", "reference", 15, "likelihood"), ("confirmation", "confirmation", 4, None)],
+    ("name", "folder", "count"), [("frontier", "reference", 18), ("confirmation", "confirmation", 3)]
 )
-def test_the_sweeps_of_the_reference_policy_are_what_was_published(
-    name: str, folder: str, count: int, usual: str | None
-) -> None:
+def test_the_sweeps_of_the_reference_policy_are_what_was_published(name: str, folder: str, count: int) -> None:
     """Every published run is one of the sweep's, and the other way round."""
-    sweep = read_sweep(SWEEPS / f"{name}.toml", {}, Path("out"), 16)
+    sweep, shipped = read_sweep(SWEEPS / f"{name}.toml", {}, Path("out"), 16), Bundle.open(DEFAULT_BUNDLE).config.rsd
     published = set()
     for file in (ROOT / "docs" / "results" / folder).glob("*.json.gz"):
-        words = json.loads(gzip.decompress(file.read_bytes()))["command"].split()[2:]
-        told = dict(zip(words[::2], words[1::2], strict=True))
-        rule = told.get("--rule", usual if told["--mode"] == "rsd" else None)
-        numbers = [told.get(f"--{name}") for name in ("n-action-steps", "accept-rate", "trials")]
-        published.add((told["--mode"], rule, *numbers, told.get("--perturb"), told.get("--tasks")))
-    declared = {
-        (
-            (asked := run.request).mode,
-            asked.rule,
-            *(None if value is None else str(value) for value in (asked.n_action_steps, asked.accept_rate)),
-            str(asked.trials),
-            None if asked.perturb is None else str(asked.perturb),
-            None if asked.tasks is None else "0-4,6-9",
-        )
-        for run in sweep.runs
-    }
-    assert declared == published and len(sweep.runs) == count
+        settings = json.loads(gzip.decompress(file.read_bytes()))["settings"]
+        made, rsd = settings["bundle"], settings["bundle"]["rsd"]
+        decided = (rsd["rule"], limit(rsd), rsd["check_steps"]) if made["mode"] == "rsd" else None
+        condition = (tuple(settings["tasks"]), settings["trials"], settings["perturb"])
+        published.add((made["mode"], settings["n_action_steps"], decided, *condition))
+    declared = set()
+    for asked in (run.request for run in sweep.runs):
+        given = {name: getattr(asked, name) for name in ("rule", "threshold", "check_steps")}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if asked.tolerance is not None:
+            chosen["tolerance"] = (asked.tolerance,) * ARM_DIMS
+        rsd = structs.asdict(shipped) | chosen
+        decided = (rsd["rule"], limit(rsd), rsd["check_steps"]) if asked.mode == "rsd" else None
+        perturb = None if asked.perturb is None else str(asked.perturb)
+        condition = (asked.tasks or tuple(range(10)), asked.trials, perturb)
+        declared.add((asked.mode, asked.n_action_steps or shipped.n_action_steps, decided, *condition))
+    assert declared == published and len(sweep.runs) == len(declared) == count
     assert all(run.request.bundle == DEFAULT_BUNDLE for run in sweep.runs)
     tested = [run.name for run in sweep.runs if run.request.mode == "rsd" and "harmless" not in run.name]
     rivals = BOTH if name == "frontier" else BOTH[1:]
     assert set(sweep.comparisons) == {Declared(one, rival) for one in tested for rival in rivals}
+
+
+def limit(rsd: dict[str, Any]) -> object:
+    """What the rule compares with."""
+    return rsd["threshold"] if rsd["rule"] == "likelihood" else tuple(rsd["tolerance"])
 
 
 def test_comparisons_are_those_of_every_rsd_run_unless_they_are_named(tmp_path: Path) -> None:
