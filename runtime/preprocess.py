@@ -163,9 +163,9 @@ class Preprocessor:
                 )
             if not isinstance(state, np.ndarray) or state.shape != (PROPRIO_DIM,) or state.dtype.kind not in "fiu":
                 raise UserError(f"proprio is {_described(state)}, the bundle takes float32 [{PROPRIO_DIM}]")
-            finite = np.abs(state) <= LARGEST  # NaN is not, either
-            if not finite.all():
-                raise UserError(f"proprio[{int(np.argmin(finite))}] is not finite as float32: {state.tolist()}")
+            finite = [-LARGEST <= x <= LARGEST for x in state.tolist()]  # NaN is not, either
+            if not all(finite):
+                raise UserError(f"proprio[{finite.index(False)}] is not finite as float32: {state.tolist()}")
         if observation.instruction is None:
             raise UserError("the observation has no instruction", "Give the task in plain words: instruction='...'")
         if not isinstance(observation.instruction, str):
