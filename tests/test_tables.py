@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from functools import cache, partial
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.compare import Endpoint, compare
@@ -44,6 +47,8 @@ COSTS = {  # of a check and of a full query: file, backend
     "this policy, H100, compiled, bf16": ("h100/compiled_bf16.json", "compiled"),
 }
 RIVALS = {"open loop, n = 2": "baseline_2", "open loop, n = 5": "baseline_5"}  # of rsd, by name: their files
+STATES = 50  # initial ones of a task
+STILL = 0.9  # of the scenes, in the mix
 MARGIN = 4.0  # points that rsd may lie below the first of them: declared before the runs
 STAGES = ("preprocess", "vision", "blocks 1 to 8", "blocks 9 to 32", "predict", "full query")
 OFT_STAGES = ("jpeg", "preprocess", "vision", "blocks", "predict", "full query")
@@ -195,6 +200,60 @@ def confirmed() -> dict[str, Results]:
     return {name: read_run(RESULTS / "confirmation" / f"{file}.json.gz") for name, file in files.items()}
 
 
+def rivals() -> str:
+    """The shipped setting of rsd beside the other runs of the frontier, where the target slides late."""
+    runs = {
+        **{f"open loop, n = {n}": f"baseline_{n}" for n in (1, 2, 4, 5, 6)},
+        **{"rsd, n = 4": "rsd_first", "random, n = 2": "random"},
+    }
+    rsd = published("late_rsd_likelihood")
+    found = [(name, compare(published(f"late_{file}"), rsd)) for name, file in runs.items()]
+    rows = (
+        (name, Measured(one.points, one.points_interval), test.gained, test.lost, test.p, one.by_task_p)
+        for name, one in found
+        for test in (one.mcnemar,)
+    )
+    columns = (
+        *(Column("rsd, n = 2, against"), Column("points (95%)", "points"), Column("gained"), Column("lost")),
+        *(Column("p", "p"), Column("p by task", "p")),
+    )
+    return Table("", columns, tuple(rows)).markdown()
+
+
+def mix() -> str:
+    """Runs where 90% of the scenes are still, and in 10% the target slides late."""
+    still = {name: published(file) for name, file in (("rsd", "rsd_likelihood"), *RIVALS.items())}
+    rates = {name: (by_state(still[name]), by_state(late)) for name, late in confirmed().items()}
+    draw, rows = np.random.default_rng(0), []
+    for name, late in confirmed().items():
+        points = [100 * (a - b) for a, b in zip(rates["rsd"], rates[name], strict=True)]
+        means = [x[draw.integers(0, len(x), (10_000, len(x)))].mean(1) for x in points]
+        low, high = np.percentile(STILL * means[0] + (1 - STILL) * means[1], (2.5, 97.5))
+        gain = Measured(STILL * points[0].mean() + (1 - STILL) * points[1].mean(), (low, high))
+        full = (run.full_queries / run.steps for run in (still[name], late))
+        solved, asked = (STILL * a + (1 - STILL) * b for a, b in ((x.mean() for x in rates[name]), full))
+        rows.append((name, Measured(solved), asked, None if name == "rsd" else gain))
+    columns = (
+        *(Column("90% still, 10% late"), Column("success within 100 steps", "%")),
+        *(Column("full queries per action", "ratio"), Column("rsd above it (95%)", "points")),
+    )
+    return Table("", columns, tuple(rows)).markdown()
+
+
+def by_state(run: Results) -> NDArray[np.float64]:
+    """How often each initial state of each task is solved within the endpoint's steps."""
+    reached, found = Endpoint.of(run.settings).reached, defaultdict(list)
+    for episode in run.episodes:
+        found[episode.task_id, episode.trial % STATES].append(reached(episode))
+    return np.array([fmean(found[state]) for state in sorted(found)])
+
+
+@cache
+def published(name: str) -> Results:
+    """A run of the frontier."""
+    return read_run(RESULTS / "reference" / f"{name}.json.gz")
+
+
 def still() -> str:
     """Success and cost where nothing happens."""
     return whole(None)
@@ -331,6 +390,8 @@ TABLES = {
     "confirmation": confirmation,
     "proof": proof,
     "costs": costs,
+    "rivals": rivals,
+    "mix": mix,
     "judges": judges,
     "still": still,
 }
