@@ -215,7 +215,8 @@ def _expand(options: Mapping[str, object], out: Path, where: str) -> tuple[list[
         used = {name: value for name, value in chosen.items() if name not in idle[-1]}
         run = _run(used | {"tasks": options.get("tasks")}, out, where)
         runs.setdefault(run.name, run)
-    return list(runs.values()), {name: why for name, why in idle[0].items() if all(name in one for one in idle)}
+    whys = {name: why for one in idle for name, why in one.items()}  # the last mode's
+    return list(runs.values()), {name: why for name, why in whys.items() if all(name in one for one in idle)}
 
 
 def _idle(chosen: Mapping[str, object], where: str) -> dict[str, str]:

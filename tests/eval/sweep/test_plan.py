@@ -125,6 +125,10 @@ def test_what_is_tested_cannot_be_chosen_once_the_sweep_has_begun(tmp_path: Path
         ("mode = ['rsd', 'basline']", r"mode\[1\] is 'basline'; did you mean 'baseline'"),
         ("n_action_step = 1", "unknown key n_action_step; did you mean 'n_action_steps'"),
         ("[[run]]\nmode = 'baseline'\ntolerance = 0.1", "run 1: tolerance is of checks, and mode baseline makes none"),
+        (
+            "mode = ['baseline', 'rsd']\ntolerance = 0.1\n[[run]]",
+            "tolerance is of the rules first, actions, path",
+        ),
         ("accept_rate = 0.5", "accept_rate is of mode random: the mode is rsd"),
         ("# nothing", "declares no run"),
         ("[[run]]\n[[run]]", "run 2 declares rsd again"),
