@@ -9,12 +9,12 @@ import struct
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command import rsd_trt
+from msgspec import structs
 from numpy.typing import NDArray
 from serving import as_request, running
 
@@ -104,7 +104,7 @@ def test_episodes_are_those_of_the_policy_in_process(published: Path, kind: str,
                     np.testing.assert_array_equal(actions[:, ARM_DIMS], np.sign(expected.actions[:, ARM_DIMS]))
                     actions[:, ARM_DIMS] = expected.actions[:, ARM_DIMS]
                 np.testing.assert_array_equal(actions, expected.actions)
-                return replace(expected, actions=actions)
+                return structs.replace(expected, actions=actions)
 
             finished = run_episode(simulator, Assignment(0, trial, 220), act)
             steps, solved = steps + len(finished.actions), solved + finished.success

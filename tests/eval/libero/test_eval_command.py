@@ -69,6 +69,7 @@ def test_two_simulators_give_what_one_gives(tiny_bundle: Path, tmp_path: Path) -
     assert len(found[0]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_the_shipped_policy_solves_its_task(tmp_path: Path) -> None:
     result = rsd_trt("eval", "--tasks", "0", "--trials", "1", "--n-action-steps", "8", "--out", tmp_path, "--json")

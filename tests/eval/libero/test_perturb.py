@@ -287,6 +287,7 @@ def test_a_moving_target_goes_to_and_fro_until_the_gripper_closes(simulator: Sim
     assert np.linalg.norm(bowl.position - before) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_harmless_a_distractor_slides_or_the_light_changes_and_the_target_stays(simulator: Simulator) -> None:
     for distractor, kind in ((True, "distractor"), (False, "light")):

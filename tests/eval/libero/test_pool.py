@@ -88,7 +88,11 @@ def test_a_real_policy_on_the_cpu_gives_the_same_episodes_for_any_number_of_proc
 
 
 @pytest.mark.parametrize(
-    ("how", "times"), [("dies", 1), ("dies", 2), ("raises", 1), ("raises", 2), ("hangs", 1), ("hangs", 2)]
+    ("how", "times"),
+    [
+        *(("dies", 1), ("dies", 2), ("raises", 1), ("raises", 2), ("hangs", 1)),
+        pytest.param("hangs", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_an_accident_is_tried_again_once(
     calm: dict[tuple[int, int], Episode], tmp_path: Path, how: str, times: int

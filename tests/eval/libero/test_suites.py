@@ -67,6 +67,7 @@ def test_help_lists_the_suites() -> None:
     assert (done.exit_code, done.stdout.split()) == (0, list(ALL_SUITES))
 
 
+@pytest.mark.slow
 @pytest.mark.libero
 def test_the_command_runs_one(tiny_bundle: Path, tmp_path: Path) -> None:
     arguments = ("--suite", "libero_spatial_task", "--tasks", "9", "--trials", "1", "--max-steps", "2")
