@@ -29,7 +29,7 @@ OTHERS = (VERMILION, GREEN, PINK, ORANGE)
 HEIGHT, PANEL_WIDTH = 3.4, 4.4  # inches, of a chart and of a panel of the PNG
 MARKERS = "sDv^pP"  # of the runs that check, in turn
 TICKS = tuple(x * 10.0**e for e in range(-3, 4) for x in (1, 2, 3, 5, 7))
-NOTEWORTHY = 1.05  # times less cost at the same success: an arrow says so
+NOTEWORTHY = 1.2  # times less cost at the same success: an arrow says so
 MOST_TASKS, MOST_TIMED = 20, 4  # in a chart
 CONTROL_HZ = (10, 20, 50)
 ROUTES = dict(zip(GROUPS, (GREEN, ORANGE, VERMILION, BLUE), strict=True))
@@ -95,7 +95,7 @@ def _frontier(axes: Axes, runs: Sequence[Run], known: dict[str, list[Run]], pric
                 arrow = {"arrowstyle": "->", "color": colour, "linestyle": ":", "shrinkA": 0, "shrinkB": 5}
                 axes.annotate("", (cost, rate), (same, rate), arrowprops=arrow)
                 less, middle = f"{same / cost:.1f}x less", (math.sqrt(cost * same), rate)
-                axes.annotate(less, middle, (0, 3), textcoords="offset points", color=colour, fontsize=8, ha="center")
+                axes.annotate(less, middle, (0, 3), textcoords="offset points", color=INK, fontsize=8, ha="center")
             continue
         told = f"n = {run.results.settings.n_action_steps}"
         axes.annotate(told, (cost, rate), (5, -10), textcoords="offset points", color=INK, fontsize=8)
