@@ -213,6 +213,7 @@ def agreeing_token_steps(draft: Tokens, chunk: Tokens, share: float) -> Flags:
 
 def log_likelihood(logits: Logits, tokens: Tokens) -> float:
     """The mean log-probability of tokens [t, D] under logits [t, D, K]."""
+    assert logits.shape[:2] == tokens.shape
     total = 0.0
     for row, token in zip(logits.reshape(tokens.size, -1).tolist(), tokens.reshape(-1).tolist(), strict=True):
         most = max(row)

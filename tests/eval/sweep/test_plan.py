@@ -68,7 +68,7 @@ def test_the_sweeps_of_the_reference_policy_are_what_was_published(name: str, fo
     for file in (ROOT / "docs" / "results" / folder).glob("*.json.gz"):
         settings = json.loads(gzip.decompress(file.read_bytes()))["settings"]
         made, rsd = settings["bundle"], settings["bundle"]["rsd"]
-        decided = (rsd["rule"], limit(rsd), rsd["check_steps"]) if made["mode"] == "rsd" else None
+        decided = decisive(made["mode"], rsd)
         condition = (tuple(settings["tasks"]), settings["trials"], settings["perturb"])
         published.add((made["mode"], settings["n_action_steps"], decided, *condition))
     declared = set()
@@ -78,7 +78,7 @@ def test_the_sweeps_of_the_reference_policy_are_what_was_published(name: str, fo
         if asked.tolerance is not None:
             chosen["tolerance"] = (asked.tolerance,) * ARM_DIMS
         rsd = structs.asdict(shipped) | chosen
-        decided = (rsd["rule"], limit(rsd), rsd["check_steps"]) if asked.mode == "rsd" else None
+        decided = decisive(asked.mode, rsd)
         perturb = None if asked.perturb is None else str(asked.perturb)
         condition = (asked.tasks or tuple(range(10)), asked.trials, perturb)
         declared.add((asked.mode, asked.n_action_steps or shipped.n_action_steps, decided, *condition))
@@ -89,9 +89,12 @@ def test_the_sweeps_of_the_reference_policy_are_what_was_published(name: str, fo
     assert set(sweep.comparisons) == {Declared(one, rival) for one in tested for rival in rivals}
 
 
-def limit(rsd: dict[str, Any]) -> object:
-    """What the rule compares with."""
-    return rsd["threshold"] if rsd["rule"] == "likelihood" else tuple(rsd["tolerance"])
+def decisive(mode: str, rsd: dict[str, Any]) -> tuple[object, ...]:
+    """What of a bundle's settings a mode's checks depend on."""
+    if mode == "baseline":
+        return ()
+    limit = rsd["threshold"] if rsd["rule"] == "likelihood" else tuple(rsd["tolerance"])
+    return (rsd["check_steps"], *((rsd["rule"], limit) if mode == "rsd" else ()))
 
 
 def test_comparisons_are_those_of_every_rsd_run_unless_they_are_named(tmp_path: Path) -> None:
