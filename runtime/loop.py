@@ -27,6 +27,7 @@ from rsd_trt.runtime.speculate import (
     Verdict,
     route_checked,
     rule_of,
+    within_limits,
 )
 
 NOTHING: Actions = np.zeros((0, ACTION_DIMS), np.float32)
@@ -158,7 +159,7 @@ class Loop:
     def _commit(self, chunk: Chunk, query: Query) -> Query:
         """A check that passed, with the chunk's next actions."""
         count = min(query.prefix or 0, chunk.fixed or self.check_steps)
-        actions, clipped = self._within_limits(chunk.left[:count])
+        actions, clipped = within_limits(chunk.left[:count], *self._limits)
         chunk.cursor += count
         chunk.queries += 1
         return replace(query, actions=actions, clipped=clipped, full_query=False)
@@ -195,15 +196,15 @@ class Loop:
         """The full query that made the chunk, with the actions that it commits. skipped: how many of them went by
         before it was there; one at least is left."""
         assert chunk.actions is not None
-        actions, clipped = self._within_limits(
-            chunk.actions[skipped : max(chunk.fixed or self.n_action_steps, skipped + 1)]
+        actions, clipped = within_limits(
+            chunk.actions[skipped : max(chunk.fixed or self.n_action_steps, skipped + 1)], *self._limits
         )
         chunk.cursor = skipped + len(actions)
         return replace(query, actions=actions, clipped=clipped, skipped=skipped)
 
     def go_on(self, chunk: Chunk) -> Query:
         """The chunk's next action, while a full query is under way."""
-        actions, clipped = self._within_limits(chunk.left[:1])
+        actions, clipped = within_limits(chunk.left[:1], *self._limits)
         chunk.cursor += 1
         return Query(actions, "late", full_query=False, clipped=clipped)
 
@@ -230,12 +231,6 @@ class Loop:
         tokens, actions = guess.tokens[place], guess.actions[place]
         query = replace(query, token_agreement=equal_share(tokens, new.tokens))
         return query if old is None else replace(query, draft_gap=old.gap(actions), main_gap=old.gap(new.actions))
-
-    def _within_limits(self, actions: Actions) -> tuple[Actions, int]:
-        """A copy of actions [n, A] as the controller takes them, and how many were others."""
-        low, high = self._limits[0].tolist(), self._limits[1].tolist()
-        outside = [any(not a <= x <= b for a, x, b in zip(low, row, high, strict=True)) for row in actions.tolist()]
-        return np.clip(actions, *self._limits) if any(outside) else actions.copy(), sum(outside)
 
 
 def equal_share(draft: Tokens | None, main: Tokens | None) -> tuple[float, ...] | None:

@@ -228,6 +228,15 @@ def steps_until_switch(chunk: Actions, before: float) -> int:
     return closed.index(switched) if switched in closed else len(closed)
 
 
+def within_limits(actions: Actions, low: Actions, high: Actions) -> tuple[Actions, int]:
+    """A copy of actions [n, A] as the controller takes them, its limits being [A] each, and how many were others."""
+    bounds = list(zip(low.tolist(), high.tolist(), strict=True))
+    outside = [
+        any(not least <= x <= most for x, (least, most) in zip(row, bounds, strict=True)) for row in actions.tolist()
+    ]
+    return np.clip(actions, low, high) if any(outside) else actions.copy(), sum(outside)
+
+
 def agreeing_prefix(passes: Flags) -> int:
     """The number of leading steps [T] that pass."""
     return int(np.logical_and.accumulate(passes).sum())

@@ -48,7 +48,6 @@ COSTS = {  # of a check and of a full query: file, backend
     "this policy, H100, compiled, bf16": ("h100/compiled_bf16.json", "compiled"),
 }
 RIVALS = {"open loop, n = 2": "baseline_2", "open loop, n = 5": "baseline_5"}  # of rsd, by name: their files
-STATES = 50  # initial ones of a task
 STILL = 0.9  # of the scenes, in the mix
 MARGIN = 4.0  # points that rsd may lie below the first of them: declared before the runs
 STAGES = ("preprocess", "vision", "blocks 1 to 8", "blocks 9 to 32", "predict", "full query")
@@ -186,16 +185,22 @@ def proof() -> str:
 def costs() -> str:
     """What an action of these runs costs where a check and a full query cost that much."""
     rows = []
-    for told, (name, backend) in COSTS.items():
-        ms = {x["what"]: x["ms"]["p50"] for x in read(name)["costs"] if x["backend"] == backend and x["ms"]}
-        price = Price(ms["check"], ms["full"], "ms", told)
+    for told in COSTS:
+        price = price_of(told)
         each = [price.per_action(run) for run in confirmed().values()]
-        rows.append((told, ms["check"], ms["full"], Measured(ms["check"] / ms["full"]), *each))
+        rows.append((told, price.check, price.full, Measured(price.check / price.full), *each))
     columns = (
         *(Column(""), Column("check", "ms"), Column("full query", "ms"), Column("check / full query", "%")),
         *(Column(f"an action of {name}", "ms") for name in confirmed()),
     )
     return Table("", columns, tuple(rows)).markdown()
+
+
+def price_of(told: str) -> Price:
+    """The medians of one of `COSTS`."""
+    name, backend = COSTS[told]
+    ms = {x["what"]: x["ms"]["p50"] for x in read(name)["costs"] if x["backend"] == backend and x["ms"]}
+    return Price(ms["check"], ms["full"], "ms", told)
 
 
 @cache
@@ -229,9 +234,8 @@ def rivals() -> str:
 def best_of_each_task(rsd: Results) -> Results:
     """Open loop with the n of each task that solves most, picked afterwards from these runs, at rsd's cost at the most:
     checks cost what they cost at OpenVLA-7B's shapes."""
-    name, backend = next(iter(COSTS.values()))
-    ms = {x["what"]: x["ms"]["p50"] for x in read(name)["costs"] if x["backend"] == backend and x["ms"]}
-    most = (rsd.full_queries + rsd.checks * ms["check"] / ms["full"]) / rsd.steps
+    price = price_of(next(iter(COSTS)))
+    most = (price.per_action(rsd) or 0.0) / price.full  # full queries
     runs, reached = [published(f"late_baseline_{n}") for n in (1, 2, 4, 5, 6, 8)], Endpoint.of(rsd.settings).reached
     tasks = rsd.settings.tasks
     solved, over = np.zeros((2, len(tasks), len(runs)), np.float32)  # over: full queries above that cost
@@ -270,7 +274,7 @@ def harmless() -> str:
     """rsd where something harmless happens, beside the same initial states where nothing does."""
     moved, calm = published("harmless_rsd_likelihood"), published("rsd_likelihood")
     states = {episode.key for episode in moved.episodes}
-    pairs = [[e for e in run.episodes if e.key in states] for run in (calm, moved)]
+    pairs = [sorted((e for e in run.episodes if e.key in states), key=lambda e: e.key) for run in (calm, moved)]
     counts = np.array([[[sum(q.full_query for q in e.queries), e.steps] for e in one] for one in pairs], float)
     drawn = np.random.default_rng(0).integers(0, len(states), (10_000, len(states)))
     sums = counts[:, drawn].sum(2)  # [2, draws, 2]
@@ -292,8 +296,9 @@ def harmless() -> str:
 def by_state(run: Results) -> NDArray[np.float64]:
     """How often each initial state of each task is solved within the endpoint's steps."""
     reached, found = Endpoint.of(run.settings).reached, defaultdict(list)
+    states = run.settings.trials // run.settings.seeds
     for episode in run.episodes:
-        found[episode.task_id, episode.trial % STATES].append(reached(episode))
+        found[episode.task_id, episode.trial % states].append(reached(episode))
     return np.array([fmean(found[state]) for state in sorted(found)])
 
 

@@ -209,13 +209,14 @@ def _expand(options: Mapping[str, object], out: Path, where: str) -> tuple[list[
     lists = {name: _values(value) for name, value in options.items() if name != "tasks"}
     runs: dict[str, Run] = {}
     idle: list[dict[str, str]] = []
+    whys: dict[str, str] = {}  # a mode that checks says it best
     for combination in itertools.product(*lists.values()):
         chosen = dict(zip(lists, combination, strict=True))
         idle.append(_idle(chosen, where))
+        whys = whys | idle[-1] if chosen.get("mode") != "baseline" else idle[-1] | whys
         used = {name: value for name, value in chosen.items() if name not in idle[-1]}
         run = _run(used | {"tasks": options.get("tasks")}, out, where)
         runs.setdefault(run.name, run)
-    whys = {name: why for one in idle for name, why in one.items()}  # the last mode's
     return list(runs.values()), {name: why for name, why in whys.items() if all(name in one for one in idle)}
 
 

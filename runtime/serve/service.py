@@ -22,7 +22,7 @@ from rsd_trt.runtime.serve.interface import Interface, no_state
 from rsd_trt.runtime.serve.metrics import Metrics
 from rsd_trt.runtime.serve.sessions import Full, Session, Sessions
 from rsd_trt.runtime.serve.worker import Answer, Answering, Broken, Job, Worker
-from rsd_trt.runtime.speculate import Tokens
+from rsd_trt.runtime.speculate import Tokens, within_limits
 
 if TYPE_CHECKING:
     from rsd_trt.recorder import Recorder
@@ -177,7 +177,7 @@ class Service:
     async def first_actions(self, observation: Observation) -> NDArray[np.float32]:
         """The first n actions of a new chunk, within the limits: open loop for clients without a session."""
         main = await self.full(observation)
-        return np.clip(main.actions[0, : self.interface.n], self._low, self._high)
+        return within_limits(main.actions[0, : self.interface.n], self._low, self._high)[0]
 
     async def rows(self, instruction: str) -> NDArray[np.float32]:
         """What the draft reads of an instruction, for a client that runs it."""
@@ -225,8 +225,8 @@ class Service:
             why = "nothing is left of the chunk" if due else "a check had to be made before anything is executed"
             raise Late(f"the answer took longer than {self.options.deadline_ms:g} ms, and {why}")
         actions = session.late(self.interface.n)
-        within = np.clip(actions, self._low, self._high)
-        return Query(within, "full", full_query=False, clipped=int((within != actions).any(-1).sum()))
+        within, clipped = within_limits(actions, self._low, self._high)
+        return Query(within, "full", full_query=False, clipped=clipped)
 
     def _record(self, recorder: Recorder, session: Session, observation: Observation, query: Query) -> None:
         episode = session.recording = session.recording or recorder.episode()
