@@ -22,7 +22,7 @@ MARGIN = 1 + 1e-9  # of a cost that is no higher
 
 Rival = Literal["open loop, n = 1", "open loop of no higher cost", "random acceptance"]
 RULE = (
-    "Declared before any run: each run that checks is set against open loop with n = 1, and against the run of open "
+    "Declared before any run: each run that checks by a rule is set against open loop with n = 1, and against the run of open "
     "loop with most successes among those of no higher cost. p: McNemar's exact test of the paired episodes, or, where "
     "several begin in one initial state, a sign-flip test of the states' sums; with Holm's adjustment over all of "
     "these; and once more by task, a sign-flip test of the tasks' sums. A difference is shown where both are below 5%. "
@@ -153,9 +153,9 @@ def _run(number: int, name: str, path: Path, results: Results, price: Price, wit
 
 
 def _set_against(run: Run, runs: Sequence[Run], price: Price, declared: Collection[str] | None) -> Run:
-    """A run that checks beside its rivals, those of them that are declared; p not adjusted yet."""
+    """A run that checks by a rule beside its rivals, those of them that are declared; p not adjusted yet."""
     settings = run.results.settings
-    if run.open_loop or settings.mode == "shadow":
+    if settings.mode != "rsd":
         return run
     loops = [other for other in runs if other.open_loop]
     alike = [loop for loop in loops if not differences(loop.results.settings, settings)]
@@ -191,9 +191,9 @@ def _why_alone(run: Run, loops: Sequence[Run]) -> str:
 
 
 def _control(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The random-acceptance control of a run of mode rsd: of the same settings, numbers of steps and rate."""
+    """The random-acceptance control of a run that checks by a rule: of the same settings, numbers of steps and rate."""
     settings, rates = run.results.settings, run.results.rsd_stats
-    if settings.mode != "rsd" or rates.draft_acceptance_rate is None or rates.partial_acceptance_rate is None:
+    if rates.draft_acceptance_rate is None or rates.partial_acceptance_rate is None:
         return None
     accepted = rates.draft_acceptance_rate + rates.partial_acceptance_rate
 

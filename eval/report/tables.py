@@ -103,7 +103,7 @@ def matrix(runs: Sequence[Run], price: Price = COUNTED) -> Table:
 
 
 def _verdict(run: Run) -> str | None:
-    if run.open_loop or run.results.settings.mode == "shadow":
+    if run.results.settings.mode != "rsd":
         return None
     if run.alone is not None:
         return "not compared"

@@ -201,7 +201,7 @@ def _values(value: object) -> tuple[object, ...]:
 
 def _refuse(idle: Mapping[str, str], where: str) -> None:
     for name, why in idle.items():
-        raise UserError(f"{where}: {name} {why}", "Leave it out")
+        raise UserError(f"{where}: {name} {why}", "Leave it out, or choose such a rule or mode")
 
 
 def _expand(options: Mapping[str, object], out: Path, where: str) -> tuple[list[Run], dict[str, str]]:
