@@ -88,7 +88,10 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 LogProbability = Annotated[float, Meta(le=0)]
 Factor = Annotated[float, Meta(ge=0, le=MAX_COUNT)]
 Rgb = tuple[float, float, float]
-ByDim = Annotated[tuple[float, ...], Meta(min_length=ACTION_DIMS, max_length=ACTION_DIMS)]
+ByDim = Annotated[  # of actions, in environment units
+    tuple[Annotated[float, Meta(ge=-MAX_COUNT, le=MAX_COUNT)], ...],
+    Meta(min_length=ACTION_DIMS, max_length=ACTION_DIMS),
+]
 ByArmDim = Annotated[  # how far two actions may differ, by arm dimension
     tuple[Annotated[float, Meta(ge=0, le=MAX_TOLERANCE)], ...], Meta(min_length=ARM_DIMS, max_length=ARM_DIMS)
 ]
