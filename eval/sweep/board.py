@@ -93,7 +93,7 @@ class Group:
     command: str
     files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     begun: tuple[Begun, ...] = ()  # none before the first seat has opened them
-    numbers: dict[str, int] = field(default_factory=dict)  # of the runs, by what their episodes say
+    numbers: dict[str, int] = field(default_factory=dict)  # of the runs, by what each node's episodes say
     left: list[Item] = field(default_factory=list)
     attempts: dict[Item, int] = field(default_factory=dict)  # that came to nothing
     parts: list[tuple[int, Meter]] = field(default_factory=list)
@@ -102,14 +102,15 @@ class Group:
     shards: int = 0  # that seats are at
 
     def accept(self, jobs: Sequence[Job], node: str) -> None:
-        """A node's view of the runs, before its first shard there: the first one opens the logs.
+        """A node's view of the runs, before its first shard there: the first one opens the logs. Its episodes name
+        their runs by its own settings, which have its processor in them.
 
         Raises:
             UserError: the node has another bundle, exports, suite or packages than the logs' episodes are of.
         """
+        self.numbers |= {job.settings.run: i for i, job in enumerate(jobs)}
         if not self.begun:
             self.begun = tuple(map(self._begin, self.requests, jobs))
-            self.numbers = {one.job.settings.run: i for i, one in enumerate(self.begun)}
             self.left, self.started = _in_shares([one.missing for one in self.begun]), time.perf_counter()
             self.interrupted = any(one.earlier for one in self.begun)
             return

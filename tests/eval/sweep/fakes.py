@@ -63,9 +63,10 @@ class FakeSeats:
 
     def run(self, place: Place, keys: Sequence[Sequence[EpisodeKey]]) -> None:
         assert place.group is not None
-        for run, one, mine in zip(place.group.runs, place.group.begun, keys, strict=True):
+        for run, request, mine in zip(place.group.runs, place.group.requests, keys, strict=True):
+            told = self.job(place, request).settings.run
             self.asked += [(place.node, run.name, key) for key in mine]
-            self.work[place].extend(episode(key, self.queries, one.job.settings.run) for key in mine)
+            self.work[place].extend(episode(key, self.queries, told) for key in mine)
         self.work[place].append(Meter(seconds=1.0, wall=4.0, cores=2, gpus=0))
 
     def answers(self) -> Iterable[tuple[Place, Answer]]:
