@@ -16,6 +16,7 @@ import numpy as np
 from rsd_trt.eval.plots import COLOURS
 from rsd_trt.eval.report.answer import best_of, by_condition
 from rsd_trt.eval.report.breakdown import GROUPS, PHASES, Group, group
+from rsd_trt.eval.report.compare import differences
 from rsd_trt.eval.report.cost import Price
 from rsd_trt.eval.report.runs import Run
 from rsd_trt.eval.report.svg import INK, Chart, draw_chart, draw_png, shared_legend
@@ -42,7 +43,7 @@ def frontier_charts(runs: Sequence[Run], price: Price) -> tuple[Chart, ...]:
     for name, mine in known.items():
         caption = (
             f"{name}: success within {mine[0].endpoint.within} steps against cost. Line: open loop, with its n. Bars: "
-            "95%, Wilson's score. Dotted arrow: the cost of open loop, on its line, at the success of the other run."
+            "95%. Dotted arrow: the cost of open loop, on its line, at the success of the other run."
         )
 
         def draw(figure: Figure, mine: list[Run] = mine) -> None:
@@ -83,7 +84,6 @@ def _frontier(axes: Axes, runs: Sequence[Run], known: dict[str, list[Run]], pric
     """One condition; the scales and the looks of runs are those of all."""
     everyone = [run for mine in known.values() for run in mine]
     kinds = list(dict.fromkeys(run.label for run in everyone if not run.open_loop))
-    line = sorted((run.cost or 0.0, _percent(run)) for run in runs if run.open_loop)
     for run in runs:
         kind = 0 if run.open_loop else kinds.index(run.label)
         colour, marker = (BLUE, "o") if run.open_loop else (OTHERS[kind % len(OTHERS)], MARKERS[kind % len(MARKERS)])
@@ -91,7 +91,7 @@ def _frontier(axes: Axes, runs: Sequence[Run], known: dict[str, list[Run]], pric
         axes.plot((cost, cost), (low * 100, high * 100), color=colour, linewidth=1, alpha=0.5)
         if not run.open_loop:
             axes.plot(cost, rate, marker, color=colour, markersize=7, label=run.label, linestyle="")
-            if (same := cost_at(rate, line)) is not None and same >= NOTEWORTHY * cost:
+            if (same := cost_at(rate, open_loop(runs, run))) is not None and same >= NOTEWORTHY * cost:
                 arrow = {"arrowstyle": "->", "color": colour, "linestyle": ":", "shrinkA": 0, "shrinkB": 5}
                 axes.annotate("", (cost, rate), (same, rate), arrowprops=arrow)
                 less, middle = f"{same / cost:.1f}x less", (math.sqrt(cost * same), rate)
@@ -99,7 +99,7 @@ def _frontier(axes: Axes, runs: Sequence[Run], known: dict[str, list[Run]], pric
             continue
         told = f"n = {run.results.settings.n_action_steps}"
         axes.annotate(told, (cost, rate), (5, -10), textcoords="offset points", color=INK, fontsize=8)
-    if line:
+    if line := open_loop(runs):
         axes.plot(*zip(*line, strict=True), "o-", color=BLUE, markersize=5, label="open loop")
     arrow = {"arrowstyle": "->", "color": INK}
     axes.annotate(
@@ -118,9 +118,19 @@ def _frontier(axes: Axes, runs: Sequence[Run], known: dict[str, list[Run]], pric
     axes.set_ylabel(f"success within {runs[0].endpoint.within} steps, %")
 
 
+def open_loop(runs: Sequence[Run], beside: Run | None = None) -> list[tuple[float, float]]:
+    """(cost, success in %) of the runs of open loop, cheapest first; of those that a run can be compared with."""
+    loops = [run for run in runs if run.open_loop]
+    if beside is not None:
+        loops = [loop for loop in loops if not differences(loop.results.settings, beside.results.settings)]
+    return sorted((loop.cost or 0.0, _percent(loop)) for loop in loops)
+
+
 def cost_at(rate: float, line: Sequence[tuple[float, float]]) -> float | None:
     """The cost at which a line through points (cost, rate), cheapest first, comes up to a rate; None where it does not.
     It is straight over the logarithm of the cost, as in the chart."""
+    if not line or line[0][1] > rate:
+        return None
     for (near, low), (far, high) in pairwise(line):
         if low <= rate <= high and low < high:
             return float(near * (far / near) ** ((rate - low) / (high - low)))
@@ -160,7 +170,7 @@ def task_charts(runs: Sequence[Run]) -> tuple[Chart, ...]:
                 axes.grid(visible=False, axis="x")
                 shared_legend(figure, 1)
 
-            caption = f"{name}: success by task. Lines: 95%, Wilson's score."
+            caption = f"{name}: success by task. Lines: 95%."
             found.append(draw_chart(f"tasks {name}", draw, HEIGHT, caption))
     return tuple(found)
 
