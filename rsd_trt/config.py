@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -264,6 +264,13 @@ class RsdConfig(Record, frozen=True):
             elif told.get("threshold", self.threshold) is None:
                 raise UserError("the rule likelihood needs a threshold, such as -1.5: the bundle has none")
         return {name: reason for name, reason in why.items() if name in told}
+
+
+def idle_in_all(found: Iterable[tuple[Mode, Mapping[str, str]]]) -> dict[str, str]:
+    """The options that have no effect in any of some loops, from what each says of itself (`RsdConfig.idle`), each with
+    why: a mode that checks by a rule says it best, and one that makes no checks worst."""
+    best_first = [idle for _, idle in sorted(found, key=lambda one: (one[0] == "baseline", one[0] == "random"))]
+    return {name: why for name, why in best_first[0].items() if all(name in idle for idle in best_first)}
 
 
 class Quantiles(Record, frozen=True):

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from rsd_trt import host
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import ARM_DIMS, ControlConfig, RsdConfig, VisionDraftConfig, protocol_name, with_protocol
+from rsd_trt.config import ControlConfig, VisionDraftConfig, protocol_name, with_protocol
 from rsd_trt.errors import UserError
-from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions, Script
+from rsd_trt.eval.libero.request import EvalRequest, Script, with_options
 from rsd_trt.eval.read import read_run
 from rsd_trt.eval.results import BundleSettings, Results, Settings
 from rsd_trt.load import fit_threads
@@ -194,17 +194,6 @@ def acceptance_rate(path: Path, results: Results) -> float:
     if (rate := Checks(*counts).acceptance_rate) is None:
         raise UserError(f"{path} has no check, and so no rate")
     return rate
-
-
-def with_options(rsd: RsdConfig, request: PolicyOptions) -> RsdConfig:
-    """`rsd` with what the request says otherwise and its mode has an effect of."""
-    given: dict[str, object] = {"n_action_steps": request.n_action_steps}
-    if request.mode != "baseline":
-        given |= {"check_steps": request.check_steps, "refresh": request.refresh}
-    if request.mode in ("rsd", "shadow"):
-        given |= {"rule": request.rule, "threshold": request.threshold}
-        given["tolerance"] = None if request.tolerance is None else (request.tolerance,) * ARM_DIMS
-    return replace(rsd, **{name: value for name, value in given.items() if value is not None})
 
 
 def control_of(request: EvalRequest, control: ControlConfig) -> ControlConfig:

@@ -10,8 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from rsd_trt.config import (
     ACTION_DIMS,
+    ARM_DIMS,
     DEFAULT_BUNDLE,
     DEFAULT_ENGINES,
     DEFAULT_RESULTS,
@@ -22,6 +25,7 @@ from rsd_trt.config import (
     Backend,
     Mode,
     Precision,
+    RsdConfig,
     RuleName,
 )
 from rsd_trt.errors import UserError, did_you_mean, reason, shown
@@ -93,6 +97,17 @@ class EvalRequest(PolicyOptions):
     def pictures(self, kind: str) -> Path:
         """The run's folder for `strips` or `videos`."""
         return self.out / kind / self.name
+
+
+def with_options(rsd: RsdConfig, request: PolicyOptions) -> RsdConfig:
+    """`rsd` with what the request says otherwise and its mode has an effect of."""
+    given: dict[str, object] = {"n_action_steps": request.n_action_steps}
+    if request.mode != "baseline":
+        given |= {"check_steps": request.check_steps, "refresh": request.refresh}
+    if request.mode in ("rsd", "shadow"):
+        given |= {"rule": request.rule, "threshold": request.threshold}
+        given["tolerance"] = None if request.tolerance is None else (request.tolerance,) * ARM_DIMS
+    return replace(rsd, **{name: value for name, value in given.items() if value is not None})
 
 
 def task_numbers(text: str) -> tuple[int, ...] | None:

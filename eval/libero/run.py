@@ -78,7 +78,7 @@ class Executor:
         self._open = []
         if key != self._model:  # the memory of the old one is wanted for the new one
             self._loaded, self._model, self._warm = None, key, set()
-        jobs: dict[str, tuple[EvalRequest, Job]] = {}  # by run
+        jobs = []
         for one, (instructions, suite_sha256) in zip(requests, scenes, strict=True):
             if isinstance(acting, Script):
                 driver = script_driver(one, acting, tuple(instructions))
@@ -86,12 +86,9 @@ class Executor:
                 driver = bundle_driver(one, acting, tuple(instructions), self._loaded)
                 self._loaded = self._loaded or driver.policy
             settings = structs.replace(driver.settings, suite_sha256=suite_sha256)
-            if settings.run in jobs:
-                same = f"{jobs[settings.run][0].out.name} and {one.out.name}"
-                raise UserError(f"{same} have the same settings: they are one run", "Leave one of them out")
-            jobs[settings.run] = one, Job(settings, instructions, driver.codec_round_trip_mse)
+            jobs.append(Job(settings, instructions, driver.codec_round_trip_mse))
             self._open.append((one, replace(driver, settings=settings)))
-        return [job for _, job in jobs.values()]
+        return jobs
 
     def policies(self) -> list[Policy | None]:
         """What acts in each of the requests that are open; None: a script."""
@@ -150,7 +147,7 @@ class Run:
     job: Job
     log: EpisodeLog
     missing: tuple[EpisodeKey, ...]  # that its log lacks
-    earlier: frozenset[EpisodeKey]  # that its log has
+    earlier: frozenset[EpisodeKey]  # that its log has, without an error
 
     @classmethod
     def begin(cls, request: EvalRequest, job: Job, policy: Policy | None = None) -> Run:
@@ -288,8 +285,8 @@ def _assignments(request: EvalRequest, driver: Driver, keys: Sequence[EpisodeKey
 
 def _in_turn(runs: Sequence[Sequence[Assignment]], workers: int) -> list[Assignment]:
     """The assignments of all runs. With one worker, whose clock counts: each trial in one run after the other, and the
-    next trial the other way round. With more, each task in one run after the other: queries of one run share a
-    forward."""
+    next trial the other way round. With more, one run after the other, which the pool deals out by task: queries of one
+    run share a forward."""
     if workers > 1 or len(runs) == 1:
         return [assignment for run in runs for assignment in run]
     places = [(a.task, a.trial, -i if a.trial % 2 else i, a) for i, run in enumerate(runs) for a in run]
@@ -297,8 +294,8 @@ def _in_turn(runs: Sequence[Sequence[Assignment]], workers: int) -> list[Assignm
 
 
 def throughput_of(episodes: int, runs: int, seconds: float, parts: Sequence[tuple[int, Meter]]) -> Throughput:
-    """How fast runs were that took turns, and so many seconds together. parts: the simulator processes and the meter of
-    each part of them that was executed in one go."""
+    """How fast runs were that shared model and simulators, and took so many seconds together. parts: the simulator
+    processes and the meter of each part of them that was executed in one go."""
     wall = sum(meter.wall for _, meter in parts)
 
     def mean(values: Iterable[float]) -> float:

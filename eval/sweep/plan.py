@@ -7,7 +7,7 @@ has no effect in a mode, or with a rule, does not tell runs of it apart.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,10 +28,11 @@ from rsd_trt.config import (
     Mode,
     Precision,
     RuleName,
+    idle_in_all,
 )
 from rsd_trt.errors import UserError, did_you_mean, named
 from rsd_trt.eval.libero.perturb import PerturbSpec
-from rsd_trt.eval.libero.request import EvalRequest, task_numbers
+from rsd_trt.eval.libero.request import EvalRequest, task_numbers, with_options
 from rsd_trt.eval.statistics import counted
 from rsd_trt.files import read_bounded
 from rsd_trt.records import Positive, Record, from_json, read_record, write_record
@@ -95,7 +96,7 @@ class SweepFile(Options, frozen=True):
     """A sweep's TOML file: options of all runs, tables of runs, and tables of comparisons."""
 
     run: tuple[Options, ...] = ()
-    compare: tuple[Compare, ...] | None = None  # None: every run that checks against both rivals
+    compare: tuple[Compare, ...] | None = None  # None: every run that checks by a rule against both rivals
 
 
 @dataclass(frozen=True)
@@ -166,18 +167,19 @@ def read_sweep(path: Path | None, given: Mapping[str, object], out: Path, worker
         raise UserError(f"{where} declares no run", "Write a [[run]] table, or give options such as --mode rsd")
     common = {name: getattr(file, name) for name in Options.__struct_fields__}
     runs: dict[str, Run] = {}
-    idle: dict[str, str] | None = None  # what makes no difference in any table
+    idle: list[tuple[Mode, dict[str, str]]] = []  # which options make no difference in a run, with why
     for number, table in enumerate(file.run or (Options(),), start=1):
         told_by = f"{where}, run {number}" if file.run else where
         own = _given(msgspec.structs.asdict(table))
         merged = _given(common) | own | _given(msgspec.structs.asdict(options))
         declared, without = _expand({"workers": workers, **merged}, out, told_by)
-        _refuse({name: why for name, why in without.items() if name in own}, told_by)
-        idle = without if idle is None else {name: why for name, why in idle.items() if name in without}
+        _refuse({name: why for name, why in idle_in_all(without).items() if name in own}, told_by)
+        idle += without
         for run in declared:
             if runs.setdefault(run.name, run) is not run:
                 raise UserError(f"{told_by} declares {run.name} again", "Declare a run once")
-    _refuse(idle or {}, where)
+    _refuse(idle_in_all(idle), where)
+    _check_distinct(list(runs.values()), where)
     ordered = _matched(list(runs.values()), where)
     return Sweep(tuple(ordered), _comparisons(ordered, file.compare, where), out)
 
@@ -204,20 +206,37 @@ def _refuse(idle: Mapping[str, str], where: str) -> None:
         raise UserError(f"{where}: {name} {why}", "Leave it out, or choose such a rule or mode")
 
 
-def _expand(options: Mapping[str, object], out: Path, where: str) -> tuple[list[Run], dict[str, str]]:
-    """A run for each combination of values that makes a difference, and which options make none in any, with why."""
+def _expand(
+    options: Mapping[str, object], out: Path, where: str
+) -> tuple[list[Run], list[tuple[Mode, dict[str, str]]]]:
+    """A run for each combination of values that makes a difference; and of each combination its mode, and which options
+    make none, with why."""
     lists = {name: _values(value) for name, value in options.items() if name != "tasks"}
     runs: dict[str, Run] = {}
-    idle: list[dict[str, str]] = []
-    whys: dict[str, str] = {}  # a mode that checks says it best
+    found: list[tuple[Mode, dict[str, str]]] = []
     for combination in itertools.product(*lists.values()):
         chosen = dict(zip(lists, combination, strict=True))
-        idle.append(_idle(chosen, where))
-        whys = whys | idle[-1] if chosen.get("mode") != "baseline" else idle[-1] | whys
-        used = {name: value for name, value in chosen.items() if name not in idle[-1]}
+        idle = _idle(chosen, where)
+        found.append((chosen.get("mode", "rsd"), idle))  # type: ignore[arg-type]
+        used = {name: value for name, value in chosen.items() if name not in idle}
         run = _run(used | {"tasks": options.get("tasks")}, out, where)
         runs.setdefault(run.name, run)
-    return list(runs.values()), {name: why for name, why in whys.items() if all(name in one for one in idle)}
+    return list(runs.values()), found
+
+
+def _check_distinct(runs: Sequence[Run], where: str) -> None:
+    """Raises UserError: two runs come to one, where a bundle's own values stand for what a request does not name."""
+    names: dict[object, str] = {}
+    for run in runs:
+        request = run.request
+        rsd = None if request.policy is not None else with_options(Bundle.open(request.bundle).config.rsd, request)
+        checks = dict.fromkeys(("n_action_steps", *CHECKED))
+        told = replace(request, out=Path(), **checks)  # type: ignore[arg-type]
+        other = names.setdefault((told, rsd, run.matched), run.name)
+        if other != run.name:
+            raise UserError(
+                f"{where}: {other} and {run.name} have the same settings: they are one run", "Leave one of them out"
+            )
 
 
 def _idle(chosen: Mapping[str, object], where: str) -> dict[str, str]:

@@ -18,9 +18,8 @@ from rsd_trt.eval.libero.driver import (
     group_key,
     max_steps,
     script_control,
-    with_options,
 )
-from rsd_trt.eval.libero.request import EvalRequest, Script
+from rsd_trt.eval.libero.request import EvalRequest, Script, with_options
 from rsd_trt.eval.libero.run import Executor, evaluate_together
 from rsd_trt.eval.libero.simulator import open_suite
 from rsd_trt.eval.read import read_run

@@ -31,7 +31,7 @@ from rsd_trt.cli.console import (
     precision_option,
     show,
 )
-from rsd_trt.config import BACKENDS, CHECKED, MAX_COUNT, MAX_TOLERANCE, MODES, PROTOCOLS, RULES
+from rsd_trt.config import BACKENDS, CHECKED, MAX_COUNT, MAX_TOLERANCE, MODES, PROTOCOLS, RULES, idle_in_all
 from rsd_trt.errors import UserError
 from rsd_trt.eval.libero.request import EvalRequest, PolicyOptions, task_numbers
 from rsd_trt.records import to_json
@@ -300,12 +300,11 @@ def _refuse_idle(request: EvalRequest, modes: Sequence[Mode]) -> None:
 
     rsd = Bundle.open(request.bundle).config.rsd
     try:
-        idle = [rsd.idle(mode, given) for mode in modes]
+        idle = idle_in_all((mode, rsd.idle(mode, given)) for mode in modes)
     except UserError as error:
         raise click.UsageError(str(error)) from None
-    for name, why in idle[-1].items():
-        if all(name in reasons for reasons in idle):
-            raise click.UsageError(f"--{name.replace('_', '-')} {why}")
+    for name, why in idle.items():
+        raise click.UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 COMMANDS = (evaluate,)

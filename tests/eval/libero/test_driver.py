@@ -113,6 +113,10 @@ def test_another_run_has_no_rate_for_it(
         (("--mode", "baseline", "--refresh", "8"), "--refresh is of checks, and mode baseline makes none"),
         (("--mode", "random", "--accept-rate", "0.5", "--rule", "first"), "--rule is of rules, and mode random"),
         (
+            ("--mode", "rsd,baseline", "--rule", "likelihood", "--threshold", "-1", "--tolerance", "0.1"),
+            "of the rules first",
+        ),
+        (
             ("--rule", "tokens", "--tolerance", "0.2"),
             "--tolerance is of the rules first, actions, path: the rule",
         ),

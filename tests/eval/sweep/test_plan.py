@@ -136,6 +136,14 @@ def test_what_is_tested_cannot_be_chosen_once_the_sweep_has_begun(tmp_path: Path
             "mode = ['rsd', 'baseline']\ntolerance = 0.1\n[[run]]",
             "tolerance is of the rules first, actions, path",
         ),
+        (
+            "mode = ['random', 'rsd']\ntolerance = 0.1\naccept_rate = 0.5\n[[run]]",
+            "tolerance is of the rules first, actions, path",
+        ),
+        (
+            "tolerance = 0.1\n[[run]]\nmode = 'rsd'\n[[run]]\nmode = 'baseline'",
+            "tolerance is of the rules first, actions, path",
+        ),
         ("accept_rate = 0.5", "accept_rate is of mode random: the mode is rsd"),
         ("# nothing", "declares no run"),
         ("[[run]]\n[[run]]", "run 2 declares rsd again"),
