@@ -28,6 +28,10 @@ from rsd_trt.runtime.speculate import Route
 
 SCHEMA_VERSION: Literal[3] = 3
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
+RATE_INTERVAL = (
+    "95%: Wilson's score, or, where several episodes begin in one initial state, a bootstrap over the states; null for "
+    "too few of them"
+)
 HISTOGRAM_BINS = 20  # of executed actions, over [-1, 1]
 
 EpisodeKey = tuple[int, int]  # task, trial
@@ -295,7 +299,7 @@ class TaskResult(Record, frozen=True):
     task_id: Natural
     task_description: str
     success_rate: float | None
-    success_interval: Annotated[tuple[float, float] | None, told("95%, Wilson's score")]
+    success_interval: Annotated[tuple[float, float] | None, told(RATE_INTERVAL)]
     successes: Natural
     episodes: Natural
     errors: Natural
@@ -324,7 +328,7 @@ class Results(Record, frozen=True):
     total_episodes: Natural
     total_successes: Natural
     final_success_rate: float | None
-    final_success_interval: Annotated[tuple[float, float] | None, told("95%, Wilson's score")]
+    final_success_interval: Annotated[tuple[float, float] | None, told(RATE_INTERVAL)]
     errors: Natural
     avg_inference_time_ms: Annotated[
         float | None, told("policy time per executed action; null without queries or unless timing is single")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,9 +96,12 @@ def bootstrap_share(parts: Sequence[float], wholes: Sequence[float]) -> Interval
 
 def sign_flip(differences: Sequence[float]) -> float:
     """Two-sided p of paired differences whose mean is 0 by hypothesis: how often their sum is as far from 0 or further
-    when every sign is drawn by a coin (Fisher 1935; `RESAMPLES` draws). McNemar's test is its case of differences that
-    are -1, 0 or 1."""
+    when every sign is drawn by a coin (Fisher 1935). Of all signs where there are at most `RESAMPLES`, else of so many
+    draws. McNemar's test is its case of differences that are -1, 0 or 1."""
     values = np.asarray([d for d in differences if d], np.float64)
+    if 2 ** len(values) <= RESAMPLES:
+        every = np.asarray(list(itertools.product((-1.0, 1.0), repeat=len(values))), np.float64)
+        return float((np.abs(every @ values) >= abs(values.sum()) - 1e-9).mean())
     generator, reached = np.random.default_rng(SEED), 0
     for _ in range(RESAMPLES // CHUNK):
         sums = generator.choice((-1.0, 1.0), (CHUNK, len(values))) @ values

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from rsd_trt.config import state_and_seed
 from rsd_trt.eval.results import (
     SCHEMA_VERSION,
     Episode,
@@ -15,7 +16,7 @@ from rsd_trt.eval.results import (
     TaskResult,
     Throughput,
 )
-from rsd_trt.eval.statistics import percentiles, wilson
+from rsd_trt.eval.statistics import Interval, bootstrap_share, percentiles, wilson
 from rsd_trt.load import Steadiness, steadiness
 from rsd_trt.runtime.speculate import Checks
 
@@ -43,7 +44,7 @@ def summarise(
         total_episodes=len(done),
         total_successes=successes,
         final_success_rate=successes / len(done) if done else None,
-        final_success_interval=wilson(successes, len(done)),
+        final_success_interval=rate_interval(done, settings.seeds, lambda episode: episode.success),
         errors=len(episodes) - len(done),
         avg_inference_time_ms=sum(q.ms for q in queries) / steps if steps and queries and single else None,
         rsd_stats=RsdStats(**Checks.of(query.route for query in queries).rates()),
@@ -61,7 +62,9 @@ def summarise(
         steps_per_second=steps / seconds if seconds and single else None,
         throughput=throughput,
         codec_round_trip_mse=codec_round_trip_mse,
-        task_results=tuple(_task(task_id, tasks[task_id], by_task.get(task_id, [])) for task_id in sorted(tasks)),
+        task_results=tuple(
+            _task(task_id, tasks[task_id], by_task.get(task_id, []), settings.seeds) for task_id in sorted(tasks)
+        ),
         settings=settings,
         episodes=tuple(sorted(episodes, key=lambda e: e.key)),
         command=command,
@@ -83,14 +86,25 @@ def _clock(settings: Settings, episodes: Sequence[Episode]) -> Steadiness:
     return steadiness(times, others, cores, int(settings.hardware.get("threads", 1)) if single else cores)
 
 
-def _task(task_id: int, description: str, mine: Sequence[Episode]) -> TaskResult:
+def rate_interval(episodes: Sequence[Episode], seeds: int, solved: Callable[[Episode], bool]) -> Interval | None:
+    """95% interval of the rate of episodes that are `solved`: Wilson's score, or where several episodes begin in one
+    initial state, with so many seeds, a bootstrap over the states; None for too few of them."""
+    if seeds == 1:
+        return wilson(sum(map(solved, episodes)), len(episodes))
+    states: dict[tuple[int, int], list[bool]] = {}
+    for episode in episodes:
+        states.setdefault((episode.task_id, state_and_seed(episode.trial, seeds)[0]), []).append(solved(episode))
+    return bootstrap_share([sum(each) for each in states.values()], [len(each) for each in states.values()])
+
+
+def _task(task_id: int, description: str, mine: Sequence[Episode], seeds: int) -> TaskResult:
     done = [episode for episode in mine if episode.error is None]
     successes = sum(episode.success for episode in done)
     return TaskResult(
         task_id=task_id,
         task_description=description,
         success_rate=successes / len(done) if done else None,
-        success_interval=wilson(successes, len(done)),
+        success_interval=rate_interval(done, seeds, lambda episode: episode.success),
         successes=successes,
         episodes=len(done),
         errors=len(mine) - len(done),

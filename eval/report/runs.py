@@ -14,20 +14,21 @@ from rsd_trt.eval.read import read_run
 from rsd_trt.eval.report.breakdown import Breakdown, breakdown
 from rsd_trt.eval.report.compare import Comparison, Difference, Endpoint, Needed, compare, differences, judge, needed
 from rsd_trt.eval.report.cost import COUNTED, Price, read_price
-from rsd_trt.eval.results import BundleSettings, Results
-from rsd_trt.eval.statistics import Interval, counted, holm, wilson
+from rsd_trt.eval.results import RATE_INTERVAL, BundleSettings, Results
+from rsd_trt.eval.statistics import Interval, counted, holm
+from rsd_trt.eval.summary import rate_interval
 
 SAME_RATE = 0.01  # a random-acceptance control that accepts more or less often than that beside a run is none
 MARGIN = 1 + 1e-9  # of a cost that is no higher
 
 Rival = Literal["open loop, n = 1", "open loop of no higher cost", "random acceptance"]
 RULE = (
-    "Declared before any run: each run that checks by a rule is set against open loop with n = 1, and against the run of open "
-    "loop with most successes among those of no higher cost. p: McNemar's exact test of the paired episodes, or, where "
-    "several begin in one initial state, a sign-flip test of the states' sums; with Holm's adjustment over all of "
-    "these; and once more by task, a sign-flip test of the tasks' sums. A difference is shown where both are below 5%. "
-    "Would be shown by: so many episodes, with 80% power, if it is as large as measured. The control of random "
-    "acceptance is outside of them."
+    "Declared before any run: each run that checks by a rule is set against open loop with n = 1, and against the run "
+    "of open loop with most successes among those of no higher cost. p: McNemar's exact test of the paired episodes, "
+    "or, where several begin in one initial state, a sign-flip test of the states' sums; with Holm's adjustment over "
+    "all of these; and once more by task, a sign-flip test of the tasks' sums. A difference is shown where both are "
+    "below 5%. Would be shown by: so many episodes, with 80% power, if it is as large as measured. The control of "
+    "random acceptance is outside of them."
 )
 
 
@@ -55,7 +56,7 @@ class Run:
     endpoint: Endpoint
     breakdown: Breakdown
     reached: Annotated[float | None, "rate of success within the endpoint's steps"]
-    reached_interval: Annotated[Interval | None, "95%, Wilson's score"]
+    reached_interval: Annotated[Interval | None, RATE_INTERVAL]
     mean_steps: Annotated[float | None, "restricted to the endpoint's steps"]
     cost: Annotated[float | None, "per action, in the price's unit"]
     against: tuple[Against, ...] = ()
@@ -146,7 +147,7 @@ def _run(number: int, name: str, path: Path, results: Results, price: Price, wit
         endpoint=endpoint,
         breakdown=breakdown(results),
         reached=reached / len(done) if done else None,
-        reached_interval=wilson(reached, len(done)),
+        reached_interval=rate_interval(done, results.settings.seeds, endpoint.reached),
         mean_steps=sum(map(endpoint.steps, done)) / len(done) if done else None,
         cost=price.per_action(results),
     )

@@ -21,7 +21,7 @@ from rsd_trt.eval.report.charts import frontier_png
 from rsd_trt.eval.report.cost import Price, cannot_save_time, measured
 from rsd_trt.eval.report.page import check_templates, make_page, render
 from rsd_trt.eval.report.runs import Against, Run, read_runs
-from rsd_trt.eval.results import RsdStats, Settings, TaskResult, Throughput
+from rsd_trt.eval.results import RATE_INTERVAL, RsdStats, Settings, TaskResult, Throughput
 from rsd_trt.eval.statistics import Interval
 from rsd_trt.files import replacing, writing
 from rsd_trt.load import Steadiness
@@ -40,10 +40,10 @@ class RunSummary:
     episodes: int
     errors: int
     success_rate: float | None
-    success_interval: Annotated[Interval | None, "95%, Wilson's score"]
+    success_interval: Annotated[Interval | None, RATE_INTERVAL]
     within: Annotated[int, "steps of the endpoint"]
     reached_rate: Annotated[float | None, "of success within so many steps"]
-    reached_interval: Annotated[Interval | None, "95%, Wilson's score"]
+    reached_interval: Annotated[Interval | None, RATE_INTERVAL]
     mean_steps: Annotated[float | None, "to success, restricted to so many steps"]
     actions: int
     checks: int

@@ -244,7 +244,9 @@ def test_the_sign_flip_test_against_all_signs(differences: list[float]) -> None:
     signs = itertools.product((-1, 1), repeat=len(differences))
     sums = [abs(sum(sign * value for sign, value in zip(row, differences, strict=True))) for row in signs]
     exact = sum(value >= abs(sum(differences)) for value in sums) / len(sums)
-    assert sign_flip(differences) == pytest.approx(exact, abs=0.015)  # three standard errors
+    assert sign_flip(differences) == exact
+    drawn = sign_flip([*differences, *[1e-12] * 20])  # too many for all signs
+    assert drawn == pytest.approx(exact, abs=0.015)  # three standard errors
 
 
 @pytest.mark.parametrize(
