@@ -1,5 +1,5 @@
 """The decisions of residual speculative decoding, as pure functions on arrays: they are made on the host, between two
-launches, where NumPy is faster than small tensors.
+launches, where NumPy is faster than small tensors, and Python's own numbers than NumPy on a few dozen of them.
 
 The loop. A *chunk* holds the actions that the main head gave at the last full query, which committed the first
 `n_action_steps` of them. While a chunk is alive a query is a *check*: the draft guesses, from fresh frames, the chunk
@@ -55,6 +55,7 @@ Route = Literal[
     "fault",
 ]
 
+FEW = 256  # logits, up to which a loop is faster than NumPy on a processor that has just done something else
 STREAM = 1  # keeps what the rule `random` draws apart from what else is drawn from (seed, task, trial)
 TINY_TOLERANCE = 1e-9  # what a deviation is divided by where nothing may deviate
 
@@ -214,6 +215,10 @@ def agreeing_token_steps(draft: Tokens, chunk: Tokens, share: float) -> Flags:
 def log_likelihood(logits: Logits, tokens: Tokens) -> float:
     """The mean log-probability of tokens [t, D] under logits [t, D, K]."""
     assert logits.shape[:2] == tokens.shape
+    if logits.size > FEW:
+        rest = logits - logits.max(-1, keepdims=True)
+        chosen = np.take_along_axis(rest, tokens[..., None], -1)[..., 0]
+        return float((chosen - np.log(np.exp(rest).sum(-1))).mean())
     total = 0.0
     for row, token in zip(logits.reshape(tokens.size, -1).tolist(), tokens.reshape(-1).tolist(), strict=True):
         most = max(row)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rsd_trt.config import ARM_DIMS, RULES, RsdConfig, RuleName
+from rsd_trt.config import ACTION_DIMS, ARM_DIMS, RULES, RsdConfig, RuleName
 from rsd_trt.models import components
 from rsd_trt.runtime.speculate import (
     Actions,
@@ -34,6 +34,7 @@ from rsd_trt.runtime.speculate import (
     route_checked,
     rule_of,
     steps_until_switch,
+    within_limits,
 )
 
 STEPS = 8
@@ -174,6 +175,26 @@ def test_the_likelihood_is_of_the_chunks_own_coarsest_tokens_of_the_steps_ahead(
     assert Likelihood(-1.0)(case([9] * 3, [0] * 3, ahead=2, logits=logits)).steps == 0
     expected = torch.log_softmax(torch.from_numpy(logits), -1).gather(-1, torch.from_numpy(tokens[..., :1])).mean()
     assert log_likelihood(logits, tokens[..., 0]) == pytest.approx(float(expected))
+
+
+@given(st.integers(1, 6), st.integers(1, 16), st.integers(2, 64), st.integers(0, 2**31))
+def test_the_likelihood_is_that_of_a_softmax_for_few_logits_and_for_many(t: int, d: int, k: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    logits, tokens = draw.normal(0, 30, (t, d, k)).astype(np.float32), draw.integers(0, k, (t, d))
+    soft = torch.log_softmax(torch.from_numpy(logits).double(), -1)
+    expected = float(soft.gather(-1, torch.from_numpy(tokens)[..., None]).mean())
+    assert log_likelihood(logits, tokens) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_actions_within_limits_are_a_copy_and_others_are_counted_by_step() -> None:
+    low, high = np.full(ACTION_DIMS, -1, np.float32), np.full(ACTION_DIMS, 1, np.float32)
+    chunk = np.zeros((3, ACTION_DIMS), np.float32)
+    same, outside = within_limits(chunk, low, high)
+    same[0] = 9
+    assert outside == 0 and not chunk.any()
+    chunk[0, :2], chunk[2, 6] = (2, -3), np.nan
+    clipped, outside = within_limits(chunk, low, high)
+    assert outside == 2 and clipped[0, :2].tolist() == [1, -1] and not clipped[1].any()
 
 
 @pytest.mark.parametrize("name", RULES)
