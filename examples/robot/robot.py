@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ahead", type=int, default=0, help="steps that a full query takes: go on meanwhile")
     parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args(arguments)
-    alarm = {"expected_rejections": 0.15, "on_alarm": lambda share: stop(f"{share:.0%} of the checks were rejected")}
+    alarm = {"expected_rejections": 0.3, "on_alarm": lambda share: stop(f"{share:.0%} of the checks were rejected")}
     with EdgePolicy(given.url, given.engines, mode=given.mode, timeout_s=1.0, ahead=given.ahead, **alarm) as policy:
         policy.prepare(given.task)
         step, due = 0, time.monotonic()

@@ -30,9 +30,10 @@ class Full(UserError):
 
 @dataclass
 class Alarm:
-    """The share of the recent checks that was rejected, against the share that is expected (calibration saw it).
+    """The share of the recent checks that was rejected, against the share that is expected.
 
-    Raised when so many rejections would come by chance in one of 1 / SURPRISE windows at the most.
+    Raised when so many rejections would come by chance in one of 1 / SURPRISE windows at the most, if checks were
+    independent. They come in bursts: choose the expected share above the mean, by what it raises in recorded episodes.
     """
 
     expected: float | None = None
