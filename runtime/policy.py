@@ -118,7 +118,7 @@ class Policy:
         rules first, actions and path, in environment units, for all arm dimensions or for each. threshold: of the rule
         likelihood. resize: frames of any size are made those that the bundle takes, as its `control.resize` says.
         On the CPU, PyTorch's threads are the caller's: with as many as there are cores, one other busy process makes a
-        query 4 times as long; call `torch.set_num_threads` with one core fewer.
+        query several times as long; call `torch.set_num_threads` with one core fewer.
 
         backbone: by default `eager` with the backend `torch` and on the CPU, `compiled` with `compiled`, else `graph`.
 
