@@ -79,15 +79,19 @@ class Forward:
         """Whether backbone or draft read the robot's own state."""
         return self._preprocess.reads_state
 
-    @torch.inference_mode()
-    def check(self, observations: Sequence[Observation]) -> Guess:
-        """The draft's guess: one launch, or with a draft that reads the hidden state a pass of the backbone before it.
+    def begin(self, observations: Sequence[Observation]) -> None:
+        """Before queries of observations. What a query before kept is forgotten: their owner may have written into them.
 
         Raises:
             UserError: an observation is not what the bundle takes.
         """
+        self._kept = None
         for observation in observations:
             self._preprocess.check(observation)
+
+    @torch.inference_mode()
+    def check(self, observations: Sequence[Observation]) -> Guess:
+        """The draft's guess: one launch, or with a draft that reads the hidden state a pass of the backbone before it."""
         if self._vision is not None:
             out = self._vision(observations)
         else:
@@ -130,7 +134,7 @@ class Forward:
             for _ in range(queries):
                 if "propose" in self.sessions:
                     self.check([observation] * size)
-                    self._kept = None
+                self.begin([observation])
                 self.full([observation] * size)
 
     def _states(self, observations: Sequence[Observation], kept: tuple[Sequence[Observation], Tensor] | None) -> Tensor:

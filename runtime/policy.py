@@ -214,6 +214,7 @@ class Policy:
         observations = self._fitted(observations)
         with self._turn:
             started = time.perf_counter()
+            self._forward.begin(observations)
             queries = self.loop.query(observations, chunks)
             ms = (time.perf_counter() - started) * 1e3  # the answers are on the host: nothing is left to wait for
             if self.hidden_states is not None:
@@ -225,6 +226,7 @@ class Policy:
         next query overwrites what they give."""
         observations = self._fitted(observations)
         with self._turn:
+            self._forward.begin(observations)
             return self._forward.full(observations, condition)
 
     def instruction_rows(self, instruction: str) -> NDArray[np.float32]:

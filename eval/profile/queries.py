@@ -28,6 +28,7 @@ TRACE_WARM_UP = 3  # of each query
 
 def answer(forward: Forward, kind: QueryKind, observation: Observation) -> object:
     """What a query gives, on the host."""
+    forward.begin([observation])
     return forward.check([observation]) if kind == "check" else forward.full([observation])
 
 

@@ -50,6 +50,9 @@ class World:
         self.conditions: list[Tokens] = []
         self._lent: list[NDArray[np.generic]] = []
 
+    def begin(self, observations: Sequence[Frame]) -> None:
+        pass
+
     def check(self, observations: Sequence[Frame]) -> Guess:
         self.ran += [("check", frame) for frame in observations]
         tokens = self._filled([frame.draft_token for frame in observations], DIMS.C)

@@ -376,6 +376,18 @@ def test_a_call_that_cannot_be_answered(count: int, environments: list[int], mes
         policy.act_batch([Frame(STILL, STILL)] * count, environments)  # type: ignore[arg-type]
 
 
+def test_an_observation_that_is_refused_leaves_the_chunks_of_others_as_they_were(
+    bundle: Bundle, observe: Callable[..., Observation]
+) -> None:
+    policy = Policy.load(bundle, "rsd", rule=FirstStep(Tolerance((9.0,) * ARM_DIMS)), environments=2)
+    seen = observe(bundle.config.control)
+    policy.act_batch([seen], [0])
+    cursor = policy._chunks[0].cursor
+    with pytest.raises(UserError, match="images are uint8"):
+        policy.act_batch([seen, replace(seen, images=seen.images[:1])], [0, 1])
+    assert policy._chunks[0].cursor == cursor
+
+
 def test_threads_take_turns(bundle: Bundle, observe: Callable[..., Observation]) -> None:
     control, count = bundle.config.control, 4
     seen = [[observe(control, 10 * env + i) for i in range(count)] for env in range(2)]
