@@ -72,7 +72,7 @@ PARTS: tuple[BundlePart, ...] = typing.get_args(BundlePart)
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 RULES: tuple[RuleName, ...] = typing.get_args(RuleName)
 TOLERANT_RULES: tuple[RuleName, ...] = ("first", "actions", "path")  # that compare actions
-JUDGED = ("rule", "tolerance", "threshold")  # options of rules, and with the others all those of checks
+JUDGED = ("rule", "tolerance", "threshold", "sure")  # options of rules, and with the others all those of checks
 CHECKED = (*JUDGED, "check_steps", "refresh")
 BACKBONES: tuple[BackboneKind, ...] = typing.get_args(BackboneKind)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # that draft and head are run in
@@ -235,7 +235,8 @@ class RsdConfig(Record, frozen=True):
     rule: RuleName = "first"
     tolerance: ByArmDim = (0.2,) * ARM_DIMS  # of first, actions, path; 0.1 is 5 mm and 0.05 rad under OSC_POSE
     threshold: LogProbability | None = None  # of likelihood: the least mean log-probability that passes
-    # Of tolerance or threshold, by the chunk's executed steps; the last is for all older.
+    sure: LogProbability | None = None  # of likelihood: a check that passes below it commits one action, not m
+    # Of tolerance or thresholds, by the chunk's executed steps; the last is for all older.
     by_age: Annotated[tuple[Factor, ...], Meta(max_length=MAX_COUNT)] = ()
     token_share: Share = 0.7  # of tokens: of a step's coarse tokens that have to be equal
     n_action_steps: Count = 4  # n, actions of its new chunk that a full query commits
@@ -260,7 +261,7 @@ class RsdConfig(Record, frozen=True):
             if rule not in TOLERANT_RULES:
                 why["tolerance"] = f"is of the rules {', '.join(TOLERANT_RULES)}: the rule is {rule}"
             if rule != "likelihood":
-                why["threshold"] = f"is of the rule likelihood: the rule is {rule}"
+                why |= dict.fromkeys(("threshold", "sure"), f"is of the rule likelihood: the rule is {rule}")
             elif told.get("threshold", self.threshold) is None:
                 raise UserError("the rule likelihood needs a threshold, such as -1.5: the bundle has none")
         return {name: reason for name, reason in why.items() if name in told}
@@ -404,6 +405,10 @@ class BundleConfig(Record, frozen=True):
         require(
             rsd.rule != "likelihood" or rsd.threshold is not None,
             "rsd.rule likelihood needs rsd.threshold, the least mean log-probability that is accepted",
+        )
+        require(
+            rsd.sure is None or (rsd.threshold is not None and rsd.sure >= rsd.threshold),
+            f"rsd.sure {rsd.sure} is below rsd.threshold {rsd.threshold}: what passes is at least that likely",
         )
         require(dims.A == ACTION_DIMS, f"dims.A {dims.A} must be {ACTION_DIMS}: six of the arm, one gripper")
         require(dims.C <= dims.L, f"dims.C {dims.C} is more than dims.L {dims.L}")

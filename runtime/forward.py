@@ -80,7 +80,7 @@ class Forward:
         return self._preprocess.reads_state
 
     def begin(self, observations: Sequence[Observation]) -> None:
-        """Before queries of observations. What a query before kept is forgotten: their owner may have written into them.
+        """Before queries of observations. What the last query kept is forgotten: its owner may have written into it.
 
         Raises:
             UserError: an observation is not what the bundle takes.
@@ -91,7 +91,7 @@ class Forward:
 
     @torch.inference_mode()
     def check(self, observations: Sequence[Observation]) -> Guess:
-        """The draft's guess: one launch, or with a draft that reads the hidden state a pass of the backbone before it."""
+        """The draft's guess: one launch, after a pass of the backbone where the draft reads the hidden state."""
         if self._vision is not None:
             out = self._vision(observations)
         else:

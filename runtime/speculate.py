@@ -14,9 +14,10 @@ The rules. A step agrees when every arm dimension lies within its tolerance and 
     actions     the leading steps that agree
     path        the summed motion over the next steps stays within the tolerance, and their grippers agree: all
     tokens      the leading steps of which a large enough share of the coarse tokens is equal
-    likelihood  the chunk's own L0 tokens of the next steps are likely enough under the draft's logits: all
+    likelihood  the chunk's own L0 tokens of the next steps are likely enough under the draft's logits: all, or one
+                where they are not as likely as it takes to be sure
     random      the control: at each check all may be executed, or none, by chance; the draft is run and not listened to
-Tolerances and the threshold of likelihoods may depend on the chunk's age.
+Tolerances and the thresholds of likelihoods may depend on the chunk's age.
 """
 
 from __future__ import annotations
@@ -156,11 +157,14 @@ class Likelihood:
 
     threshold: float
     by_age: tuple[float, ...] = ()
+    sure: float | None = None  # a score from which all may be executed; below it, one step
 
     def __call__(self, check: Check) -> Verdict:
         assert check.left_tokens is not None
         score = log_likelihood(check.logits[: check.ahead], check.left_tokens[: check.ahead, :, 0])
-        return Verdict(len(check.left) * (score >= self.threshold * factor(self.by_age, check.age)), score)
+        scale = factor(self.by_age, check.age)
+        steps = len(check.left) if self.sure is None or score >= self.sure * scale else 1
+        return Verdict(steps * (score >= self.threshold * scale), score)
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def rule_of(rsd: RsdConfig) -> Rule:
         return TokensAgree(rsd.token_share)
     if rsd.rule == "likelihood":
         assert rsd.threshold is not None  # the configuration was checked
-        return Likelihood(rsd.threshold, rsd.by_age)
+        return Likelihood(rsd.threshold, rsd.by_age, rsd.sure)
     if rsd.rule == "first":
         return FirstStep(tolerance)
     return PathAgrees(tolerance) if rsd.rule == "path" else ActionsAgree(tolerance)

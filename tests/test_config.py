@@ -159,6 +159,7 @@ def test_missing_keys_are_named(path: Path) -> None:
         (("rsd", "draft_block"), 3, "unknown key rsd.draft_block"),
         (("rsd", "check_steps"), 9, "check_steps 9 is not in 1..8"),
         (("rsd", "rule"), "likelihood", "rsd.rule likelihood needs rsd.threshold"),
+        (("rsd", "sure"), -0.5, "rsd.sure -0.5 is below rsd.threshold None"),
         (("rsd", "rule"), "frist", "rsd.rule is 'frist'; did you mean 'first'?"),
         (("rsd", "threshold"), 0.5, "threshold is 0.5, which must be <= 0.0"),
         (("rsd", "by_age"), [1, -1], "by_age[1] is -1, which must be >= 0.0"),

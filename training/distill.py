@@ -268,13 +268,17 @@ def _trained(
 
 
 def _new_config(config: BundleConfig, draft: VisionDraftConfig, name: str, likelihood: float) -> BundleConfig:
-    """The configuration with the new draft. A threshold of likelihoods is of one draft: it becomes that of this one. A
-    rule that was chosen for a draft of the other kind says nothing about this one: it becomes the default."""
+    """The configuration with the new draft. Thresholds of likelihoods are of one draft: that which accepts becomes
+    that of this one, and nothing says any more what is sure. A rule that was chosen for a draft of the other kind says
+    nothing about this one: it becomes the default."""
     rsd = config.rsd
     if not isinstance(config.draft, VisionDraftConfig):
-        rsd = structs.replace(rsd, rule=RsdConfig().rule, threshold=None)
+        first = RsdConfig()
+        rsd = structs.replace(
+            rsd, rule=first.rule, tolerance=first.tolerance, threshold=None, sure=None, by_age=first.by_age
+        )
     elif rsd.rule == "likelihood":
-        rsd = structs.replace(rsd, threshold=likelihood, by_age=())
+        rsd = structs.replace(rsd, threshold=likelihood, sure=None, by_age=())
     return structs.replace(config, name=name, draft=draft, rsd=rsd)
 
 

@@ -53,7 +53,8 @@ class PolicyOptions:
     check_steps: int | None = None
     rule: RuleName | None = None
     tolerance: float | None = None  # of every arm dimension, environment units
-    threshold: float | None = None  # of the rule likelihood
+    threshold: float | None = None  # of the rule likelihood, as `sure`
+    sure: float | None = None
     refresh: int | None = None
     accept_rate: float | Path | None = None  # `random` only: how often it accepts, or an `rsd` run's results file
     precision: Precision = "fp32"
@@ -105,7 +106,7 @@ def with_options(rsd: RsdConfig, request: PolicyOptions) -> RsdConfig:
     if request.mode != "baseline":
         given |= {"check_steps": request.check_steps, "refresh": request.refresh}
     if request.mode in ("rsd", "shadow"):
-        given |= {"rule": request.rule, "threshold": request.threshold}
+        given |= {"rule": request.rule, "threshold": request.threshold, "sure": request.sure}
         given["tolerance"] = None if request.tolerance is None else (request.tolerance,) * ARM_DIMS
     return replace(rsd, **{name: value for name, value in given.items() if value is not None})
 

@@ -184,7 +184,8 @@ def choose(episodes: Sequence[Checks], alpha: float) -> float:
 def with_threshold(rsd: RsdConfig, threshold: float) -> RsdConfig:
     """`rsd` with a threshold of the deviation: for the rules with a tolerance that many times its own, rounded up."""
     if rsd.rule == "likelihood":
-        return structs.replace(rsd, threshold=max(-threshold, LEAST_LIKELY))
+        chosen = max(-threshold, LEAST_LIKELY)
+        return structs.replace(rsd, threshold=chosen, sure=None if rsd.sure is None else max(rsd.sure, chosen))
     widest = (MAX_TOLERANCE,) * ARM_DIMS
     if threshold == math.inf:
         return structs.replace(rsd, tolerance=widest)

@@ -287,5 +287,6 @@ def variant(bundle: BundleSettings) -> str:
     if bundle.accept_rate is not None:
         return f"accepting {bundle.accept_rate:.1%}{m}"
     thresholds: dict[str, Sequence[float | None]] = {"tokens": (rsd.token_share,), "likelihood": (rsd.threshold,)}
+    sure = f", sure {rsd.sure:g}" if rsd.rule == "likelihood" and rsd.sure is not None else ""
     told = dict.fromkeys(thresholds.get(rsd.rule, rsd.tolerance))
-    return f"{rsd.rule} {'/'.join('-' if x is None else f'{x:g}' for x in told)}{m}"
+    return f"{rsd.rule} {'/'.join('-' if x is None else f'{x:g}' for x in told)}{sure}{m}"

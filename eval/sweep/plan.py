@@ -49,7 +49,7 @@ Rate = Annotated[float, Meta(ge=0, le=1)]
 Rival = Literal["open loop, n = 1", "open loop of no higher cost"]  # as the report names what a run is set against
 
 # What a run's name says of an option, before its value.
-SHORT = {"n_action_steps": "n", "check_steps": "m", "tolerance": "tolerance", "threshold": "threshold"}
+SHORT = {"n_action_steps": "n", "check_steps": "m", "tolerance": "tolerance", "threshold": "threshold", "sure": "sure"}
 SHORT |= {"refresh": "refresh", "accept_rate": "rate", "rule": "", "perturb": "", "suite": "", "bundle": ""}
 CALM = "none"  # of `perturb`: undisturbed
 PLAN = "sweep.json"
@@ -64,6 +64,7 @@ class Options(Record, frozen=True):
     rule: Some[RuleName] | None = None
     tolerance: Some[Tolerance] | None = None
     threshold: Some[LogProbability] | None = None
+    sure: Some[LogProbability] | None = None
     refresh: Some[Steps] | None = None
     accept_rate: Some[Rate | Literal["matched"]] | None = None  # of mode random: its own, or that of the like rsd run
     perturb: Some[int | str] | None = None  # "none": undisturbed
@@ -303,7 +304,7 @@ def _matched(runs: list[Run], where: str) -> list[Run]:
             alike = [
                 other
                 for other in ruled
-                if replace(other.request, rule=None, tolerance=None, threshold=None, out=Path()) == same
+                if replace(other.request, rule=None, tolerance=None, threshold=None, sure=None, out=Path()) == same
             ]
             if len(alike) != 1:
                 names = ", ".join(other.name for other in alike) or "none"

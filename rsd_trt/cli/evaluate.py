@@ -141,6 +141,12 @@ def option(name: str, **settings: object) -> Callable[[Command], Command]:
     help="Accept chunks of this mean log-probability and above, with the rule likelihood. [default: the bundle's]",
 )
 @option(
+    "--sure",
+    type=FiniteRange(-MAX_COUNT, 0),
+    help="Commit one action only at a check that passes below this mean log-probability, with the rule likelihood. "
+    "[default: the bundle's]",
+)
+@option(
     "--refresh",
     type=COUNT,
     help="Make a full query after so many steps of a chunk. [default: the bundle's]",

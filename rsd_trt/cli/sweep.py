@@ -31,6 +31,7 @@ LISTS = {
     "rule": f"Choose what a check has to pass: {', '.join(RULES)}.",
     "tolerance": "Let draft and chunk differ by so much, as in 0.1,0.2.",
     "threshold": "Accept chunks of this mean log-probability and above, with the rule likelihood.",
+    "sure": "Commit one action only at a check that passes below this mean log-probability.",
     "perturb": "Perturb every episode, as in none,7 or late:7:0.02-0.05: none leaves them undisturbed.",
     "suite": "Run these suites.",
     "bundle": "Run the policies in these folders.",

@@ -70,11 +70,21 @@ def test_a_tolerance_takes_the_place_of_the_bundles(bundle: Bundle) -> None:
 
 def test_what_is_asked_of_the_checks_is_recorded(bundle: Bundle) -> None:
     request = EvalRequest(
-        bundle=bundle.path, device="cpu", rule="likelihood", threshold=-1.5, n_action_steps=3, check_steps=2, refresh=5
+        bundle=bundle.path,
+        device="cpu",
+        rule="likelihood",
+        threshold=-1.5,
+        sure=-0.5,
+        n_action_steps=3,
+        check_steps=2,
+        refresh=5,
     )
     driver = bundle_driver(request, bundle, (0,))
     found = driver.settings.of_bundle
-    assert (found.rsd.rule, found.rsd.threshold, found.rsd.check_steps, found.rsd.refresh) == ("likelihood", -1.5, 2, 5)
+    rsd = found.rsd
+    assert (rsd.rule, rsd.threshold, rsd.sure, rsd.check_steps, rsd.refresh) == ("likelihood", -1.5, -0.5, 2, 5)
+    with pytest.raises(UserError, match=r"rsd.sure -2 is below rsd.threshold -1.5"):
+        bundle_driver(dataclasses.replace(request, sure=-2), bundle, (0,))
     assert driver.policy is not None
     assert (driver.policy.n_action_steps, driver.policy.check_steps) == (driver.settings.n_action_steps, 2) == (3, 2)
     assert found.draft == "vision"
