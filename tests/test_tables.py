@@ -52,6 +52,8 @@ COSTS = {  # of a check and of a full query: file, backend
     "this policy, H100, compiled, bf16": ("h100/compiled_bf16.json", "compiled"),
 }
 RIVALS = {"open loop, n = 2": "baseline_2", "open loop, n = 5": "baseline_5"}  # of rsd, by name: their files
+SURE = "rsd, n = 2, m = 3, sure -0.06"
+LOOPS = {f"open loop, n = {n}": f"late_baseline_{n}" for n in (2, 4)}
 STILL = 0.9  # of the scenes, in the mix
 MARGIN = 4.0  # points that rsd may lie below the first of them: declared before the runs
 STAGES = ("preprocess", "vision", "blocks 1 to 8", "blocks 9 to 32", "predict", "full query")
@@ -344,6 +346,31 @@ def nearer() -> str:
     return Table("", columns, tuple(rows)).markdown()
 
 
+def surer() -> str:
+    """A check period that follows the score, beside runs of the frontier on the same initial states."""
+    made = read("pilot/sure.json")["episodes"]
+    sides = {SURE: {(e["task"], e["trial"]): [e[x] for x in ("success", "steps", "full", "checks")] for e in made}}
+    states, rows, before = sorted(sides[SURE]), [], None
+    for name, file in {"rsd, n = 2, m = 1": "late_rsd_likelihood", **LOOPS}.items():
+        sides[name] = {
+            e.key: [e.success, e.steps, sum(q.full_query for q in e.queries), sum(q.checked for q in e.queries)]
+            for e in published(file).episodes
+        }
+    for name, side in sides.items():
+        success, steps, full, checks = np.array([side[state] for state in states], float).T
+        early = success * (steps <= 100)
+        differ = (None, None) if before is None else (int((before > early).sum()), int((early > before).sum()))
+        rates = Measured(early.mean()), Measured(success.mean())
+        rows.append((name, *rates, full.sum() / steps.sum(), checks.sum() / steps.sum(), *differ))
+        before = early if before is None else before
+    columns = (
+        *(Column(f"{len(states)} episodes a run"), Column("success within 100 steps", "%"), Column("success", "%")),
+        *(Column("full queries per action", "ratio"), Column("checks per action", "ratio")),
+        *(Column("the first row solves, and this not"), Column("the other way round")),
+    )
+    return Table("", columns, tuple(rows)).markdown()
+
+
 def latency() -> str:
     """Who solves how many, by the steps that a full query takes."""
     cells: dict[str, dict[int, dict[str, Any]]] = {}
@@ -450,6 +477,7 @@ TABLES = {
     "oft": oft,
     "journeys": journeys,
     "nearer": nearer,
+    "surer": surer,
     "latency": latency,
     "check": check,
     "loop": loop,
