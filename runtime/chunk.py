@@ -68,7 +68,7 @@ class Chunk:
             return "instruction"
         if len(self.left) - self.late < (self.fixed or 1):
             return "exhausted"
-        if self.until_switch <= self.late:
+        if self.until_switch - self.late < (self.fixed or 1):
             return "gripper"
         return "refresh" if refresh is not None and self.cursor >= refresh else None
 

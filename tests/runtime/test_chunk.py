@@ -44,24 +44,27 @@ def test_gap_table(
 
 
 @pytest.mark.parametrize(
-    ("cursor", "late", "instruction", "refresh", "route"),
+    ("cursor", "late", "fixed", "instruction", "refresh", "route"),
     [
-        (1, 0, "do it", None, None),
-        (1, 0, "do it", 2, None),
-        (1, 0, "do it", 1, "refresh"),
-        (1, 1, "do it", 1, "gripper"),
-        (2, 0, "do it", None, "gripper"),
-        (3, 0, "do it", None, None),
-        (3, 1, "do it", None, "exhausted"),
-        (4, 0, "do it", None, "exhausted"),
-        (4, 1, "do it", None, "exhausted"),
-        (4, 0, "do that", 1, "instruction"),
+        (1, 0, None, "do it", None, None),
+        (1, 0, None, "do it", 2, None),
+        (1, 0, None, "do it", 1, "refresh"),
+        (1, 1, None, "do it", 1, "gripper"),
+        (1, 0, 2, "do it", None, "gripper"),  # a check commits two or none, and one keeps the gripper
+        (2, 0, None, "do it", None, "gripper"),
+        (3, 0, None, "do it", None, None),
+        (3, 1, None, "do it", None, "exhausted"),
+        (3, 0, 2, "do it", None, "exhausted"),
+        (4, 0, None, "do it", None, "exhausted"),
+        (4, 1, None, "do it", None, "exhausted"),
+        (4, 0, None, "do that", 1, "instruction"),
     ],
 )
 def test_a_full_query_is_due(
-    cursor: int, late: int, instruction: str, refresh: int | None, route: Route | None
+    cursor: int, late: int, fixed: int | None, instruction: str, refresh: int | None, route: Route | None
 ) -> None:
-    chunk = Chunk(steps([0] * 4, [OPEN, OPEN, CLOSED, CLOSED]), instruction="do it", cursor=cursor, late=late)
+    actions = steps([0] * 4, [OPEN, OPEN, CLOSED, CLOSED])
+    chunk = Chunk(actions, instruction="do it", cursor=cursor, late=late, fixed=fixed)
     assert chunk.due(instruction, refresh) == route
 
 
