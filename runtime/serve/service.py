@@ -216,15 +216,20 @@ class Service:
         """What is left of the chunk, where a full query that was due without a check is late.
 
         Raises:
-            Late: a check was to be made first, or nothing is left. A check may have been rejected: what it stood
-                before is not to be executed.
+            Late: a check was to be made first, nothing is left, or the gripper would switch, which the main head alone
+                decides. A check may have been rejected: what it stood before is not to be executed.
         """
-        chunk = session.chunk
-        left = 0 if chunk.actions is None or chunk.instruction != observation.instruction else len(chunk.left)
-        if not due or left < self.interface.n:
-            why = "nothing is left of the chunk" if due else "a check had to be made before anything is executed"
+        chunk, n = session.chunk, self.interface.n
+        why = None
+        if not due:
+            why = "a check had to be made before anything is executed"
+        elif chunk.actions is None or chunk.instruction != observation.instruction or len(chunk.left) < n:
+            why = "nothing is left of the chunk"
+        elif chunk.until_switch < n:
+            why = "the gripper would switch"
+        if why is not None:
             raise Late(f"the answer took longer than {self.options.deadline_ms:g} ms, and {why}")
-        actions = session.late(self.interface.n)
+        actions = session.late(n)
         within, clipped = within_limits(actions, self._low, self._high)
         return Query(within, "full", full_query=False, clipped=clipped)
 

@@ -34,14 +34,17 @@ STUB_CONTROL = ControlConfig(cameras=("front", "wrist"), camera_size=SIDE, rotat
 
 class Stub:
     """A policy without weights, in the real loop. The main head's chunk counts on from the first pixel; the draft says
-    what the main head would, and disagrees where the second pixel is 255. `seconds`: of a full query."""
+    what the main head would, and disagrees where the second pixel is 255. `seconds`: of a full query. `closes`: the
+    step of a chunk at which its gripper closes."""
 
     batch = 4
 
-    def __init__(self, mode: Mode = "rsd", seconds: float = 0.0, rsd: RsdConfig | None = None) -> None:
+    def __init__(
+        self, mode: Mode = "rsd", seconds: float = 0.0, rsd: RsdConfig | None = None, closes: int = STUB_DIMS.T
+    ) -> None:
         rsd = rsd or STUB_RSD
         self.loop = Loop(STUB_DIMS, rsd, STUB_CONTROL.limits, mode, self.check, self.full)
-        self.seconds = seconds
+        self.seconds, self.closes = seconds, closes
         self.full_queries: list[int] = []  # how many shared each
         self.warmed: list[str] = []
         self.hold = threading.Event()  # full queries wait for it
@@ -74,6 +77,7 @@ class Stub:
         size = len(observations)
         tokens = np.zeros((size, STUB_DIMS.T, 1, 1), np.int64)
         chunks = np.stack([_counted(x) for x in observations])
+        chunks[:, self.closes :, ARM_DIMS] = 1
         return Main(tokens, chunks, np.array([x.instruction != "nan" for x in observations]))
 
 

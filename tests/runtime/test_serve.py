@@ -309,6 +309,19 @@ def test_after_a_rejected_check_a_late_answer_is_an_error() -> None:
         assert client.infer(request(20))["outcome"] == "accepted"  # the old chunk is as it was
 
 
+def test_the_main_head_alone_closes_the_gripper() -> None:
+    """What is left of a chunk never does: neither in a check's place nor in that of a late answer."""
+    stub = Stub(closes=3)
+    with running(stub_service(stub, deadline_ms=80)) as port:
+        client = Client(port)
+        client.infer(request())
+        stub.hold.clear()
+        assert "the gripper would switch" in str(client.send(request(250)))
+        stub.hold.set()
+        asked = client.infer(request(20))
+        assert (asked["outcome"], asked["rejected_share"]) == ("gripper", None)
+
+
 def test_the_alarm_compares_with_what_was_expected() -> None:
     alarm = Alarm(expected=0.3)
     for _ in range(20):
