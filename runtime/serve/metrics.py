@@ -35,12 +35,14 @@ class Metrics:
     def answered(self, query: Query, queue: float, policy: float, total: float, alarm: bool) -> None:
         """A query's reply; times in s."""
         self._queries.labels(query.route).inc()
-        if query.clipped:
-            self._clipped.inc(query.clipped)
+        self.clipped(query.clipped)
         if alarm:
             self._alarms.inc()
         for part, seconds in zip(self._parts, (queue, policy, total), strict=True):
             part.observe(seconds)
+
+    def clipped(self, actions: int) -> None:
+        self._clipped.inc(actions)
 
     def late(self) -> None:
         self._late.inc()

@@ -165,6 +165,7 @@ class Service:
         try:
             main = await self._in_time(job)
         except asyncio.TimeoutError:
+            self.metrics.late()
             raise Late(f"the full query took longer than {self.options.deadline_ms:g} ms") from None
         assert isinstance(main, Main)
         if not main.finite[0]:
@@ -177,7 +178,9 @@ class Service:
     async def first_actions(self, observation: Observation) -> NDArray[np.float32]:
         """The first n actions of a new chunk, within the limits: open loop for clients without a session."""
         main = await self.full(observation)
-        return within_limits(main.actions[0, : self.interface.n], self._low, self._high)[0]
+        within, clipped = within_limits(main.actions[0, : self.interface.n], self._low, self._high)
+        self.metrics.clipped(clipped)
+        return within
 
     async def rows(self, instruction: str) -> NDArray[np.float32]:
         """What the draft reads of an instruction, for a client that runs it."""
@@ -231,7 +234,7 @@ class Service:
             raise Late(f"the answer took longer than {self.options.deadline_ms:g} ms, and {why}")
         actions = session.late(n)
         within, clipped = within_limits(actions, self._low, self._high)
-        return Query(within, "full", full_query=False, clipped=clipped)
+        return Query(within, "late", full_query=False, clipped=clipped)
 
     def _record(self, recorder: Recorder, session: Session, observation: Observation, query: Query) -> None:
         episode = session.recording = session.recording or recorder.episode()

@@ -180,6 +180,17 @@ def test_act_is_open_loop_without_a_session(lenient: Bundle, scene: Observe) -> 
         assert json.loads(answer).startswith("error: wrist_image is missing")
 
 
+def test_what_act_clips_is_counted() -> None:
+    service = stub_service()
+    body = {"image": request(200)["observation/image"], "wrist_image": request()["observation/wrist_image"]}
+    body |= {"state": np.zeros(8), "instruction": "go"}
+    service._high[0] = 0.205
+    with running(service) as port:
+        status, answer = post(port, to_json(body | {"full_image": body["image"]}))
+    assert (status, [round(float(x[0]), 3) for x in arrays(parse(answer))]) == (200, [0.2, 0.205])  # type: ignore[attr-defined]
+    assert "rsd_clipped_actions_total 1.0" in service.metrics.page().decode()
+
+
 def test_a_client_says_what_was_executed() -> None:
     with running(stub_service(n=3)) as port:
         client = Client(port)
@@ -285,15 +296,19 @@ def test_deadlines() -> None:
         assert first(client.infer(request())) == [0.0, 0.01, 0.02]
         stub.hold.clear()
         late = client.infer(request(250))
-        assert (late["late"], first(late)) == (True, [0.03, 0.04, 0.05])  # the next of the old chunk
+        assert (late["late"], late["outcome"]) == (True, "late")
+        assert first(late) == [0.03, 0.04, 0.05]  # the next of the old chunk
         nothing = client.send(request(250))
         assert isinstance(nothing, str)
         assert "took longer than 80 ms" in nothing
         assert "nothing is left" in nothing
+        assert Client(port).send(request(endpoint="full"))["type"] == "error"  # type: ignore[index]
         stub.hold.set()
         time.sleep(0.1)
         assert first(client.infer(request(100))) == [0.1, 0.11, 0.12]  # of its own frame, not of a late answer
-    assert "rsd_late_total 2.0" in service.metrics.page().decode()
+    page = service.metrics.page().decode()
+    for line in ("rsd_late_total 3.0", 'rsd_queries_total{outcome="late"} 1.0', 'rsd_errors_total{kind="late"} 2.0'):
+        assert line in page
 
 
 def test_after_a_rejected_check_a_late_answer_is_an_error() -> None:
