@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket
 
 from rsd_trt import __version__
 from rsd_trt.errors import UserError, shown
-from rsd_trt.runtime.loop import Main
+from rsd_trt.runtime.loop import NOTHING, Main
 from rsd_trt.runtime.serve.arrays import BadMessage, arrays, pack, parse, to_json, unpack
 from rsd_trt.runtime.serve.interface import openvla_gripper
 from rsd_trt.runtime.serve.service import Reply, Service
@@ -112,7 +112,7 @@ class Openpi:
 
 class VlaEval:
     """A connection that speaks vla-eval's protocol: one action for each observation. The rest of what a query committed
-    waits here, and observations in between are not even decoded."""
+    waits here, and of observations in between only the task is looked at: another one ends the waiting."""
 
     def __init__(self, service: Service, websocket: WebSocket) -> None:
         self.service, self.websocket = service, websocket
@@ -147,10 +147,13 @@ class VlaEval:
 
     async def _action(self, payload: Message) -> NDArray[np.float32]:
         session = self.session
-        if session.waiting is None or not len(session.waiting):
-            message = cast(Message, arrays(payload))
-            session.waiting = (await self.service.act(session, self.service.interface.vla_eval(message))).query.actions
-        action, session.waiting = session.waiting[0], session.waiting[1:]
+        waiting = NOTHING if session.waiting is None else session.waiting
+        if not len(waiting) or payload.get("task_description") != session.chunk.instruction:
+            observation = self.service.interface.vla_eval(cast(Message, arrays(payload)))
+            session.waiting = None
+            reply = await self.service.act(session, observation, session.answered - len(waiting))
+            waiting = reply.query.actions
+        action, session.waiting = waiting[0], waiting[1:]
         return action
 
     def _hello(self) -> dict[str, object]:

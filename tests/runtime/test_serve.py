@@ -127,22 +127,30 @@ def test_vla_eval_gets_one_action_at_a_time(lenient: Bundle, scene: Observe) -> 
         say("episode_start", {"task": {"name": "x"}}, 2)
         policy.reset(0)
         expected: list[np.ndarray] = []
+        task = "a task"
         for step in range(40):
-            observation = scene(control, step // 9)
-            if not expected:
+            changes = step > 20 and bool(expected) and task == "a task"  # while actions of the old task wait
+            task = "another task" if changes else task
+            observation = scene(control, step // 9, task)
+            if not expected or changes:
                 expected = list(policy.act(observation))
             frames = as_request(observation, control)
             images = {"agentview": png(frames["observation/image"]), "wrist": png(frames["observation/wrist_image"])}
             payload = {"images": images, "states": observation.proprio, "task_description": observation.instruction}
+            if changes:
+                for wrong, told in (
+                    ({"task_description": None}, "the instruction is None"),
+                    ({"images": {}}, "missing"),
+                ):
+                    say("observation", payload | wrong, 99)
+                    error = hear()
+                    assert (error["type"], error["seq"]) == ("error", 99)
+                    assert told in error["payload"]["error"]  # type: ignore[index]
             say("observation", payload, step + 3)
             answer = hear()
             assert (answer["type"], answer["seq"]) == ("action", step + 3), answer
             np.testing.assert_array_equal(answer["payload"]["actions"], expected.pop(0))  # type: ignore[index]
-        say("episode_end", {}, 50)
-        say("observation", {"images": {}, "task_description": "x"}, 51)
-        error = hear()
-        assert (error["type"], error["seq"]) == ("error", 51)
-        assert "is missing" in error["payload"]["error"]  # type: ignore[index]
+        assert task == "another task"
 
 
 def png(image: object) -> dict[str, object]:
