@@ -129,7 +129,7 @@ class Service:
         started = time.perf_counter()
         before = session.episodes
         chunk = session.begin(observation, executed)
-        if session.episodes > before:  # the hand jumped: another episode
+        if session.episodes > before:  # the hand jumped, or the instruction is another
             await self._save(session)
         due = self.interface.mode == "baseline" or chunk.due(observation.instruction, self.interface.rsd.refresh)
         job = Job("loop", observation.instruction, observation, chunk)
@@ -193,17 +193,17 @@ class Service:
         """A connection's session of that name; the one in whose place it begins has ended."""
         session, displaced = self.sessions.get(connection, name)
         if displaced is not None:
-            await self._save(displaced)
+            await self.reset(displaced)
         return session
 
     async def reset(self, session: Session) -> None:
         """A session's new episode."""
-        await self._save(session)
         session.reset()
+        await self._save(session)
 
     async def disconnect(self, connection: Hashable) -> None:
         for session in self.sessions.disconnect(connection):
-            await self._save(session)
+            await self.reset(session)
 
     def failed(self, error: UserError) -> str:
         """Counts an error -> what is told to whoever asked."""

@@ -58,7 +58,7 @@ class Session:
     """One robot's episode under way.
 
     hand_step: m that its hand moves in a control step at the most. A jump that the executed actions cannot explain is a
-    new episode, which nobody announced.
+    new episode, which nobody announced. So is another instruction; its first query finds the old chunk, and says so.
     """
 
     fixed: int | None = None  # actions of every reply
@@ -67,6 +67,8 @@ class Session:
     alarm: Alarm = field(default_factory=Alarm)
     answered: int = 0  # actions of the last reply
     steps: int = 0  # that were executed in this episode
+    ended: int = 0  # those of the one before
+    instruction: str | None = None  # of the last query
     position: list[float] | None = None  # of the hand, at the last query
     waiting: NDArray[np.float32] | None = None  # actions that were committed and not sent, for one-at-a-time protocols
     episodes: int = 0  # that have begun
@@ -78,7 +80,12 @@ class Session:
     def reset(self) -> None:
         """A new episode."""
         self.chunk = Chunk(fixed=self.fixed)
-        self.answered, self.steps, self.position, self.waiting = 0, 0, None, None
+        self.instruction, self.position = None, None
+        self._begin_episode()
+
+    def _begin_episode(self) -> None:
+        unsent = 0 if self.waiting is None else len(self.waiting)
+        self.ended, self.steps, self.answered, self.waiting = self.steps + self.answered - unsent, 0, 0, None
         self.alarm.recent.clear()
         self.episodes += 1
 
@@ -91,16 +98,17 @@ class Session:
         done = self.answered if executed is None else executed
         if not 0 <= done <= self.answered:
             raise BadMessage(f"executed is {executed}, and the last reply had {self.answered} actions")
-        hand = None if observation.proprio is None else observation.proprio[:POSITION].tolist()
-        if hand is not None and self.position is not None and self.hand_step is not None:
-            moved = math.dist(hand, self.position)
-            if moved > self.hand_step * (done + 1):  # one more: the state is as old as the frames
-                self.reset()
-                done = 0
         if self.chunk.actions is not None and done < self.answered:
             self.chunk.take_back(self.answered - done)
-        self.answered, self.position = 0, hand
-        self.steps += done
+        self.steps, self.answered = self.steps + done, 0
+        hand = None if observation.proprio is None else observation.proprio[:POSITION].tolist()
+        moved = 0.0 if hand is None or self.position is None else math.dist(hand, self.position)
+        # One more than were executed: the state is as old as the frames.
+        if self.hand_step is not None and moved > self.hand_step * (done + 1):
+            self.reset()
+        elif self.instruction not in (None, observation.instruction):
+            self._begin_episode()
+        self.instruction, self.position = observation.instruction, hand
         return replace(self.chunk)
 
     def finish(self, chunk: Chunk, query: Query) -> None:

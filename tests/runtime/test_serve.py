@@ -258,10 +258,13 @@ def test_sessions_are_limited_and_end_with_their_connection(tmp_path: Path) -> N
         three = Client(port)
         assert three.infer(request(session_id="x"))["outcome"] == "start"
         assert three.infer(request(session_id="x") | {"observation/state": np.ones(8)})["outcome"] == "start"  # a jump
+        assert three.infer(request(session_id="x", prompt="stop") | {"observation/state": np.ones(8)})["late"] is False
         one.close()
         three.close()
         wait_until(lambda: len(service.sessions) == 0)
-    assert sorted(map(len, Recordings(tmp_path).episodes)) == [1, 1, 1, 1, 2]
+    episodes = Recordings(tmp_path).episodes
+    assert sorted(map(len, episodes)) == [1, 1, 1, 1, 1, 2]
+    assert {x.facts.instructions: x.read("step")["step"].tolist() for x in episodes}[("stop",)] == [0]
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
@@ -359,6 +362,8 @@ def test_the_alarm_compares_with_what_was_expected() -> None:
         client.infer(request())
         replies = [client.infer(request(0, 255)) for _ in range(8)]
         assert (replies[0]["alarm"], replies[-1]["alarm"], replies[-1]["rejected_share"]) == (False, True, 1.0)
+        another = client.infer(request(prompt="stop"))  # an episode of its own
+        assert (another["outcome"], another["alarm"], another["rejected_share"]) == ("instruction", False, None)
 
 
 def test_a_new_instruction_is_warmed_up_once() -> None:
