@@ -130,7 +130,7 @@ class Service:
         before = session.episodes
         chunk = session.begin(observation, executed)
         if session.episodes > before:  # the hand jumped, or the instruction is another
-            await self._save(session)
+            await self._save(session, session.ended)
         due = self.interface.mode == "baseline" or chunk.due(observation.instruction, self.interface.rsd.refresh)
         job = Job("loop", observation.instruction, observation, chunk)
         late = False
@@ -199,7 +199,7 @@ class Service:
     async def reset(self, session: Session) -> None:
         """A session's new episode."""
         session.reset()
-        await self._save(session)
+        await self._save(session, session.ended)
 
     async def disconnect(self, connection: Hashable) -> None:
         for session in self.sessions.disconnect(connection):
@@ -242,14 +242,14 @@ class Service:
         seen = observation.images, state, observation.instruction
         episode.add(session.steps, *seen, query.actions, query.chunk, query.tokens)
 
-    async def _save(self, session: Session) -> None:
-        """Writes the session's episode, if one is recorded."""
+    async def _save(self, session: Session, steps: int) -> None:
+        """Writes the session's episode, if one is recorded. steps: that were executed."""
         episode, session.recording = session.recording, None
         if episode is None:
             return
         self._saved += 1
         name = f"served_{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}_{self._saved}"
         try:
-            await asyncio.get_running_loop().run_in_executor(None, episode.save, name)
+            await asyncio.get_running_loop().run_in_executor(None, episode.save, name, None, steps)
         except UserError as error:
             log.warning("an episode was not recorded: %s", error)

@@ -547,6 +547,7 @@ def test_what_was_served_is_recorded_and_can_be_replayed(bundle: Bundle, scene: 
         client.close()
     recordings = Recordings(tmp_path / "seen")
     [episode] = recordings.episodes
+    assert episode.facts.steps == 6
     np.testing.assert_array_equal(episode.read("actions")["actions"], np.concatenate(told))  # type: ignore[arg-type]
     assert episode.read("step")["step"].tolist() == [0, 2, 4]
     replay = open_service(ServedPolicy(replay=tmp_path / "seen", n_action_steps=3), ServeOptions(port=0))
