@@ -559,6 +559,27 @@ def test_what_was_served_is_recorded_and_can_be_replayed(bundle: Bundle, scene: 
         assert client.send(anything) == "the recorded episode is over"
 
 
+def test_each_instructions_recordings_are_replayed_in_turn(tmp_path: Path) -> None:
+    """What was committed and not executed is not among them, and what was not executed of a reply is given again."""
+    service = stub_service(n=3)
+    service.recorder = Recorder(tmp_path, Facts("stub", "0" * 64, STUB_CONTROL.cameras, SIDE, STUB_DIMS.T))
+    with running(service) as port:
+        client = Client(port)
+        for i, prompt in enumerate("abab"):
+            client.infer(request(100 + i, prompt=prompt))
+            client.infer(request(100 + i + 10, prompt=prompt, executed=1))
+            client.infer(request(100 + i + 20, 255, prompt=prompt, executed=1))
+        client.close()
+        wait_until(lambda: len(list(tmp_path.glob("episodes/[!.]*"))) == 4)
+    assert [x.facts.steps for x in Recordings(tmp_path).episodes] == [5] * 4
+    with running(open_service(ServedPolicy(replay=tmp_path, n_action_steps=5), ServeOptions(port=0))) as port:
+        client = Client(port)
+        for i, prompt in enumerate("abab"):
+            once = client.infer(request(prompt=prompt))
+            assert first(once) == [round((100 + i + x) / 1000, 4) for x in (0, 10, 20, 30, 40)]
+            assert first(client.infer(request(prompt=prompt, executed=0))) == first(once)
+
+
 def test_a_thousand_connections_leave_nothing_behind() -> None:
     service = stub_service(sessions=64)
     with running(service) as port:
