@@ -102,6 +102,8 @@ def serve(**options: object) -> None:
     names = {field.name for field in dataclasses.fields(ServedPolicy)}
     served = ServedPolicy(**{name: value for name, value in options.items() if name in names})  # type: ignore[arg-type]
     how = ServeOptions(**{name: value for name, value in options.items() if name not in names})  # type: ignore[arg-type]
+    if served.replay is not None and how.record is not None:
+        raise click.UsageError("--record keeps what a policy answers, and --replay runs none: leave one of them out")
     service = open_service(served, how)
     with server.listen(how) as listening:
         host, port = listening.getsockname()[:2]

@@ -52,6 +52,7 @@ def test_a_bundle_is_served_from_the_command_line_and_asked_from_it(tiny_bundle:
     [
         (("serve", "nothing"), 1, "there is no folder nothing"),
         (("serve", "--replay", "nothing"), 1, "holds no recordings"),
+        (("serve", "--replay", "x", "--record", "y"), 2, "leave one of them out"),
         (("serve", "--host", "192.0.2.1", "--port", "1"), 1, "192.0.2.1:1 cannot be listened on"),
         (("serve", "--n-action-steps", "99"), 1, "--n-action-steps is 99; a chunk of reference has 1..16 steps"),
         (("serve", "--mode", "shadow"), 2, "'shadow' is unknown"),
