@@ -123,11 +123,16 @@ class EpisodeRecorder:
         tokens: NDArray[np.int64] | None = None,
     ) -> None:
         """A query. images [cameras, S, S, 3] and state [8] as an `Observation` has them, zeros for none; actions
-        [n, 7]: what it committed; chunk [T, 7] and tokens [T, D, L] of the main head, where it was asked.
+        [n, 7]: what it committed; chunk [T, 7] and tokens [T, D, L] of the main head, where it was asked. Of an episode
+        that the recorder is too full for nothing is kept.
 
         Raises:
             UserError: frames, state, actions or chunk of another shape or type, or numbers that are not finite.
         """
+        if self.recorder.full:
+            self._queries.clear()
+            self._frames.clear()
+            return
         facts = self.recorder.facts
         cameras, side = len(facts.cameras), images.shape[1] if images.ndim == 4 else 0
         if images.dtype != np.uint8 or images.shape != (cameras, side, side, 3) or side < facts.size:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_RECORDED = 2000  # queries of an episode in memory, 20 kB each with two cameras
+
 
 class NotReady(UserError):
     """The policy is being loaded, or the server is stopping."""
@@ -131,6 +133,8 @@ class Service:
         chunk = session.begin(observation, executed)
         if session.episodes > before:  # the hand jumped, or the instruction is another
             await self._save(session, session.ended)
+        elif session.recording is not None and len(session.recording) >= MOST_RECORDED:
+            await self._save(session, session.steps)
         due = self.interface.mode == "baseline" or chunk.due(observation.instruction, self.interface.rsd.refresh)
         job = Job("loop", observation.instruction, observation, chunk)
         late = False
@@ -237,10 +241,11 @@ class Service:
         return Query(within, "late", full_query=False, clipped=clipped)
 
     def _record(self, recorder: Recorder, session: Session, observation: Observation, query: Query) -> None:
-        episode = session.recording = session.recording or recorder.episode()
+        if session.recording is None:
+            session.recording = recorder.episode()
         state = no_state() if observation.proprio is None else observation.proprio
         seen = observation.images, state, observation.instruction
-        episode.add(session.steps, *seen, query.actions, query.chunk, query.tokens)
+        session.recording.add(session.steps, *seen, query.actions, query.chunk, query.tokens)
 
     async def _save(self, session: Session, steps: int) -> None:
         """Writes the session's episode, if one is recorded. steps: that were executed."""

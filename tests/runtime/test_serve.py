@@ -559,6 +559,25 @@ def test_what_was_served_is_recorded_and_can_be_replayed(bundle: Bundle, scene: 
         assert client.send(anything) == "the recorded episode is over"
 
 
+def test_what_is_recorded_in_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long episode is written in parts, and where the folder is full nothing is kept."""
+    monkeypatch.setattr("rsd_trt.runtime.serve.service.MOST_RECORDED", 2)
+    service = stub_service()
+    service.recorder = Recorder(tmp_path, Facts("stub", "0" * 64, STUB_CONTROL.cameras, SIDE, STUB_DIMS.T))
+    with running(service) as port:
+        client = Client(port)
+        for step in range(5):
+            client.infer(request(20 * step))
+        [session] = [x for own in service.sessions._of.values() for x in own.values()]
+        assert session.recording is not None
+        assert len(session.recording) == 1
+        service.recorder.full = True
+        client.infer(request(100))
+        assert len(session.recording) == 0
+    parts = Recordings(tmp_path).episodes
+    assert [(x.facts.steps, x.read("step")["step"].tolist()) for x in parts] == [(4, [0, 2]), (8, [4, 6])]
+
+
 def test_each_instructions_recordings_are_replayed_in_turn(tmp_path: Path) -> None:
     """What was committed and not executed is not among them, and what was not executed of a reply is given again."""
     service = stub_service(n=3)
