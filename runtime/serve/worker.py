@@ -140,7 +140,7 @@ class Worker:
             if cold and (late or not warm):
                 job = cold.popleft()
                 prepared = partial(self.prepare, policy, job.instruction)
-                if not job.abandoned and self._guarded([job], prepared):
+                if self._guarded([job], prepared):  # abandoned or not: whoever asks again finds it warm
                     warm.append(job)
                 continue
             if warm:

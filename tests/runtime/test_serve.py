@@ -376,6 +376,38 @@ def test_a_new_instruction_is_warmed_up_once() -> None:
         assert stub.warmed == ["known", "new"]
 
 
+def busy(port: int, count: int, seconds: float) -> list[float]:
+    """How long each reply took that `count` robots got who ask without a pause."""
+    took: list[float] = []
+    end = time.monotonic() + seconds
+
+    def ask() -> None:
+        client = Client(port)
+        while (started := time.monotonic()) < end:
+            client.send(request())
+            took.append(time.monotonic() - started)
+
+    threads = [threading.Thread(target=ask) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return took
+
+
+def test_a_new_instruction_is_warmed_up_whatever_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsd_trt.runtime.serve.worker.MOST_WAITING", 0.3)
+    stub = Stub("baseline", seconds=0.02)
+    stub.batch = 1
+    with running(stub_service(stub, mode="baseline", deadline_ms=100, instructions=("go",))) as port:
+        robots = threading.Thread(target=busy, args=(port, 3, 1.0))
+        robots.start()
+        time.sleep(0.1)
+        assert "took longer than 100 ms" in str(Client(port).send(request(prompt="new")))
+        robots.join()
+        assert stub.warmed == ["go", "new"]
+
+
 def test_faults_and_bugs_are_told_without_a_traceback(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
