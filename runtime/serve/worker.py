@@ -133,15 +133,19 @@ class Worker:
             self.ready.set()
         warm: deque[Job] = deque()
         cold: deque[Job] = deque()  # of instructions that are new
+        prepared_at = 0.0
         while True:
             if not self._take(warm, cold):
                 return
             late = bool(cold) and time.perf_counter() - cold[0].arrived > MOST_WAITING
+            if warm and warm[0].arrived < prepared_at:  # it has waited for one new instruction, and not for the next
+                late = False
             if cold and (late or not warm):
                 job = cold.popleft()
                 prepared = partial(self.prepare, policy, job.instruction)
                 if self._guarded([job], prepared):  # abandoned or not: whoever asks again finds it warm
                     warm.append(job)
+                prepared_at = time.perf_counter()
                 continue
             if warm:
                 self._answer(policy, warm)

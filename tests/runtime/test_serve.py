@@ -45,6 +45,7 @@ from rsd_trt.runtime.serve.launch import ServedPolicy, open_service
 from rsd_trt.runtime.serve.server import Websocket
 from rsd_trt.runtime.serve.service import ServeOptions
 from rsd_trt.runtime.serve.sessions import Alarm
+from rsd_trt.runtime.serve.worker import Job, Worker
 
 Observe = Callable[..., Observation]
 
@@ -406,6 +407,36 @@ def test_a_new_instruction_is_warmed_up_whatever_its_deadline(monkeypatch: pytes
         assert "took longer than 100 ms" in str(Client(port).send(request(prompt="new")))
         robots.join()
         assert stub.warmed == ["go", "new"]
+
+
+def test_robots_that_are_warm_wait_for_one_new_instruction_at_a_time() -> None:
+    """However late those are: whatever came in meanwhile is answered before the next."""
+    stub = Stub("baseline")
+    order: list[str] = []
+    answered = threading.Event()
+
+    def ask(instruction: str, arrived: float) -> None:
+        def done(answer: object) -> None:
+            order.append(instruction)
+            if len(order) == 10:
+                answered.set()
+
+        seen = stub_service().interface.openpi(request(prompt=instruction))
+        worker._incoming.put(Job("loop", instruction, seen, Chunk(), arrived=arrived, done=done))
+
+    def warm_up(instruction: str) -> None:
+        order.append(f"warm up {instruction}")
+        ask("go", time.perf_counter())
+
+    worker = Worker(lambda: stub)
+    worker.prepare(stub, "go")
+    stub.warm_up = warm_up  # type: ignore[method-assign]
+    for instruction in ("go", "a", "b", "c"):
+        ask(instruction, 0.0)
+    worker.start()
+    assert answered.wait(10)
+    assert worker.stop()
+    assert order == ["warm up a", "go", "a", "go", "warm up b", "b", "go", "warm up c", "c", "go"]
 
 
 def test_faults_and_bugs_are_told_without_a_traceback(
