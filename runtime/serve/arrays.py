@@ -137,7 +137,10 @@ def _array(data: object, dtype: object, shape: object) -> Array:
     if not isinstance(data, bytes) or len(data) != math.prod(shape) * kind.itemsize:
         there = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
         raise BadMessage(f"an array {list(shape)} of {dtype} has {there}, not {math.prod(shape) * kind.itemsize} bytes")
-    return np.frombuffer(data, kind).reshape(shape)
+    try:
+        return np.frombuffer(data, kind).reshape(shape)
+    except ValueError:  # no bytes, for a size that NumPy cannot count
+        raise BadMessage(f"an array has the shape {shown(shape)}") from None
 
 
 def _base64(text: object) -> bytes:

@@ -40,7 +40,7 @@ from rsd_trt.runtime.chunk import Chunk
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import resize
-from rsd_trt.runtime.serve.arrays import arrays, pack, parse, to_json, unpack
+from rsd_trt.runtime.serve.arrays import BadMessage, arrays, pack, parse, to_json, unpack
 from rsd_trt.runtime.serve.launch import ServedPolicy, open_service
 from rsd_trt.runtime.serve.server import Websocket
 from rsd_trt.runtime.serve.service import ServeOptions
@@ -682,6 +682,11 @@ def test_base64_is_what_json_numpy_writes() -> None:
     text = json.dumps({"__numpy__": base64.b64encode(value.tobytes()).decode(), "dtype": "<f8", "shape": [2, 3]})
     np.testing.assert_array_equal(arrays(parse(text)), value)
     assert json.loads(to_json(value)) == json.loads(text)
+
+
+def test_no_bytes_are_an_array_of_a_size_that_can_be_counted() -> None:
+    with pytest.raises(BadMessage, match="the shape"):
+        arrays({"__ndarray__": True, "data": b"", "dtype": "|u1", "shape": [0, 1 << 31, 1 << 31, 1 << 31]})
 
 
 def test_a_recorder_needs_the_same_policy(bundle: Bundle, tmp_path: Path) -> None:
