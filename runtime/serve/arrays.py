@@ -11,7 +11,8 @@ import binascii
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -24,10 +25,11 @@ from rsd_trt.errors import UserError, missing_extra, shown
 Array = NDArray[Any]
 
 MAX_DEPTH = 8  # of maps and lists inside one another
-MAX_ITEMS = 4096  # of a map or a list
+MAX_ITEMS = 4096  # of all maps and lists of a message
 MAX_TEXT = 4096  # characters of a string that is no array
 MAX_DIMS = 6
 MAX_SIDE = 4096  # pixels of a compressed image
+MAX_PIXELS = 8 << 20  # of all compressed images of a message: four of 1920 x 1080
 DTYPE = re.compile(r"[<>|=]?(?:[biu]1|[iuf][248]|b1|\?)")
 
 
@@ -41,6 +43,15 @@ def unpack(data: bytes) -> object:
     Raises:
         BadMessage: it is none.
     """
+    left = MAX_ITEMS
+
+    def counted(value: Sized) -> Sized:  # called as soon as each map and list is there
+        nonlocal left
+        left -= max(1, len(value))
+        if left < 0:
+            raise BadMessage(f"the message has more than {MAX_ITEMS} items")
+        return value
+
     try:
         return msgpack.unpackb(
             data,
@@ -50,7 +61,11 @@ def unpack(data: bytes) -> object:
             max_map_len=MAX_ITEMS,
             max_str_len=MAX_TEXT * 4,
             max_ext_len=0,
+            list_hook=counted,
+            object_hook=counted,
         )
+    except BadMessage:
+        raise
     except Exception as error:  # the library's share no base class, and a damaged frame is the sender's fault
         raise BadMessage(f"the frame of {len(data)} bytes is no msgpack message ({type(error).__name__})") from None
 
@@ -74,11 +89,14 @@ def parse(data: bytes | str) -> object:
     """JSON as plain values.
 
     Raises:
-        BadMessage: it is none, or too deep.
+        BadMessage: it is none, too deep or too large.
     """
     try:
-        return msgspec.json.decode(data)
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        text = data.encode() if isinstance(data, str) else data
+        if sum(map(text.count, (b",", b"[", b"{"))) > MAX_ITEMS:  # before anything is made of them
+            raise BadMessage(f"the body has more than {MAX_ITEMS} items")
+        return msgspec.json.decode(text)
+    except (ValueError, RecursionError) as error:  # of UTF-8, and msgspec's
         raise BadMessage(f"the body is no JSON: {shown(str(error))}") from None
 
 
@@ -94,12 +112,20 @@ def to_json(value: object) -> bytes:
     return msgspec.json.encode(value, enc_hook=written)
 
 
-def arrays(value: object, depth: int = 0) -> object:
+@dataclass
+class Budget:
+    """What is left for the rest of a message."""
+
+    pixels: int = MAX_PIXELS
+
+
+def arrays(value: object, depth: int = 0, budget: Budget | None = None) -> object:
     """Plain values with every map that stands for an array, a number of NumPy's or an image made into one.
 
     Raises:
-        BadMessage: it is too deep, or an array is not what its map says.
+        BadMessage: it is too deep, its images are too large, or an array is not what its map says.
     """
+    budget = budget or Budget()
     if depth > MAX_DEPTH:
         raise BadMessage(f"the message has more than {MAX_DEPTH} maps and lists inside one another")
     if isinstance(value, dict):
@@ -110,14 +136,14 @@ def arrays(value: object, depth: int = 0) -> object:
         if "__numpy__" in value:
             return _array(_base64(value["__numpy__"]), value.get("dtype"), value.get("shape"))
         if "__image__" in value:
-            return _image(value)
+            return _image(value, budget)
         if b"__npgeneric__" in value:
             return _number(value.get(b"data"), value.get(b"dtype"))
         if not all(isinstance(key, str) for key in value):
             raise BadMessage("the message has a key that is no text")
-        return {key: arrays(x, depth + 1) for key, x in value.items()}
+        return {key: arrays(x, depth + 1, budget) for key, x in value.items()}
     if isinstance(value, list):
-        return [arrays(x, depth + 1) for x in value]
+        return [arrays(x, depth + 1, budget) for x in value]
     if isinstance(value, str) and len(value) > MAX_TEXT:
         raise BadMessage(f"the message has a text of {len(value)} characters, {MAX_TEXT} are allowed")
     if value is None or isinstance(value, (str, bool, int, float, bytes)):
@@ -157,7 +183,7 @@ def _number(data: object, dtype: object) -> int | float | bool:
     return data
 
 
-def _image(value: Mapping[Any, object]) -> Array:
+def _image(value: Mapping[Any, object], budget: Budget) -> Array:
     """vla-eval's way of writing an image: PNG or JPEG, looked at before it is decoded, or raw."""
     if value.get("format") == "raw":
         return _array(value.get("data"), value.get("dtype"), value.get("shape"))
@@ -172,6 +198,9 @@ def _image(value: Mapping[Any, object]) -> Array:
         with Image.open(io.BytesIO(data), formats=(kind.upper(),)) as image:
             if max(image.size) > MAX_SIDE or image.mode not in ("RGB", "L", "RGBA"):
                 raise BadMessage(f"an image is {image.mode} {image.size}: RGB of at most {MAX_SIDE} a side is read")
+            budget.pixels -= image.width * image.height
+            if budget.pixels < 0:
+                raise BadMessage(f"the images have more than {MAX_PIXELS} pixels together")
             return np.asarray(image)
     except BadMessage:
         raise

@@ -684,6 +684,19 @@ def test_base64_is_what_json_numpy_writes() -> None:
     assert json.loads(to_json(value)) == json.loads(text)
 
 
+def test_what_unfolds_is_refused_before_it_does() -> None:
+    """Few bytes that would become many items or pixels; each part of them alone is read."""
+    lists: list[object] = [[]] * 1000
+    assert unpack(pack([lists, lists])) == parse(to_json([lists, lists])) == [lists, lists]
+    for read, data in ((unpack, pack([lists] * 3)), (parse, to_json([lists] * 3))):
+        with pytest.raises(BadMessage, match="more than 4096 items"):
+            read(data)
+    image = png(np.zeros((1100, 4096), np.uint8))
+    assert arrays([image])[0].shape == (1100, 4096)  # type: ignore[index]
+    with pytest.raises(BadMessage, match="more than 8388608 pixels together"):
+        arrays({"a": [image], "b": {"c": image}})
+
+
 def test_no_bytes_are_an_array_of_a_size_that_can_be_counted() -> None:
     with pytest.raises(BadMessage, match="the shape"):
         arrays({"__ndarray__": True, "data": b"", "dtype": "|u1", "shape": [0, 1 << 31, 1 << 31, 1 << 31]})
