@@ -23,7 +23,8 @@ from rsd_trt.runtime.speculate import Tokens
 
 VLA_EVAL_VERSION = 1  # of its protocol
 BODY_SECONDS = 30.0  # for the whole of a request's body
-IDLE = 1000  # websocket's code of a normal end
+IDLE, REFUSED = 1000, 1008  # websocket's codes of a normal end, and of what is against a server's policy
+MOST_REFUSED = 100  # frames one behind the other that are no messages
 Message = Mapping[str, object]
 
 
@@ -46,7 +47,8 @@ class Openpi:
 
     async def run(self) -> None:
         await self.websocket.send_bytes(pack(self.service.interface.metadata()))
-        async for frame in Frames(self.websocket, self.service.options.idle_s):
+        frames = Frames(self.websocket, self.service.options.idle_s)
+        async for frame in frames:
             message: Message = {}
             try:
                 if isinstance(frame, str):
@@ -56,7 +58,9 @@ class Openpi:
                     raise BadMessage(f"a request is a map, not {type(decoded).__name__}")
                 message = decoded
                 await self.websocket.send_bytes(pack(await self._answer(message)))
+                frames.refused = 0
             except UserError as error:
+                frames.refused += isinstance(error, BadMessage)
                 told = self.service.failed(error)
                 if "endpoint" in message:
                     reply = {"type": "error", "message": told, "request": message.get("request")}
@@ -120,7 +124,8 @@ class VlaEval:
     async def run(self) -> None:
         self.session = await self.service.session(self.websocket)
         self.session.fixed = self.session.chunk.fixed = None  # it may be any number of actions
-        async for frame in Frames(self.websocket, self.service.options.idle_s):
+        frames = Frames(self.websocket, self.service.options.idle_s)
+        async for frame in frames:
             seq = 0
             try:
                 kind, payload, seq = self._read(frame)
@@ -130,7 +135,9 @@ class VlaEval:
                     await self._send("action", {"actions": await self._action(payload)}, seq)
                 else:
                     await self.service.reset(self.session)
+                frames.refused = 0
             except UserError as error:
+                frames.refused += isinstance(error, BadMessage)
                 await self._send("error", {"error": f"observation_failed: {self.service.failed(error)}"}, seq)
 
     def _read(self, frame: str | bytes) -> tuple[str, Message, int]:
@@ -196,9 +203,11 @@ async def act(service: Service, request: Request) -> Response:
 
 
 class Frames:
-    """The frames of a connection, until it ends: after `idle_s` of silence it is closed.
+    """The frames of a connection, until it ends: after `idle_s` of silence, or too many that were `refused`, it is
+    closed.
 
     Non-obvious: one timer for all of them. `asyncio.wait_for` around each would cost a task and two turns of the loop.
+    And a turn of the loop behind each: neither receiving nor sending waits while there are more.
     """
 
     def __init__(self, websocket: WebSocket, idle_s: float) -> None:
@@ -208,6 +217,7 @@ class Frames:
         self._waiting = False  # for a frame: while a query is computed nobody is idle
         self._timer = self._loop.call_later(idle_s, self._look)
         self._closing: asyncio.Task[None] | None = None
+        self.refused = 0  # frames, since one was answered
 
     async def __aiter__(self) -> AsyncIterator[str | bytes]:
         try:
@@ -218,6 +228,10 @@ class Frames:
                 if message["type"] == "websocket.disconnect":
                     return
                 yield message.get("bytes") or message.get("text") or b""
+                if self.refused >= MOST_REFUSED:
+                    await self._websocket.close(REFUSED, "too many frames were no messages")
+                    return
+                await asyncio.sleep(0)
         finally:
             self._timer.cancel()
 

@@ -36,6 +36,8 @@ KEPT = 32 << 20  # bytes of free memory that are kept
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PING = 20.0  # s between pings
 PONG = 120.0  # s that a client may be silent: it is not read from while its query is computed, which warms up at first
+PART = 64 << 10  # bytes of what was read that are looked at before frames are counted
+MOST_QUEUED = 1000  # frames of a client that does not wait for its replies
 
 
 class PatientHttp(H11Protocol):
@@ -72,7 +74,13 @@ class Websocket:
         return self._read
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._protocol.data_received(self._read[:nbytes])  # type: ignore[arg-type]  # which copies it
+        protocol = self._protocol
+        for start in range(0, nbytes, PART):
+            protocol.data_received(self._read[start : min(start + PART, nbytes)])  # type: ignore[arg-type]  # copies it
+            if protocol.queue.qsize() > MOST_QUEUED:  # of tiny frames one read holds 175,000: a second's work
+                protocol.transport.abort()
+            if protocol.transport.is_closing():
+                return
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._protocol, name)

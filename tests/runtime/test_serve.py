@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -30,6 +32,7 @@ from serving import (
     running,
     stub_service,
 )
+from test_serve_hostile import UPGRADE
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -42,6 +45,7 @@ from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import resize
 from rsd_trt.runtime.serve.arrays import BadMessage, arrays, pack, parse, to_json, unpack
 from rsd_trt.runtime.serve.launch import ServedPolicy, open_service
+from rsd_trt.runtime.serve.protocols import Frames
 from rsd_trt.runtime.serve.server import Websocket
 from rsd_trt.runtime.serve.service import ServeOptions
 from rsd_trt.runtime.serve.sessions import Alarm
@@ -490,8 +494,6 @@ def test_what_an_observation_must_be(change: dict[str, object], told: str) -> No
     class Socket:
         pass
 
-    import asyncio
-
     service.sessions.connect(socket := Socket())
     with pytest.raises(UserError) as refused:
         asyncio.run(Openpi(service, socket)._answer(request() | change))  # type: ignore[arg-type]
@@ -597,6 +599,51 @@ def test_too_large_messages_are_refused() -> None:
         assert closed.value.rcvd.code == 1009
         assert b"larger than 4096 bytes" in post(port, b" " * 5000)[1]
         assert Client(port).infer(request())["outcome"] == "start"
+
+
+def test_whoever_sends_no_messages_or_does_not_wait_for_replies_is_cut_off() -> None:
+    with running(stub_service()) as port:
+        client = Client(port)
+        for count in (99, 100):  # in a row
+            client.infer(request())
+            for _ in range(count):
+                assert "no msgpack message" in str(client.send(b""))
+        with pytest.raises(ConnectionClosed) as closed:
+            client.socket.recv(10)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008
+        reset = pack({"endpoint": "reset"})
+        with socket.create_connection(("127.0.0.1", port), 5) as raw, contextlib.suppress(ConnectionError):
+            raw.sendall(UPGRADE.format(path="/").encode())
+            raw.recv(1 << 16)
+            raw.sendall((b"\x82" + bytes([0x80 | len(reset)]) + bytes(4) + reset) * 10_000)
+            while raw.recv(1 << 16):
+                pass
+
+
+def test_others_have_their_turn_between_frames_that_wait_already() -> None:
+    class Endless:
+        async def receive(self) -> dict[str, object]:
+            return {"type": "websocket.receive", "bytes": b"x"}
+
+    async def turns() -> int:
+        count = 0
+
+        async def other() -> None:
+            nonlocal count
+            while True:
+                count += 1
+                await asyncio.sleep(0)
+
+        task, frames = asyncio.create_task(other()), 0
+        async for _ in Frames(Endless(), 60):  # type: ignore[arg-type]
+            frames += 1
+            if frames == 10:
+                break
+        task.cancel()
+        return count
+
+    assert asyncio.run(turns()) >= 9
 
 
 def test_what_was_served_is_recorded_and_can_be_replayed(bundle: Bundle, scene: Observe, tmp_path: Path) -> None:
