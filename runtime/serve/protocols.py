@@ -19,6 +19,7 @@ from rsd_trt.runtime.loop import NOTHING, Main
 from rsd_trt.runtime.serve.arrays import BadMessage, arrays, pack, parse, to_json, unpack
 from rsd_trt.runtime.serve.interface import openvla_gripper
 from rsd_trt.runtime.serve.service import Reply, Service
+from rsd_trt.runtime.serve.sessions import Full
 from rsd_trt.runtime.speculate import Tokens
 
 VLA_EVAL_VERSION = 1  # of its protocol
@@ -188,14 +189,17 @@ async def act(service: Service, request: Request) -> Response:
     a JSON string that begins with `error`, where their servers send nothing but that word."""
     encoded = False
     try:
-        body = parse(await _body(request, service.options.max_message))
-        if isinstance(body, dict) and set(body) == {"encoded"} and isinstance(body["encoded"], str):
-            encoded, body = True, parse(body["encoded"])
-        body = arrays(body)
-        if not isinstance(body, dict):
-            raise BadMessage("the body is no JSON object")
-        actions = openvla_gripper(await service.first_actions(service.interface.openvla(body)))
-        content = to_json(list(actions) if "full_image" in body else actions[0])
+        if service.posts.locked():
+            raise Full(f"{service.options.sessions} requests to /act are under way", "Start the server with --sessions")
+        async with service.posts:
+            body = parse(await _body(request, service.options.max_message))
+            if isinstance(body, dict) and set(body) == {"encoded"} and isinstance(body["encoded"], str):
+                encoded, body = True, parse(body["encoded"])
+            body = arrays(body)
+            if not isinstance(body, dict):
+                raise BadMessage("the body is no JSON object")
+            actions = openvla_gripper(await service.first_actions(service.interface.openvla(body)))
+            content = to_json(list(actions) if "full_image" in body else actions[0])
         status = 200
     except UserError as error:
         content, status = to_json(f"error: {service.failed(error)}"), 400 if isinstance(error, BadMessage) else 503

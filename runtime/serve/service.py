@@ -99,6 +99,7 @@ class Service:
         self.sessions = Sessions(
             options.sessions, interface.n, interface.control.hand_step, options.expected_rejections
         )
+        self.posts = asyncio.Semaphore(options.sessions)  # requests without a session
         self.worker = Worker(self._prepared)
         self.metrics = Metrics(lambda: len(self.sessions), lambda: self.worker.working)
         self._low = np.array(interface.control.limits.low, np.float32)

@@ -524,6 +524,19 @@ def test_frames_are_taken_in_every_usual_form() -> None:
     np.testing.assert_array_equal(fitted, expected)
 
 
+def test_no_more_posts_than_sessions_are_under_way() -> None:
+    """Each holds the memory of its body, for as long as that may take."""
+    service = stub_service(sessions=1)
+    with running(service) as port, socket.create_connection(("127.0.0.1", port), 5) as slow:
+        slow.sendall(b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{")
+        wait_until(service.posts.locked)
+        status, told = post(port, b"{}")
+        assert (status, json.loads(told)[:39]) == (503, "error: 1 requests to /act are under way")
+        slow.sendall(b"}")
+        assert slow.recv(100).startswith(b"HTTP/1.1 400")
+        assert post(port, b"{}")[0] == 400
+
+
 def test_keys_and_web_pages() -> None:
     with running(stub_service(api_key="secret")) as port:
         for headers in ({}, {"Authorization": "Api-Key wrong"}, {"Origin": "https://example.com"}):
