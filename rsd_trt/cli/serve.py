@@ -108,11 +108,13 @@ def serve(**options: object) -> None:
     with server.listen(how) as listening:
         host, port = listening.getsockname()[:2]
         click.echo(f"{service.interface.name}: ws://{host}:{port} (openpi), ws://{host}:{port}{server.VLA_EVAL}")
-        ended = server.serve(service, listening)
-    click.echo("stopped: everybody was answered", err=True)
+        ended, unanswered = server.serve(service, listening)
+    told = f"{unanswered} not answered" if unanswered else "everybody was answered"
+    click.echo(f"stopped: {told}", err=True)
     if not ended:  # a thread in the middle of loading would be torn down with an abort
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(unanswered > 0)
+    sys.exit(unanswered > 0)
 
 
 COMMANDS = (serve,)

@@ -93,6 +93,11 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.unanswered = 0  # requests that the end cut off
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.unanswered = self._service.worker.working
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -248,20 +253,21 @@ def keep_memory() -> None:
             mallopt(option, KEPT)
 
 
-def serve(service: Service, listening: socket.socket) -> bool:
+def serve(service: Service, listening: socket.socket) -> tuple[bool, int]:
     """Serves until a signal ends it, or until the policy turns out not to be loadable -> whether the policy's thread
-    has ended, too: it may be in the middle of loading.
+    has ended, too: it may be in the middle of loading; and how many requests were under way and not answered.
 
     Raises:
         UserError: the policy cannot be loaded.
     """
     keep_memory()
     service.worker.start()
+    server = build(service)
     try:
-        build(service).run([listening])
+        server.run([listening])
     finally:
         service.stopping = True
         ended = service.worker.stop()
     if service.worker.error is not None:
         raise service.worker.error
-    return ended
+    return ended, server.unanswered

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -101,7 +102,8 @@ class Worker:
                 future.set_result(answer)
 
         def done(answer: Answer | UserError) -> None:
-            loop.call_soon_threadsafe(settle, answer)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, answer)
 
         job.done = done
         self.working += 1

@@ -47,6 +47,12 @@ def test_a_bundle_is_served_from_the_command_line_and_asked_from_it(tiny_bundle:
     assert errors.splitlines() == ["stopped: everybody was answered"]
 
 
+def test_requests_that_were_cut_off_are_told(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsd_trt.runtime.serve.server.serve", lambda *_: (True, 2))
+    done = rsd_trt("serve", tiny_bundle, "--port", "0")
+    assert (done.exit_code, done.stderr) == (1, "stopped: 2 not answered\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [

@@ -207,7 +207,7 @@ def main() -> None:
     with server.listen(service.options) as listening:
         port = listening.getsockname()[1]
         threading.Thread(target=lambda: service.worker.ready.wait() and print(port, flush=True)).start()
-        server.serve(service, listening)
+        print(server.serve(service, listening))
 
 
 if __name__ == "__main__":

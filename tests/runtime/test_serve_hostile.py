@@ -275,6 +275,22 @@ def test_a_signal_drains(how: signal.Signals) -> None:
         assert server.wait(10) == 0
 
 
+def test_a_second_signal_cuts_off_what_is_under_way() -> None:
+    """And says so, instead of a traceback."""
+    with process("1") as (port, server):
+        client = Client(port)
+        client.socket.send(pack(request()))
+        time.sleep(0.3)
+        os.kill(server.pid, signal.SIGINT)
+        time.sleep(0.1)
+        os.kill(server.pid, signal.SIGINT)
+        with pytest.raises(ConnectionClosed):
+            client.socket.recv(10)
+        assert server.wait(10) == 0
+        assert server.stdout is not None
+        assert server.stdout.read() == "(True, 1)\n"
+
+
 def test_a_killed_server_leaves_no_wrong_chunk() -> None:
     """Killed and started again under load: clients get an error, or what they asked for."""
     with process("0.05") as (port, server):
