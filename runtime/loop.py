@@ -149,6 +149,7 @@ class Loop:
                 ahead=ahead,
                 age=chunk.cursor,
                 query=(*chunk.episode, chunk.queries),
+                fewest=chunk.fixed or 1,
             )
         )
         prefix = min(verdict.steps, chunk.until_switch - chunk.late)

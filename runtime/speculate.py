@@ -72,6 +72,7 @@ class Check(Struct, frozen=True):
     ahead: int  # steps that an accepted check commits, or all that is left
     age: int  # of the chunk, in executed steps
     query: tuple[int, ...]  # task, trial and the query's number in the episode
+    fewest: int = 1  # steps that a check commits at the least, if any
 
 
 class Verdict(NamedTuple):
@@ -157,13 +158,13 @@ class Likelihood:
 
     threshold: float
     by_age: tuple[float, ...] = ()
-    sure: float | None = None  # a score from which all may be executed; below it, one step
+    sure: float | None = None  # a score from which all may be executed; below it, as few as may be
 
     def __call__(self, check: Check) -> Verdict:
         assert check.left_tokens is not None
         score = log_likelihood(check.logits[: check.ahead], check.left_tokens[: check.ahead, :, 0])
         scale = factor(self.by_age, check.age)
-        steps = len(check.left) if self.sure is None or score >= self.sure * scale else 1
+        steps = len(check.left) if self.sure is None or score >= self.sure * scale else check.fewest
         return Verdict(steps * (score >= self.threshold * scale), score)
 
 

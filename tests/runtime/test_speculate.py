@@ -154,6 +154,7 @@ def case(
         (Likelihood(-1.0), case([9] * 3, [0] * 2), 0, -np.log(LEVELS)),
         (Likelihood(-1.2, sure=-1.15), case([9] * 3, [0] * 2), 2, -np.log(LEVELS)),
         (Likelihood(-1.2, sure=-1.05), case([9] * 3, [0] * 2), 1, -np.log(LEVELS)),
+        (Likelihood(-1.2, sure=-1.05), case([9] * 3, [0] * 3, fewest=2), 2, -np.log(LEVELS)),
         (Likelihood(-1.0, sure=-0.5), case([9] * 3, [0] * 2), 0, -np.log(LEVELS)),
         (Likelihood(-2.4, (1.0, 0.5), sure=-2.1), case([9] * 3, [0] * 2, age=7), 1, -np.log(LEVELS)),
         # a factor by the chunk's age; the last one is that of all older
