@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 query = policy.query(look(len(policy.control.cameras), policy.control.camera_size, given.task))
             except UserError as error:
                 stop(str(error))
+            due = max(due, time.monotonic())  # what was waited for is not made up for
             for action in query.actions:
                 move(action)
                 step, due = step + 1, due + 1 / HZ

@@ -32,6 +32,34 @@ def test_the_robots_loop_runs_and_stops_where_there_is_nobody(capsys: pytest.Cap
         robot.main([url, "--mode", "baseline"])
 
 
+@dataclass
+class Clock:
+    """In the place of `time`."""
+
+    now: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_the_robot_does_not_make_up_for_what_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, moves, look = Clock(), [], robot.look
+    monkeypatch.setattr(robot, "time", clock)
+    monkeypatch.setattr(robot, "move", lambda action: moves.append(clock.now))
+
+    def slow(*what: object) -> Observation:
+        clock.sleep(0.6)
+        return look(*what)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(robot, "look", slow)
+    with running(stub_service()) as port:
+        robot.main([f"ws://127.0.0.1:{port}", "--mode", "baseline", "--steps", "6"])
+    np.testing.assert_allclose(np.diff(moves), [0.05, 0.65, 0.05, 0.65, 0.05])
+
+
 def test_the_load_test_measures(capsys: pytest.CaptureFixture[str]) -> None:
     load.main(["--stub", "--clients", "2", "--queries", "60"])
     found = json.loads(capsys.readouterr().out)
