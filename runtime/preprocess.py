@@ -10,15 +10,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from rsd_trt.config import MAX_PIXELS, PROPRIO_DIM, STOP_TOKEN, BackboneConfig, ControlConfig, torch_dtype
+from rsd_trt.config import MAX_PIXELS, STOP_TOKEN, BackboneConfig, ControlConfig, torch_dtype
 from rsd_trt.errors import UserError
 from rsd_trt.models.backbone import PLACEHOLDER, BackboneInputs
 from rsd_trt.prompts import encode
-from rsd_trt.runtime.observation import Observation
+from rsd_trt.runtime.observation import Observation, described
 from rsd_trt.runtime.pixels import LEVELS, resampling, resize, through_jpeg
 
 INSTRUCTIONS = 256  # that are remembered
-LARGEST = float(np.finfo(np.float32).max)  # of a state, as the bundle reads it
 
 
 class Preprocessor:
@@ -146,38 +145,10 @@ class Preprocessor:
     def check(self, observation: Observation) -> None:
         """Raises UserError unless images, proprio (where backbone or draft read it) and instruction are what the
         configuration states."""
-        images, side = observation.images, self.control.camera_size
-        shape = (len(self.control.cameras), side, side, 3)
-        if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.uint8:
-            cameras = ", ".join(self.control.cameras)
-            raise UserError(
-                f"images are {_described(images)}, the bundle takes uint8 {list(shape)} ({cameras})",
-                f"Give RGB frames of {side} x {side}, a camera each, or have them resized: Policy.load(resize=True)",
-            )
-        if self.reads_state:
-            state = observation.proprio
-            if state is None:
-                raise UserError(
-                    f"the observation has no proprio, the bundle reads float32 [{PROPRIO_DIM}]",
-                    "Give position (m), axis-angle (rad) and gripper joints (m) of the hand",
-                )
-            if not isinstance(state, np.ndarray) or state.shape != (PROPRIO_DIM,) or state.dtype.kind not in "fiu":
-                raise UserError(f"proprio is {_described(state)}, the bundle takes float32 [{PROPRIO_DIM}]")
-            finite = [-LARGEST <= x <= LARGEST for x in state.tolist()]  # NaN is not, either
-            if not all(finite):
-                raise UserError(f"proprio[{finite.index(False)}] is not finite as float32: {state.tolist()}")
-        if observation.instruction is None:
-            raise UserError("the observation has no instruction", "Give the task in plain words: instruction='...'")
-        if not isinstance(observation.instruction, str):
-            raise UserError(f"instruction is of type {type(observation.instruction).__name__}, not a string")
+        observation.check(self.control, self.reads_state, ", or have them resized: Policy.load(resize=True)")
 
     def _channels(self, values: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor(values, device=self.device).view(1, 1, len(values), 3, 1, 1)
-
-
-def _described(value: object) -> str:
-    """`uint8 [2, 256, 256, 3]`; what is no array, by its type."""
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def fit_frames(images: NDArray[np.uint8], control: ControlConfig, mean: Sequence[float]) -> NDArray[np.uint8]:
@@ -189,7 +160,7 @@ def fit_frames(images: NDArray[np.uint8], control: ControlConfig, mean: Sequence
         UserError: they are no such frames.
     """
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(f"images are {_described(images)}, not RGB frames uint8 [cameras, H, W, 3]")
+        raise UserError(f"images are {described(images)}, not RGB frames uint8 [cameras, H, W, 3]")
     height, width = images.shape[1:3]
     if not 0 < min(height, width) <= max(height, width) <= MAX_PIXELS:
         raise UserError(f"frames of {height} x {width} pixels cannot be resized: a side has 1..{MAX_PIXELS}")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rsd_trt.errors import UserError
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.serve.edge import EdgePolicy
 
@@ -45,17 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with EdgePolicy(given.url, given.engines, mode=given.mode, timeout_s=1.0, ahead=given.ahead, **alarm) as policy:
         policy.prepare(given.task)
         step, due = 0, time.monotonic()
-        while step < given.steps:
-            try:
+        try:
+            while step < given.steps:
                 query = policy.query(look(len(policy.control.cameras), policy.control.camera_size, given.task))
-            except UserError as error:
-                stop(str(error))
-            due = max(due, time.monotonic())  # what was waited for is not made up for
-            for action in query.actions:
-                move(action)
-                step, due = step + 1, due + 1 / HZ
-                time.sleep(max(0.0, due - time.monotonic()))
-            print(f"step {step}: {query.route}, {len(query.actions)} actions, {query.ms:.1f} ms")
+                if query.fault is not None:
+                    stop(query.fault)
+                due = max(due, time.monotonic())  # what was waited for is not made up for
+                for action in query.actions:
+                    move(action)
+                    step, due = step + 1, due + 1 / HZ
+                    time.sleep(max(0.0, due - time.monotonic()))
+                print(f"step {step}: {query.route}, {len(query.actions)} actions, {query.ms:.1f} ms")
+        except BaseException as error:  # also a camera's, a bug, Ctrl-C
+            if not isinstance(error, SystemExit):  # the alarm's, which has stopped it
+                stop(f"{type(error).__name__}: {error}")
+            raise
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class EdgePolicy:
                 why = f"the rule {known.rsd.rule} needs the main model's tokens, and {url} gives none"
                 raise UserError(why, "Give the policy's settings the rule first, actions or path")
             file = exported_draft(Path(engines), known.name, known.propose, precision)
-            self._draft = OrtDraft(file, providers, threads)
+            self._draft = OrtDraft(file, known.control, providers, threads)
         self._loop = Loop(known.dims, known.rsd, known.control.limits, mode, self._check, self._full)
         self.n_action_steps = self._loop.n_action_steps
         if not 0 <= ahead <= (left := known.dims.T - self.n_action_steps):

@@ -8,19 +8,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd_trt.config import Precision
+from rsd_trt.config import ControlConfig, Precision
 from rsd_trt.errors import UserError, missing_extra, reason
 from rsd_trt.manifest import MANIFEST, Manifest, intact
 from rsd_trt.records import read_record
 from rsd_trt.runtime.observation import Observation
-from rsd_trt.runtime.serve.interface import no_state
 
 
 class OrtDraft:
     """The exported component `propose` in ONNX Runtime, on NumPy arrays."""
 
-    def __init__(self, file: Path, providers: Sequence[str], threads: int) -> None:
-        """threads: 0 leaves it to ONNX Runtime.
+    def __init__(self, file: Path, control: ControlConfig, providers: Sequence[str], threads: int) -> None:
+        """control: what its observations are. threads: 0 leaves it to ONNX Runtime.
 
         Raises:
             UserError: ONNX Runtime is not installed, or cannot run it.
@@ -37,20 +36,22 @@ class OrtDraft:
             self._session = onnxruntime.InferenceSession(str(file), options, list(providers), enable_fallback=False)
         except Exception as error:  # the library's exceptions share no base class
             raise UserError(f"onnxruntime {onnxruntime.__version__} cannot run {file}: {reason(error)}") from None
+        self._control = control
         self._inputs = {port.name for port in self._session.get_inputs()}
         self._outputs = [port.name for port in self._session.get_outputs()]
 
     def __call__(self, observation: Observation, rows: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
-        """The outputs of a check, each with a batch of one."""
-        if observation.proprio is None and "state" in self._inputs:
-            raise UserError("the observation has no proprio, and the draft reads the robot's state")
-        state = no_state() if observation.proprio is None else observation.proprio
-        given = {
-            "frames": observation.images[None],
-            "state": state[None].astype(np.float32),
-            "instruction": rows[None],
-        }
-        values = self._session.run(self._outputs, {name: given[name] for name in self._inputs})
+        """The outputs of a check, each with a batch of one.
+
+        Raises:
+            UserError: the observation is not what the draft takes.
+        """
+        observation.check(self._control, "state" in self._inputs)
+        given: dict[str, NDArray[np.generic]] = {"frames": observation.images, "instruction": rows}
+        if "state" in self._inputs:
+            assert observation.proprio is not None
+            given["state"] = observation.proprio.astype(np.float32)
+        values = self._session.run(self._outputs, {name: given[name][None] for name in self._inputs})
         return dict(zip(self._outputs, values, strict=True))
 
 

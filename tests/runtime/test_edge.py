@@ -54,6 +54,9 @@ def test_the_client_decides_as_the_policy_in_process(lenient: Bundle, engines: P
                     assert getattr(query, name) == getattr(expected, name)
                 routes.add(query.route)
             full = len(edge.timing.full)
+            for wrong in ({"images": observation.images[:, 1:]}, {"proprio": np.zeros(7, np.float32)}):
+                with pytest.raises(UserError, match="the bundle takes"):
+                    edge._check([replace(observation, **wrong)])
         assert routes >= {"start", "accepted", "rejected", "instruction", "exhausted"}
         assert full == len(edge.timing.server) < 100
         with EdgePolicy(f"ws://127.0.0.1:{port}", engines, mode="baseline", n_action_steps=5) as edge:

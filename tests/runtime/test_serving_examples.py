@@ -60,6 +60,16 @@ def test_the_robot_does_not_make_up_for_what_it_waited(monkeypatch: pytest.Monke
     np.testing.assert_allclose(np.diff(moves), [0.05, 0.65, 0.05, 0.65, 0.05])
 
 
+@pytest.mark.parametrize("error", [OSError("camera 1 is gone"), KeyboardInterrupt()])
+def test_the_robot_brakes_whatever_happens(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: object) -> Observation:
+        raise error
+
+    monkeypatch.setattr(robot, "look", look)
+    with running(stub_service()) as port, pytest.raises(SystemExit, match=f"stopped: {type(error).__name__}"):
+        robot.main([f"ws://127.0.0.1:{port}", "--mode", "baseline"])
+
+
 def test_the_load_test_measures(capsys: pytest.CaptureFixture[str]) -> None:
     load.main(["--stub", "--clients", "2", "--queries", "60"])
     found = json.loads(capsys.readouterr().out)
