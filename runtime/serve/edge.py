@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from rsd_trt.runtime.serve.sessions import Alarm
 from rsd_trt.runtime.speculate import Tokens
 
 TOKEN_RULES = ("tokens", "likelihood")
+INSTRUCTIONS = 16  # that are remembered: what the draft reads of one is 1 MiB for 7B
 
 
 class EdgePolicy:
@@ -94,7 +96,7 @@ class EdgePolicy:
         self.n_action_steps = self._loop.n_action_steps
         if not 0 <= ahead <= (left := known.dims.T - self.n_action_steps):
             raise UserError(f"ahead is {ahead}, and a full query leaves {left} steps of its chunk")
-        self._rows: dict[str, NDArray[np.float32]] = {}
+        self._rows = lru_cache(INSTRUCTIONS)(self._main.rows)
         self._thread = ThreadPoolExecutor(1, "query") if ahead else None
         self._reached = threading.Event()  # of the query under way: the main model is asked, or it is over
         self._ahead = Ahead(self._loop, self._begin, ahead, self._keep)
@@ -121,8 +123,8 @@ class EdgePolicy:
 
     def prepare(self, instruction: str) -> None:
         """Gets what the draft reads of an instruction, so that the first check need not."""
-        if self._draft is not None and instruction not in self._rows:
-            self._rows[instruction] = self._main.rows(instruction)
+        if self._draft is not None:
+            self._rows(instruction)
 
     def reset(self, success: bool | None = None) -> None:
         """A new episode. success: of the one before, for its recording."""
@@ -198,7 +200,7 @@ class EdgePolicy:
     def _check(self, observations: Sequence[Observation]) -> Guess:
         assert self._draft is not None
         started = time.perf_counter()
-        out = self._draft(observations[0], self._rows[observations[0].instruction])
+        out = self._draft(observations[0], self._rows(observations[0].instruction))
         self.timing.check.append((time.perf_counter() - started) * 1e3)
         dims = self._main.known.dims
         logits = out["logits"].reshape(-1, dims.T, dims.D, dims.K)

@@ -28,7 +28,7 @@ from rsd_trt.runtime.loop import Loop
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.serve.arrays import arrays, pack, unpack
-from rsd_trt.runtime.serve.edge import EdgePolicy
+from rsd_trt.runtime.serve.edge import INSTRUCTIONS, EdgePolicy
 from rsd_trt.runtime.serve.line import Unreachable
 from rsd_trt.runtime.serve.remote import Known
 
@@ -218,7 +218,7 @@ def see(first: int, second: int = 0) -> Observation:
 
 def with_draft(edge: EdgePolicy, stub: Stub) -> EdgePolicy:
     """The stub's draft in the place of an export."""
-    edge._loop.mode, edge._loop._check = "rsd", stub.check
+    edge._loop.mode, edge._draft = "rsd", lambda seen, rows: vars(stub.check([seen]))  # type: ignore[assignment]
     return edge
 
 
@@ -237,6 +237,14 @@ def test_an_accepted_chunk_goes_on_while_the_network_is_away() -> None:
         edge._line.url = f"ws://127.0.0.1:{other}"
         assert edge.query(see(80)).route == "exhausted"
         edge.close()
+
+
+def test_few_instructions_are_remembered() -> None:
+    stub = Stub()
+    with running(stub_service(stub)) as port, EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline") as edge:
+        for i in [0, *range(INSTRUCTIONS + 1), INSTRUCTIONS]:
+            with_draft(edge, stub).prepare(f"task {i}")
+        assert edge._rows.cache_info()[:4] == (2, INSTRUCTIONS + 1, INSTRUCTIONS, INSTRUCTIONS)
 
 
 def test_late_replies_are_dropped() -> None:
