@@ -195,12 +195,12 @@ class Loop:
 
     def enter(self, chunk: Chunk, query: Query, skipped: int = 0) -> Query:
         """The full query that made the chunk, with the actions that it commits. skipped: how many of them went by
-        before it was there; one at least is left."""
+        before it was there; where none is left, it has no actions."""
         assert chunk.actions is not None
         actions, clipped = within_limits(
             chunk.actions[skipped : max(chunk.fixed or self.n_action_steps, skipped + 1)], *self._limits
         )
-        chunk.cursor = skipped + len(actions)
+        chunk.cursor = min(skipped + len(actions), len(chunk.actions))
         return replace(query, actions=actions, clipped=clipped, skipped=skipped)
 
     def go_on(self, chunk: Chunk) -> Query:

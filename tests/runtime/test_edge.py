@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from command import rsd_trt
 from msgspec import structs
-from serving import SIDE, Stub, bundle_service, running, stub_service
+from serving import SIDE, STUB_CONTROL, STUB_DIMS, STUB_RSD, Stub, bundle_service, running, stub_service
 from websockets.sync.server import ServerConnection, serve
 
 from rsd_trt.bundle import Bundle
@@ -341,6 +341,27 @@ def test_an_answer_that_does_not_come_is_an_error_of_the_next_query() -> None:
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("query")]
         with pytest.raises(UserError, match="ahead is 7, and a full query leaves 6 steps"):
             EdgePolicy(edge._line.url, mode="baseline", ahead=7)
+
+
+def test_a_chunk_that_was_over_before_it_came_is_asked_anew() -> None:
+    """Another server's may be shorter than what went by: of 8 steps, then of 2."""
+    hold, chunks = threading.Event(), [np.zeros((2, 7)), np.ones((8, 7))]
+    hold.set()
+
+    def chunk(request: dict[str, object]) -> np.ndarray:
+        hold.wait(5)
+        return chunks.pop()
+
+    known = Known(dims=STUB_DIMS, rsd=STUB_RSD, control=STUB_CONTROL)
+    with plain_server(chunk) as url, EdgePolicy(url, mode="baseline", known=known, ahead=2) as edge:
+        edge.query(see(0))
+        hold.clear()
+        assert [edge.query(see(0)).route for _ in range(5)] == ["late"] * 5
+        chunks.insert(0, np.full((8, 7), 0.5))
+        hold.set()
+        answered(edge)
+        query = edge.query(see(0))
+        assert (query.route, query.skipped, query.actions[0, 0]) == ("full", 0, 0.5)
 
 
 def test_another_policy_behind_the_same_address_is_refused() -> None:
