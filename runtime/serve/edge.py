@@ -149,8 +149,9 @@ class EdgePolicy:
         """As `act`, with how the query went."""
         self.prepare(observation.instruction)
         started = time.perf_counter()
-        if self._thread is not None:  # the caller may overwrite its frames meanwhile
-            observation = replace(observation, images=observation.images.copy())
+        if self._thread is not None:  # the caller may overwrite them meanwhile
+            state = None if observation.proprio is None else observation.proprio.copy()
+            observation = replace(observation, images=observation.images.copy(), proprio=state)
         try:
             query = self._ahead.query(observation)
         except Unreachable as error:

@@ -289,7 +289,7 @@ def test_the_old_chunk_goes_on_while_a_full_query_is_under_way(tmp_path: Path) -
         stub.hold.clear()
         frames = see(120, 255)
         assert told(edge.query(frames)) == ("late", 0, [20])  # rejected
-        frames.images[:] = 0  # they are the caller's
+        frames.images[:], frames.proprio[:] = 0, 1  # type: ignore[index]  # they are the caller's
         assert [told(edge.query(see(9))) for _ in range(3)] == [("late", 0, [x]) for x in (30, 40, 50)]
         stub.hold.set()
         answered(edge)
@@ -307,7 +307,8 @@ def test_the_old_chunk_goes_on_while_a_full_query_is_under_way(tmp_path: Path) -
         threading.Timer(0.1, stub.hold.set).start()
         assert told(edge.query(see(50))) == ("start", 0, [50, 60])  # not what was asked before
     first = max(Recordings(tmp_path).episodes, key=len)
-    kept = first.read("step", "committed", "actions", "chunk")
+    kept = first.read("step", "committed", "actions", "chunk", "state")
+    assert not kept["state"].any()
     np.testing.assert_array_equal(kept["step"], [0, 2, 7, 8, 10])  # when the frames were taken
     np.testing.assert_array_equal(kept["committed"], [2, 5, 1, 2, 1])
     np.testing.assert_allclose(kept["actions"][:7, 0] * 1e3, [0, 10, 20, 30, 40, 50, 160], atol=1e-4)
