@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -80,22 +81,26 @@ class EdgePolicy:
             raise UserError(f"mode {mode!r} is not one of the client's: rsd, baseline")
         self.timing = Timing()
         self._line = Line(url, api_key, timeout_s)
-        self._main = Remote(self._line, known, n_action_steps, self.timing)
-        known = self._main.known
-        self.control, self.name = known.control, known.name
-        self._draft: OrtDraft | None = None
-        if mode == "rsd":
-            if known.propose is None:
-                raise UserError(f"{url} serves a policy without a draft that could check here", "Use: mode='baseline'")
-            if not self._line.ours and known.rsd.rule in TOKEN_RULES:
-                why = f"the rule {known.rsd.rule} needs the main model's tokens, and {url} gives none"
-                raise UserError(why, "Give the policy's settings the rule first, actions or path")
-            file = exported_draft(Path(engines), known.name, known.propose, precision)
-            self._draft = OrtDraft(file, known.control, providers, threads)
-        self._loop = Loop(known.dims, known.rsd, known.control.limits, mode, self._check, self._full)
-        self.n_action_steps = self._loop.n_action_steps
-        if not 0 <= ahead <= (left := known.dims.T - self.n_action_steps):
-            raise UserError(f"ahead is {ahead}, and a full query leaves {left} steps of its chunk")
+        with ExitStack() as failed:
+            failed.callback(self._line.close)
+            self._main = Remote(self._line, known, n_action_steps, self.timing)
+            known = self._main.known
+            self.control, self.name = known.control, known.name
+            self._draft: OrtDraft | None = None
+            if mode == "rsd":
+                if known.propose is None:
+                    why = f"{url} serves a policy without a draft that could check here"
+                    raise UserError(why, "Use: mode='baseline'")
+                if not self._line.ours and known.rsd.rule in TOKEN_RULES:
+                    why = f"the rule {known.rsd.rule} needs the main model's tokens, and {url} gives none"
+                    raise UserError(why, "Give the policy's settings the rule first, actions or path")
+                file = exported_draft(Path(engines), known.name, known.propose, precision)
+                self._draft = OrtDraft(file, known.control, providers, threads)
+            self._loop = Loop(known.dims, known.rsd, known.control.limits, mode, self._check, self._full)
+            self.n_action_steps = self._loop.n_action_steps
+            if not 0 <= ahead <= (left := known.dims.T - self.n_action_steps):
+                raise UserError(f"ahead is {ahead}, and a full query leaves {left} steps of its chunk")
+            failed.pop_all()
         self._rows = lru_cache(INSTRUCTIONS)(self._main.rows)
         self._thread = ThreadPoolExecutor(1, "query") if ahead else None
         self._reached = threading.Event()  # of the query under way: the main model is asked, or it is over

@@ -340,8 +340,6 @@ def test_an_answer_that_does_not_come_is_an_error_of_the_next_query() -> None:
         edge.close()  # does not wait for it
         assert time.monotonic() - began < 0.25
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("query")]
-        with pytest.raises(UserError, match="ahead is 7, and a full query leaves 6 steps"):
-            EdgePolicy(edge._line.url, mode="baseline", ahead=7)
 
 
 def test_a_chunk_that_was_over_before_it_came_is_asked_anew() -> None:
@@ -373,6 +371,16 @@ def test_another_policy_behind_the_same_address_is_refused() -> None:
         edge._line.metadata["fingerprint"] = "0" * 64
         with pytest.raises(UserError, match="serves stub, and served 000000000000 before"):
             edge.act(see(0))
+
+
+def test_a_client_that_does_not_fit_holds_no_place() -> None:
+    with running(service := stub_service()) as port:
+        with pytest.raises(UserError, match="ahead is 7, and a full query leaves 6 steps"):
+            EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline", ahead=7)
+        end = time.monotonic() + 2
+        while len(service.sessions) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not len(service.sessions)
 
 
 def test_the_alarm_has_a_hook() -> None:
