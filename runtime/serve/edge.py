@@ -107,6 +107,7 @@ class EdgePolicy:
         self._ahead = Ahead(self._loop, self._begin, ahead, self._keep)
         self._alarm = Alarm(expected_rejections)
         self._on_alarm = on_alarm
+        self._checking = self._judged = False  # the query under way makes a check; this call of `query` has counted one
         self._record, self._steps = record, 0
         self._recorder: Recorder | None = None
         self._episode: EpisodeRecorder | None = None
@@ -157,13 +158,13 @@ class EdgePolicy:
         if self._thread is not None:  # the caller may overwrite them meanwhile
             state = None if observation.proprio is None else observation.proprio.copy()
             observation = replace(observation, images=observation.images.copy(), proprio=state)
+        self._judged = False
         try:
             query = self._ahead.query(observation)
         except Unreachable as error:
             raise Unreachable(f"a full query is due, and {error}") from None
-        if query.checked:
-            self._alarm.recent.append(query.route == "rejected")
-            if self._alarm.raised and self._on_alarm is not None:
+        finally:
+            if self._judged and self._alarm.raised and self._on_alarm is not None:
                 self._on_alarm(self._alarm.share or 0.0)
         return structs.replace(query, ms=(time.perf_counter() - started) * 1e3)
 
@@ -196,15 +197,26 @@ class EdgePolicy:
         return future
 
     def _answer(self, observation: Observation, chunk: Chunk) -> tuple[Query, Chunk]:
+        self._checking = False
         [query] = self._loop.query([observation], [chunk])
+        if query.checked and not query.full_query:
+            self._judge(rejected=False)
         return query, chunk
 
+    def _judge(self, rejected: bool) -> None:
+        """Counts a check."""
+        self._alarm.recent.append(rejected)
+        self._judged = True
+
     def _full(self, observations: Sequence[Observation], condition: Tokens | None) -> Main:
+        if self._checking:  # and here it is: what the check said does not wait for an answer
+            self._judge(rejected=True)
         self._reached.set()
         return self._main.full(observations, condition)
 
     def _check(self, observations: Sequence[Observation]) -> Guess:
         assert self._draft is not None
+        self._checking = True
         started = time.perf_counter()
         out = self._draft(observations[0], self._rows(observations[0].instruction))
         self.timing.check.append((time.perf_counter() - started) * 1e3)

@@ -384,6 +384,7 @@ def test_a_client_that_does_not_fit_holds_no_place() -> None:
 
 
 def test_the_alarm_has_a_hook() -> None:
+    """It counts a check when it is made, whether or not the full query is answered."""
     stub, told = Stub(), []
     with running(stub_service(stub)) as port:
         url = f"ws://127.0.0.1:{port}"
@@ -391,8 +392,14 @@ def test_the_alarm_has_a_hook() -> None:
         with_draft(edge, stub).act(see(0))
         for _ in range(8):
             edge.act(see(0, 255))
-        edge.close()
-    assert told
+        assert set(told) == {1.0}
+        edge.reset()
+        edge.act(see(0))
+    told.clear()
+    for _ in range(8):
+        with pytest.raises(Unreachable):
+            edge.act(see(0, 255))
+    edge.close()
     assert set(told) == {1.0}
 
 
