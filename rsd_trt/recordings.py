@@ -35,7 +35,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, RECORD_SIZE, Count, Pixels
-from rsd_trt.errors import UserError, did_you_mean, missing_extra, reason, shown
+from rsd_trt.errors import UserError, did_you_mean, missing_extra, named, reason, shown
 from rsd_trt.files import own
 from rsd_trt.records import Natural, Record, differing, from_text, read_record, to_json
 
@@ -281,8 +281,9 @@ def check_facts(folder: Path, found: Facts, wanted: Facts, but: Sequence[str] = 
         if key in but or key == "bundle":
             continue
         if key == "fingerprint":
+            of = [x if x.startswith(SERVER) else x[:12] for x in map(str, (there, here))]
             raise UserError(
-                f"{folder} is of bundle {shown(found.bundle)} ({there!s:.12}), not of {wanted.bundle} ({here!s:.12})",
+                f"{folder} is of bundle {shown(found.bundle)} ({named(of[0])}), not of {wanted.bundle} ({of[1]})",
                 "Use the bundle that was recorded, or another folder",
             )
         raise UserError(f"{folder}: {key} is {shown(there)} there, and {shown(here)} here", "Use another folder")

@@ -5,11 +5,12 @@ It needs NumPy, ONNX Runtime, a websocket client and msgpack, and no torch.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from rsd_trt.config import DEFAULT_ENGINES, PROPRIO_DIM, Mode, Precision
+from rsd_trt.config import DEFAULT_ENGINES, PROPRIO_DIM, RECORD_SIZE, Mode, Precision
 from rsd_trt.errors import PolicyFault, UserError
 from rsd_trt.recorder import EpisodeRecorder, Recorder
 from rsd_trt.recordings import SERVER, Facts
@@ -32,6 +33,8 @@ from rsd_trt.runtime.serve.line import Line, Unreachable
 from rsd_trt.runtime.serve.remote import Known, Remote, Timing
 from rsd_trt.runtime.serve.sessions import Alarm
 from rsd_trt.runtime.speculate import Tokens
+
+log = logging.getLogger(__name__)
 
 TOKEN_RULES = ("tokens", "likelihood")
 INSTRUCTIONS = 16  # that are remembered: what the draft reads of one is 1 MiB for 7B
@@ -71,11 +74,11 @@ class EdgePolicy:
         """engines: the folder of exports with the draft's ONNX graph; mode `baseline` needs none. timeout_s: for a full
         query. on_alarm(share of rejected checks): called when many more of the recent checks were rejected than
         `expected_rejections`: stop the robot there. ahead: control steps that a full query takes, rounded up; 0: the
-        robot waits for it. record: a folder for recordings. known: of the policy of a server
-        that is not `rsd-trt serve`.
+        robot waits for it. record: a folder for recordings; a query that cannot be recorded is logged. known: of the
+        policy of a server that is not `rsd-trt serve`.
 
         Raises:
-            UserError: the server cannot be reached, or draft and server do not fit each other.
+            UserError: the server cannot be reached, or draft, server and recordings do not fit each other.
         """
         if mode not in ("rsd", "baseline"):
             raise UserError(f"mode {mode!r} is not one of the client's: rsd, baseline")
@@ -100,6 +103,11 @@ class EdgePolicy:
             self.n_action_steps = self._loop.n_action_steps
             if not 0 <= ahead <= (left := known.dims.T - self.n_action_steps):
                 raise UserError(f"ahead is {ahead}, and a full query leaves {left} steps of its chunk")
+            self._recorder: Recorder | None = None
+            if record is not None:
+                size = min(RECORD_SIZE, known.control.camera_size)
+                main = known.main or f"{SERVER}{url}"
+                self._recorder = Recorder(record, Facts(self.name, main, self.control.cameras, size, known.dims.T))
             failed.pop_all()
         self._rows = lru_cache(INSTRUCTIONS)(self._main.rows)
         self._thread = ThreadPoolExecutor(1, "query") if ahead else None
@@ -108,8 +116,7 @@ class EdgePolicy:
         self._alarm = Alarm(expected_rejections)
         self._on_alarm = on_alarm
         self._checking = self._judged = False  # the query under way makes a check; this call of `query` has counted one
-        self._record, self._steps = record, 0
-        self._recorder: Recorder | None = None
+        self._steps = 0
         self._episode: EpisodeRecorder | None = None
 
     def __enter__(self) -> EdgePolicy:
@@ -121,11 +128,11 @@ class EdgePolicy:
     def close(self) -> None:
         """Hangs up, and writes the episode that is being recorded."""
         self._ahead.reset()
-        self._save(None)
         self._line.close()
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._line.close()  # a query under way may have dialled anew
+        self._save(None)
 
     def prepare(self, instruction: str) -> None:
         """Gets what the draft reads of an instruction, so that the first check need not."""
@@ -227,26 +234,30 @@ class EdgePolicy:
     def _keep(self, asked: Asked, query: Query | None) -> None:
         """Adds a query to the recording, with all actions since its frames."""
         given = asked.late if query is None or query.fault is not None else [*asked.late, query.actions]
-        if self._record is None or not given:
+        if self._recorder is None or not given:
             return
         observation = asked.observation
         chunk, tokens = (None, None) if query is None else (query.chunk, query.tokens)
-        if self._recorder is None:
-            known = self._main.known
-            size = min(128, observation.images.shape[1])
-            steps = known.dims.T if chunk is None else len(chunk)
-            facts = Facts(known.name, known.main or f"{SERVER}{self._line.url}", self.control.cameras, size, steps)
-            self._recorder = Recorder(self._record, facts)
-        if self._episode is None:
-            self._episode = self._recorder.episode()
+        self._episode = self._episode or self._recorder.episode()
         state = no_state() if observation.proprio is None else observation.proprio
         seen = observation.images, state, observation.instruction
         actions = np.concatenate(given)
-        self._episode.add(self._steps, *seen, actions, chunk, tokens)
+        with _logged("a query"):
+            self._episode.add(self._steps, *seen, actions, chunk, tokens)
         self._steps += len(actions)
 
     def _save(self, success: bool | None) -> None:
         episode, self._episode = self._episode, None
         if episode is not None:
             name = f"edge_{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}_{time.monotonic_ns() % 10**9}"
-            episode.save(name, success)
+            with _logged("an episode"):
+                episode.save(name, success)
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """A recording that fails is no error of the robot's."""
+    try:
+        yield
+    except UserError as error:
+        log.warning("%s was not recorded: %s", what, error)

@@ -28,9 +28,9 @@ class Known:
     """What the client has to know of the policy that it asks: `rsd-trt serve` tells it, of any other server's it is to
     be given.
 
-    dims.T: the longest chunk that is used. propose: fingerprint of the draft's component; None: no draft. main: what
-    the chunks are made by, for recordings. request(observation): the server's keys; by default those of openpi's LIBERO
-    policies. rows(instruction): what the draft reads of it, [P, E].
+    dims.T: the longest chunk that is used, and the length that is recorded. propose: fingerprint of the draft's
+    component; None: no draft. main: what the chunks are made by, for recordings. request(observation): the server's
+    keys; by default those of openpi's LIBERO policies. rows(instruction): what the draft reads of it, [P, E].
     """
 
     name: str = "policy"

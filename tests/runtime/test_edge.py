@@ -342,6 +342,27 @@ def test_an_answer_that_does_not_come_is_an_error_of_the_next_query() -> None:
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("query")]
 
 
+def test_what_cannot_be_recorded_is_logged_and_the_robot_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunks = [np.zeros((6, 7)), np.zeros((8, 7))]
+    known = Known(dims=STUB_DIMS, rsd=STUB_RSD, control=STUB_CONTROL)
+    with plain_server(lambda request: chunks.pop()) as url:
+        with EdgePolicy(url, mode="baseline", known=known, record=tmp_path) as edge:
+            assert [len(edge.act(see(0))) for _ in range(2)] == [2, 2]
+            tmp_path.joinpath("episodes").rename(tmp_path / "gone").with_name("episodes").touch()
+        assert edge._line._socket is None
+        assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+            "a query was not recorded",
+            "an episode was not recorded",
+        ]
+        with (
+            running(stub_service()) as port,
+            pytest.raises(UserError, match=rf"\(server {url}\), not of stub \(server ws://127.0.0.1:{port}\)"),
+        ):
+            EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline", record=tmp_path)
+
+
 def test_a_chunk_that_was_over_before_it_came_is_asked_anew() -> None:
     """Another server's may be shorter than what went by: of 8 steps, then of 2."""
     hold, chunks = threading.Event(), [np.zeros((2, 7)), np.ones((8, 7))]
