@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from rsd_trt.errors import UserError, missing_extra, reason
+from rsd_trt.errors import UserError, missing_extra, reason, shown
+from rsd_trt.records import differing
 from rsd_trt.runtime.serve.arrays import BadMessage, arrays, pack, unpack
 
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
 
+# Of the metadata: what a client goes by for as long as it runs.
+TOLD = ("server", "fingerprint", "policy", "dims", "rsd", "control", "frames", "propose", "main", "conditioned")
 MAX_REPLY = 64 << 20  # bytes
 Message = Mapping[str, object]
 
@@ -44,9 +47,9 @@ class Line:
         return self.metadata.get("server") == "rsd-trt"
 
     def connect(self) -> None:
-        """Raises Unreachable, or UserError if another policy is served than before."""
+        """Raises Unreachable, or UserError if another policy is served than before, or in another way."""
         try:
-            from websockets.exceptions import WebSocketException
+            from websockets.exceptions import InvalidStatus, WebSocketException
             from websockets.sync.client import connect
         except ImportError:
             raise missing_extra("websockets", "edge") from None
@@ -64,13 +67,15 @@ class Line:
             metadata = _decoded(self._socket.recv(self.timeout_s))
         except (OSError, ValueError, WebSocketException, BadMessage) as error:
             self.close()
-            raise Unreachable(f"{self.url} cannot be reached: {reason(error)}") from None
-        before, here = self.metadata.get("fingerprint"), metadata.get("fingerprint")
-        if self.metadata and before != here:
+            why = reason(error)
+            if isinstance(error, InvalidStatus) and error.response.body:
+                why += f": {reason(ValueError(error.response.body.decode(errors='replace')))}"
+            raise Unreachable(f"{self.url} cannot be reached: {why}") from None
+        before, here = ({name: given.get(name) for name in TOLD} for given in (self.metadata or metadata, metadata))
+        for name, old, new in differing(before, here):
             self.close()
-            raise UserError(
-                f"{self.url} serves {here!s:.12}, and served {before!s:.12} before", "Start the client anew"
-            )
+            why = f"{self.url} serves {name} {shown(new)}, and served {shown(old)} before"
+            raise UserError(why, "Start the client anew")
         self.metadata = metadata
 
     def close(self) -> None:

@@ -384,14 +384,22 @@ def test_a_chunk_that_was_over_before_it_came_is_asked_anew() -> None:
         assert (query.route, query.skipped, query.actions[0, 0]) == ("full", 0, 0.5)
 
 
-def test_another_policy_behind_the_same_address_is_refused() -> None:
-    with running(stub_service()) as port:
-        edge = EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline")
+@pytest.mark.parametrize(("name", "here"), [("fingerprint", "stub"), ("frames", "rendered")])
+def test_another_policy_behind_the_same_address_is_refused(name: str, here: str) -> None:
+    with running(stub_service()) as port, EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline") as edge:
         edge.act(see(0))
         edge._line.close()
-        edge._line.metadata["fingerprint"] = "0" * 64
-        with pytest.raises(UserError, match="serves stub, and served 000000000000 before"):
+        edge._line.metadata[name] = "another"
+        with pytest.raises(UserError, match=f"serves {name} '{here}', and served 'another' before"):
             edge.act(see(0))
+
+
+def test_why_a_server_refuses_is_told() -> None:
+    with (
+        running(stub_service(api_key="k")) as port,
+        pytest.raises(Unreachable, match="HTTP 401: the header Authorization: Api-Key KEY is missing or wrong"),
+    ):
+        EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline")
 
 
 def test_a_client_that_does_not_fit_holds_no_place() -> None:
