@@ -112,7 +112,8 @@ class EdgePolicy:
         self._rows = lru_cache(INSTRUCTIONS)(self._main.rows)
         self._thread = ThreadPoolExecutor(1, "query") if ahead else None
         self._reached = threading.Event()  # of the query under way: the main model is asked, or it is over
-        self._ahead = Ahead(self._loop, self._begin, ahead, self._keep)
+        self._since = 0.0  # when this call of `query` began
+        self._ahead = Ahead(self._loop, self._begin, ahead, self._ended)
         self._alarm = Alarm(expected_rejections)
         self._on_alarm = on_alarm
         self._checking = self._judged = False  # the query under way makes a check; this call of `query` has counted one
@@ -128,10 +129,9 @@ class EdgePolicy:
     def close(self) -> None:
         """Hangs up, and writes the episode that is being recorded."""
         self._ahead.reset()
-        self._line.close()
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-            self._line.close()  # a query under way may have dialled anew
+        self._line.close()
         self._save(None)
 
     def prepare(self, instruction: str) -> None:
@@ -160,8 +160,7 @@ class EdgePolicy:
 
     def query(self, observation: Observation) -> Query:
         """As `act`, with how the query went."""
-        self.prepare(observation.instruction)
-        started = time.perf_counter()
+        self._since = time.monotonic()
         if self._thread is not None:  # the caller may overwrite them meanwhile
             state = None if observation.proprio is None else observation.proprio.copy()
             observation = replace(observation, images=observation.images.copy(), proprio=state)
@@ -173,7 +172,7 @@ class EdgePolicy:
         finally:
             if self._judged and self._alarm.raised and self._on_alarm is not None:
                 self._on_alarm(self._alarm.share or 0.0)
-        return structs.replace(query, ms=(time.perf_counter() - started) * 1e3)
+        return structs.replace(query, ms=(time.monotonic() - self._since) * 1e3)
 
     def measure(self, instruction: str, samples: int, warm_up: int = 5) -> Timing:
         """Times checks and full queries alone, on noise. Nothing is executed."""
@@ -193,6 +192,7 @@ class EdgePolicy:
 
     def _begin(self, observation: Observation, chunk: Chunk) -> Future[tuple[Query, Chunk]]:
         """Asks the loop, and waits until it is answered or asks the main model, where that need not be waited for."""
+        self.prepare(observation.instruction)
         if self._thread is None:
             answered: Future[tuple[Query, Chunk]] = Future()
             answered.set_result(self._answer(observation, chunk))
@@ -218,8 +218,9 @@ class EdgePolicy:
     def _full(self, observations: Sequence[Observation], condition: Tokens | None) -> Main:
         if self._checking:  # and here it is: what the check said does not wait for an answer
             self._judge(rejected=True)
+        since = self._since
         self._reached.set()
-        return self._main.full(observations, condition)
+        return self._main.full(observations, condition, since)
 
     def _check(self, observations: Sequence[Observation]) -> Guess:
         assert self._draft is not None
@@ -230,6 +231,11 @@ class EdgePolicy:
         dims = self._main.known.dims
         logits = out["logits"].reshape(-1, dims.T, dims.D, dims.K)
         return Guess(out["tokens"], out["actions"], logits, out["finite"])  # type: ignore[arg-type]
+
+    def _ended(self, asked: Asked, query: Query | None) -> None:
+        if not asked.coming.done():  # nobody waits for it, and the next has the line to itself
+            self._line.hang_up()
+        self._keep(asked, query)
 
     def _keep(self, asked: Asked, query: Query | None) -> None:
         """Adds a query to the recording, with all actions since its frames."""

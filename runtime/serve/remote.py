@@ -90,8 +90,8 @@ class Remote:
             rsd = structs.replace(self.known.rsd, n_action_steps=n_action_steps)
             self.known = replace(self.known, rsd=rsd)
 
-    def full(self, observations: Sequence[Observation], condition: Tokens | None) -> Main:
-        """The main model's chunk for one observation.
+    def full(self, observations: Sequence[Observation], condition: Tokens | None, since: float | None = None) -> Main:
+        """The main model's chunk for one observation. since: of `time.monotonic()`, when the time for it began.
 
         Raises:
             Unreachable: it cannot be had.
@@ -103,7 +103,7 @@ class Remote:
             message["endpoint"] = "full"
             if self._line.metadata.get("conditioned") and condition is not None:
                 message["condition"] = condition[0].astype(np.uint16)
-        reply = self._line.ask(message)
+        reply = self._line.ask(message, since)
         self._timing.full.append((time.perf_counter() - started) * 1e3)
         timing = reply.get("server_timing")
         if isinstance(timing, dict) and isinstance(timing.get("infer_ms"), float):

@@ -248,16 +248,54 @@ def test_few_instructions_are_remembered() -> None:
 
 
 def test_late_replies_are_dropped() -> None:
+    """With what was not computed yet: the server owes a client one answer at the most."""
     stub = Stub()
+    stub.batch = 1
     with running(stub_service(stub)) as port:
-        edge = with_draft(EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline", timeout_s=0.3), stub)
+        edge = with_draft(EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline"), stub)
+        edge.prepare("go")
         stub.hold.clear()
-        with pytest.raises(Unreachable, match="did not answer within"):
-            edge.act(see(10))
+        edge._line.timeout_s = 0.1
+        for first in (10, 20, 30):
+            with pytest.raises(Unreachable, match="did not answer within"):
+                edge.act(see(first))
+            assert edge._line._socket is None
         stub.hold.set()
-        time.sleep(0.2)
+        edge._line.timeout_s = 5
         np.testing.assert_allclose(edge.act(see(50))[:, 0], [0.05, 0.06], atol=1e-6)
         edge.close()
+
+
+def test_a_stalled_link_is_an_error_in_time() -> None:
+    """A request is larger than what the system takes of it: nobody reads the rest."""
+    go_on = threading.Event()
+
+    def stalled(line: ServerConnection) -> None:
+        line.send(pack({}))
+        with line.protocol_mutex:
+            go_on.wait(5)
+
+    known = Known(request=lambda seen: {"frames": np.zeros(32 << 20, np.uint8)})
+    with serve(stalled, "127.0.0.1", 0, max_size=None) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        with EdgePolicy(url, mode="baseline", known=known) as edge:
+            edge._line.timeout_s, began = 0.3, time.monotonic()
+            with pytest.raises(Unreachable, match=r"did not answer within 0\.3 s"):
+                edge.act(see(0))
+        assert time.monotonic() - began < 2
+        go_on.set()
+        server.shutdown()
+
+
+def test_a_connection_that_the_server_ended_is_made_anew() -> None:
+    with running(stub_service()) as port:
+        edge = EdgePolicy(f"ws://127.0.0.1:{port}", mode="baseline")
+        assert edge._line._socket is not None
+    edge._line._socket.recv_events_thread.join(5)
+    with running(stub_service()) as other, edge:
+        edge._line.url = f"ws://127.0.0.1:{other}"
+        edge.act(see(0))
 
 
 @contextlib.contextmanager
@@ -275,6 +313,17 @@ def answered(edge: EdgePolicy) -> None:
     asked = edge._ahead._asked
     assert asked is not None
     wait([asked.coming])  # type: ignore[list-item]
+
+
+def under_way(edge: EdgePolicy, stub: Stub, observation: Observation) -> Query:
+    """A query, when the server has its full query."""
+    before, end = len(stub.full_queries), time.monotonic() + 5
+    stub.hold.clear()
+    query = edge.query(observation)
+    while len(stub.full_queries) == before and time.monotonic() < end:
+        time.sleep(0.005)
+    assert query.route == "late"
+    return query
 
 
 def told(query: Query) -> tuple[str, int, list[int]]:
@@ -334,12 +383,27 @@ def test_an_answer_that_does_not_come_is_an_error_of_the_next_query() -> None:
         assert told(edge.query(see(100, 255))) == ("late", 0, [100])
         threading.Timer(0.1, stub.hold.set).start()
         assert told(edge.query(replace(see(90), instruction="elsewhere"))) == ("instruction", 0, [90, 100])
-        stub.hold.clear()
-        assert told(edge.query(replace(see(30, 255), instruction="elsewhere"))) == ("late", 0, [110])
+        edge._line.timeout_s = 5
+        query = under_way(edge, stub, replace(see(30, 255), instruction="elsewhere"))
+        assert told(query) == ("late", 0, [110])
         began = time.monotonic()
         edge.close()  # does not wait for it
-        assert time.monotonic() - began < 0.25
+        assert time.monotonic() - began < 2
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("query")]
+
+
+@pytest.mark.parametrize("instruction", ["go", "elsewhere"])
+def test_a_query_that_is_dropped_takes_no_time_of_the_next(instruction: str) -> None:
+    stub = Stub()
+    with asking_ahead(stub) as edge:
+        edge.query(see(0))
+        under_way(edge, stub, see(120, 255))
+        if instruction == "go":
+            edge.reset()
+        edge._line.timeout_s, began = 0.1, time.monotonic()
+        with pytest.raises(Unreachable):
+            edge.act(replace(see(0), instruction=instruction))
+        assert time.monotonic() - began < 2
 
 
 def test_what_cannot_be_recorded_is_logged_and_the_robot_goes_on(
