@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from synthetic import run
 
 from rsd_trt.eval.report.charts import cost_at, open_loop
-from tests.eval.report.test_runs import paired, run
+from rsd_trt.eval.report.runs import pair_up
 
 LINE = [(1.0, 50.0), (4.0, 80.0), (8.0, 90.0), (16.0, 88.0)]
 
@@ -23,8 +26,8 @@ def test_open_loop_that_is_better_where_it_is_cheapest_leaves_nothing_to_save() 
 
 def test_the_line_beside_a_run_is_of_runs_that_it_can_be_compared_with() -> None:
     loops = [run("baseline", n_action_steps=n) for n in (1, 2)]
-    runs = paired(*loops, run("baseline", n_action_steps=1, suite="libero_goal"), rsd := run("rsd"))
-    found = list(runs.values())
+    results = [*loops, run("baseline", n_action_steps=1, suite="libero_goal"), rsd := run("rsd")]
+    found = pair_up([(Path(str(i)), one) for i, one in enumerate(results)])
     assert len(open_loop(found)) == 3
     assert len(open_loop(found, next(one for one in found if one.results is rsd))) == 2
 
