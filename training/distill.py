@@ -6,9 +6,8 @@ Everything that takes long is kept in the request's folder: the same command goe
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +29,14 @@ from rsd_trt.runtime.backends import check_device
 from rsd_trt.runtime.preprocess import Preprocessor
 from rsd_trt.training.batches import Batches, hold_out
 from rsd_trt.training.codec import codec_for
-from rsd_trt.training.fit import fit, read_draft
+from rsd_trt.training.fit import CHECKPOINT, fit, read_draft
 from rsd_trt.training.labels import Labeller, fill
 from rsd_trt.training.loop import METRICS, LoopSettings
 from rsd_trt.training.measure import measure
 from rsd_trt.training.outcome import Distilled, measured_cost
 from rsd_trt.training.request import DistillRequest
 from rsd_trt.training.sources import Names, Source, open_source
-from rsd_trt.training.store import Store, StoreFacts
+from rsd_trt.training.store import FACTS, INDEX, Store, StoreFacts
 from rsd_trt.training.teacher import Teacher
 from rsd_trt.weights import open_tensors
 
@@ -140,16 +139,26 @@ def _own_folder(request: DistillRequest) -> Iterator[None]:
         raise UserError(f"another distillation writes {folder}", "Wait for it, or choose another --work")
 
     with explained(folder):
-        if folder.is_dir() and not (folder / FRAMES).exists() and any(file.name != LOCK for file in folder.iterdir()):
+        if folder.is_dir() and not _is_ours(folder):
             raise UserError(f"--work {folder} holds other files", "Choose a folder of its own")
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / LOCK, refuse):
             if request.fresh:
-                shutil.rmtree(folder / FRAMES, ignore_errors=True)
-                for file in folder.iterdir():
-                    if file.name != LOCK:
-                        file.unlink()
+                Store.remove(folder / FRAMES)
+                for name in (SETTINGS, REPORT, CURVE, METRICS, CHECKPOINT):
+                    (folder / name).unlink(missing_ok=True)
             yield
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a distillation was kept here, or nothing is: one may have been killed before it had written anything."""
+    if (folder / FRAMES / FACTS).exists():
+        return True
+    if (folder / SETTINGS).exists():
+        with suppress(UserError):
+            read_record(TrainingSettings, folder / SETTINGS)
+            return True
+    return all(file.is_dir() or file.name in (LOCK, INDEX) for file in folder.rglob("*"))
 
 
 def _labelled(

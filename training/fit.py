@@ -22,6 +22,7 @@ from rsd_trt.training.targets import corrected_targets, layer_losses, total_loss
 log = logging.getLogger(__name__)
 
 NAME = "draft"
+CHECKPOINT = f"{NAME}.pt"
 
 
 @dataclass(frozen=True)

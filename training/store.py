@@ -30,6 +30,7 @@ from rsd_trt.records import Natural, Positive, Record, differing, from_text, rea
 
 FACTS = "store.json"
 INDEX = "episodes.jsonl"
+COLUMNS = ("images", "state", "word", "chunk", "tokens")
 
 Array = NDArray[Any]
 
@@ -92,12 +93,20 @@ class Store:
             if (folder / FACTS).exists():
                 self._resume()
             else:
-                write_record(folder / FACTS, facts)
                 write_atomically(folder / INDEX, "")
+                write_record(folder / FACTS, facts)
 
     def __len__(self) -> int:
         """Frames."""
         return sum(episode.frames for episode in self.episodes)
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Removes the store that lies in the folder, and nothing else."""
+        for name in (FACTS, INDEX, *(f"{key}.bin" for key in COLUMNS)):
+            (folder / name).unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
     @property
     def frame_bytes(self) -> int:

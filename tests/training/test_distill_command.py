@@ -260,8 +260,26 @@ def test_another_training_does_not_go_on_from_this_one(tiny_bundle: Path, record
     assert "learning_rate is 0.001 there, 0.01 here. Start over: --fresh" in message
     message = refused(tiny_bundle, recordings, "-o", tmp_path / "two", *work, "--draft", "small")
     assert "holds frames of other data: side is 32 there, 128 here. Start over: --fresh" in message
+    note, keepsake = tmp_path / "work" / "note.txt", tmp_path / "work" / "frames" / "photo.png"
+    note.touch(), keepsake.touch()
     found = distilled(tiny_bundle, recordings, "-o", tmp_path / "two", *work, "--lr", 0.01, "--fresh")
     assert found["steps"] == 6
+    assert note.exists() and keepsake.exists()  # only what a distillation writes is removed
+    shutil.rmtree(tmp_path / "work" / "frames")  # which is allowed
+    assert distilled(tiny_bundle, recordings, "-o", tmp_path / "three", *work, "--lr", 0.01)["steps"] == 6
+
+
+@pytest.mark.parametrize("fresh", [(), ("--fresh",)], ids=["goes on", "fresh"])
+def test_a_folder_of_somebody_else_is_left_alone(
+    fresh: tuple[str, ...], tiny_bundle: Path, recordings: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "holiday"
+    (work / "frames").mkdir(parents=True)
+    for name in ("frames/1.png", "report.json", "training.json"):
+        (work / name).write_text("{}")
+    before = sorted(work.rglob("*"))
+    assert "holds other files" in refused(tiny_bundle, recordings, "-o", tmp_path / "new", "--work", work, *fresh)
+    assert sorted(work.rglob("*")) == before
 
 
 @pytest.mark.parametrize("where", ["rsd_trt.training.store.os.fsync", "rsd_trt.bundle.shutil.copyfile"])
