@@ -50,19 +50,12 @@ class Labeller:
         self._batch = batch
 
     def __call__(self, frames: Frames) -> Frames:
-        """The frames with the main head's chunks and, where it gives any, tokens.
-
-        Raises:
-            UserError: a chunk is not finite.
-        """
+        """The frames with the main head's chunks, NaN where they are not finite, and, where it gives any, tokens."""
         chunks: list[Actions] = []
         tokens: list[Tokens | None] = []
         for observations in self._batches(frames):
             main = self._forward.full(observations)
-            if not main.finite.all():
-                place = sum(len(chunk) for chunk in chunks) + int(np.argmin(main.finite))
-                raise UserError(f"the main head's chunk of frame {place} is not finite: a draft cannot learn from it")
-            chunks.append(main.actions.copy())
+            chunks.append(np.where(main.finite[:, None, None], main.actions, np.nan).astype(np.float32))
             tokens.append(None if main.tokens is None else main.tokens.copy())
         given = [some for some in tokens if some is not None]
         return replace(frames, chunk=np.concatenate(chunks), tokens=np.concatenate(given) if given else None)
@@ -104,6 +97,7 @@ def fill(
                 part = labeller(part)
                 seconds += time.perf_counter() - started
             assert part.chunk is not None
+            _check_finite(name, sum(map(len, parts["state"])), part)
             parts["images"].append(_seen(resize, part))
             parts["state"].append(part.state)
             parts["chunk"].append(part.chunk)
@@ -116,6 +110,16 @@ def fill(
         store.append(name, tuple(words), seconds, {key: np.concatenate(values) for key, values in parts.items()})
         done += frames
         on_frames(done, total)
+
+
+def _check_finite(episode: str, first: int, part: Frames) -> None:
+    """Raises UserError for a state or a chunk that is not finite. first: the number in the episode of the part's first
+    frame."""
+    for what, values in {"the state": part.state, "the main head's chunk": part.chunk}.items():
+        finite = np.isfinite(np.asarray(values)).reshape(len(part.state), -1).all(1)
+        if not finite.all():
+            place = first + int(np.argmin(finite))
+            raise UserError(f"{episode}: {what} of frame {place} is not finite: a draft cannot learn from it")
 
 
 @torch.inference_mode()

@@ -73,6 +73,7 @@ class Loop:
         self._used = 0.0  # s, before this process
         self._started = time.perf_counter()
         self._losses: dict[str, Tensor] = {}
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)  # loss and gradient of every step so far
         self._resume()
         self._shared = self._own_progress()  # what the processes agree on
 
@@ -94,13 +95,18 @@ class Loop:
         return self.elapsed / (60 * self.settings.minutes)
 
     def steps(self, samples: int) -> Iterator[int]:
-        """Counts the steps until the limit; the caller gives each one to `update`. `samples` is the batch size."""
+        """Counts the steps until the limit; the caller gives each one to `update`. `samples` is the batch size.
+
+        Raises:
+            UserError: a loss is not finite; the last checkpoint is from before it.
+        """
         logged, logged_step, saved = time.perf_counter(), self.step, time.perf_counter()
         while self.progress < 1:
             yield self.step
             now = time.perf_counter()
             if now - logged > self.settings.log_every or self.progress >= 1:
-                losses = {name: value.item() for name, value in self._losses.items()}  # waits for the device
+                self._check_finite()  # waits for the device
+                losses = {name: value.item() for name, value in self._losses.items()}
                 now = time.perf_counter()
                 rate = (self.step - logged_step) * samples / (now - logged)
                 self.record(kind="train", samples_per_s=round(rate), lr=self._rate(), **losses)
@@ -121,7 +127,8 @@ class Loop:
             told, self._told = self._told, ranks.average(gradients, self._own_progress())
             if told is not None:  # the last step's, so that the device is not waited for
                 self._shared = float(told)
-        nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+        self._finite &= (loss.detach() + norm).isfinite()
         self.optimiser.step()
         self.step += 1
         decay = min(self.settings.average, self.step / (self.step + 10))
@@ -146,6 +153,7 @@ class Loop:
 
     def save(self) -> None:
         """Writes the checkpoint."""
+        self._check_finite()
         if ranks.rank():
             return
         state = {
@@ -156,6 +164,13 @@ class Loop:
             "elapsed": self.elapsed,
         }
         write_state(self.run / f"{self.name}.pt", state)
+
+    def _check_finite(self) -> None:
+        if not self._finite:
+            raise UserError(
+                f"{self.name}: the loss is not finite before step {self.step}",
+                "Start over with a smaller --lr: --fresh",
+            )
 
     def _resume(self) -> None:
         file = self.run / f"{self.name}.pt"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 from msgspec import structs
 
 from rsd_trt.errors import UserError
+from rsd_trt.models.vision_draft import Resize
 from rsd_trt.training import store as module
+from rsd_trt.training.labels import Labeller, fill
+from rsd_trt.training.sources import Frames
 from rsd_trt.training.store import Array, Store, StoreFacts
 
 FACTS = StoreFacts({"recordings": "/r"}, "f" * 64, ("a", "b"), side=4, steps=3, tokens=(2, 5))
@@ -90,3 +96,37 @@ def test_other_frames_are_refused(tmp_path: Path) -> None:
     (tmp_path / "state.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"state\.bin has 0 bytes, not 160: it is damaged"):
         Store(tmp_path, FACTS)
+
+
+class Given:
+    """A source of one episode, in parts of 3 frames and 2."""
+
+    size, labelled, tokens, has_state = 4, False, False, True
+
+    def __init__(self) -> None:
+        self.facts: dict[str, str] = {}
+        self.episodes = [("a", 5)]
+
+    def read(self, index: int) -> Iterator[Frames]:
+        state = np.zeros((5, 8), np.float32)
+        state[4, 2] = np.nan
+        for part in (slice(0, 3), slice(3, 5)):
+            count = part.stop - part.start
+            yield Frames(np.zeros((count, 2, 4, 4, 3), np.uint8), state[part], ("one",) * count)
+
+
+def label(broken: int | None, frames: Frames) -> Frames:
+    """A main head of chunks, of which that of a frame of the first part is broken."""
+    chunk = np.zeros((len(frames.state), 3, 7), np.float32)
+    if broken is not None and len(chunk) == 3:
+        chunk[broken] = np.nan
+    return replace(frames, chunk=chunk)
+
+
+@pytest.mark.parametrize(("broken", "what"), [(None, "the state of frame 4"), (1, "the main head's chunk of frame 1")])
+def test_what_is_not_finite_is_named_by_episode_and_frame(broken: int | None, what: str, tmp_path: Path) -> None:
+    store = Store(tmp_path, structs.replace(FACTS, tokens=None))
+    labeller = cast(Labeller, partial(label, broken))
+    with pytest.raises(UserError, match=f"^a: {what} is not finite"):
+        fill(store, Given(), labeller, Resize(4, 4, True, 1.0), 7, lambda *_: None)
+    assert not store.episodes
