@@ -34,6 +34,7 @@ class Batch:
     state: Tensor  # [B, 8], normalised
     words: Tensor  # [B, P, E]
     z: Tensor  # [B, T, D], what the main head's chunk is in the codec's latents
+    tokens: Tensor | None = None  # [B, T, D, L], its own, where the head gives any
 
 
 class Batches:
@@ -131,11 +132,12 @@ class Batches:
 
     @torch.no_grad()
     def _made(self, columns: dict[str, Tensor], images: Tensor, state: Tensor) -> Batch:
-        if "tokens" in columns:
-            z = self._codec.rfsq.lookup(columns["tokens"].long())
+        tokens = columns["tokens"].long() if "tokens" in columns else None
+        if tokens is not None:
+            z = self._codec.rfsq.lookup(tokens)
         else:
             z = self._codec.encoder(self._transform.inverse(columns["chunk"]))
-        return Batch(images, state, self.words[columns["word"]], z)
+        return Batch(images, state, self.words[columns["word"]], z, tokens)
 
 
 def draw_weights(task: NDArray[np.int64], gripper: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from rsd_trt.config import ARM_DIMS
 from rsd_trt.models.codec import Codec
 from rsd_trt.models.components import ActionTransform, agreeing_steps
 from rsd_trt.models.vision_draft import VisionDraft
-from rsd_trt.training.batches import Batches, other_episodes
+from rsd_trt.training.batches import Batch, Batches, other_episodes
 from rsd_trt.training.targets import corrected_targets, decode_z
 
 TOLERANCES = (0.1, 0.2, 0.4)  # environment units
@@ -60,20 +60,20 @@ def measure(
     strangers = other_episodes(batches.episode, batches.instruction, index)
     table, dims = codec.rfsq.table(), (draft.dims.T, draft.dims.D)
 
-    def said(frames: NDArray[np.int64], images_of: NDArray[np.int64] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, the chunk that they decode to, and z of the main head."""
+    def said(frames: NDArray[np.int64], images_of: NDArray[np.int64] | None) -> tuple[Tensor, Tensor, Batch]:
+        """Logits, the chunk that they decode to, and what the main head says."""
         batch = batches.plain(frames, images_of)
         logits = draft.classify(draft.see(batch.images, batch.state, batch.words)[0])
-        return logits, transform(codec.decoder(decode_z(logits.argmax(-1), table, dims))), batch.z
+        return logits, transform(codec.decoder(decode_z(logits.argmax(-1), table, dims))), batch
 
     found: dict[str, list[Tensor]] = {}
     for first in range(0, len(index), BATCH):
         frames, others = index[first : first + BATCH], strangers[first : first + BATCH]
         main = batches.chunk(frames)
-        logits, guess, z = said(frames, None)
+        logits, guess, batch = said(frames, None)
         unseen = said(frames, others)[1]
-        right = logits.argmax(-1) == corrected_targets(z, logits, table)
-        some = {"accuracy": right.float().mean(2), "likelihood": _likelihood(logits, z, table, ahead)}
+        right = logits.argmax(-1) == corrected_targets(batch.z, logits, table)
+        some = {"accuracy": right.float().mean(2), "likelihood": _likelihood(logits, batch, table, ahead)}
         for tolerance in TOLERANCES:
             some[f"agreement {tolerance}"] = _agree(guess, main, tolerance)
             some[f"blind {tolerance}"] = _agree(unseen, main, tolerance)
@@ -95,9 +95,13 @@ def measure(
     )
 
 
-def _likelihood(logits: Tensor, z: Tensor, table: Tensor, ahead: int) -> Tensor:
-    """The mean log-probability [B] of the main head's L0 tokens of the next steps, as the rule `likelihood` has it."""
-    tokens = (z[:, :ahead].flatten(1)[..., None] - table[0]).abs().argmin(-1)  # [B, ahead*D]
+def _likelihood(logits: Tensor, batch: Batch, table: Tensor, ahead: int) -> Tensor:
+    """The mean log-probability [B] of the main head's L0 tokens of the next steps, as the rule `likelihood` has it. A
+    head's own tokens need not be the levels nearest to z."""
+    if batch.tokens is not None:
+        tokens = batch.tokens[:, :ahead, :, 0].flatten(1)  # [B, ahead*D]
+    else:
+        tokens = (batch.z[:, :ahead].flatten(1)[..., None] - table[0]).abs().argmin(-1)
     own = logits[:, 0, : tokens.shape[1]].log_softmax(-1).gather(-1, tokens[..., None])
     return own[..., 0].mean(1)
 

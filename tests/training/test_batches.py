@@ -10,7 +10,7 @@ from torch import Tensor
 from rsd_trt.bundle import Bundle
 from rsd_trt.models.vision_draft import VisionDraft
 from rsd_trt.training.augment import augment
-from rsd_trt.training.batches import Batches, hold_out, other_episodes
+from rsd_trt.training.batches import Batch, Batches, hold_out, other_episodes
 from rsd_trt.training.store import Store, StoreFacts
 
 CPU = torch.device("cpu")
@@ -99,16 +99,18 @@ def test_augmented_images_are_near_the_originals() -> None:
     assert torch.equal(changed, augment(images, torch.Generator().manual_seed(0)))
 
 
-def test_likelihoods_are_those_of_the_rule(bundle: Bundle) -> None:
-    """On chunks whose tokens the codec made."""
+@pytest.mark.parametrize("own", [True, False], ids=["the head's tokens", "the codec's"])
+def test_likelihoods_are_those_of_the_rule(own: bool, bundle: Bundle) -> None:
+    """A head's own tokens are the rule's, though another level of L0 is nearer to what all layers decode to."""
     from rsd_trt.runtime.speculate import log_likelihood
     from rsd_trt.training.measure import _likelihood
 
     dims, codec = bundle.config.dims, bundle.codec()
     z = torch.rand(3, dims.T, dims.D) * 2 - 1
     logits = torch.randn(3, dims.C, dims.T * dims.D, dims.K)
-    tokens = codec.rfsq.quantise(z)[1][..., 0].numpy()
-    found = _likelihood(logits, z, codec.rfsq.table(), ahead=2)
+    tokens = torch.randint(dims.K, (3, dims.T, dims.D, dims.L)) if own else codec.rfsq.quantise(z)[1]
+    batch = Batch(z, z, z, codec.rfsq.lookup(tokens) if own else z, tokens if own else None)
+    found = _likelihood(logits, batch, codec.rfsq.table(), ahead=2)
     by_step = logits[:, 0].view(3, dims.T, dims.D, dims.K).numpy()
-    expected = [log_likelihood(by_step[i, :2], tokens[i, :2]) for i in range(3)]
+    expected = [log_likelihood(by_step[i, :2], tokens[i, :2, :, 0].numpy()) for i in range(3)]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
