@@ -144,7 +144,11 @@ def codec_for(bundle: Bundle, store: Store, device: torch.device) -> tuple[Codec
 
 @torch.no_grad()
 def codec_errors(codec: Codec, actions: Tensor, ranges: Ranges = UNIT) -> CodecErrors:
-    """Reconstruction errors over actions [S, A], in halves of their ranges."""
+    """Reconstruction errors over actions [S, A], in halves of their ranges.
+
+    Raises:
+        UserError: one is not finite.
+    """
     middle, half = (torch.tensor(values).to(actions) for values in (ranges.middle, ranges.half))
     layers = len(codec.rfsq.layers)
     largest, total, wrong = torch.zeros(3, layers, dtype=torch.float64)
@@ -154,6 +158,8 @@ def codec_errors(codec: Codec, actions: Tensor, ranges: Ranges = UNIT) -> CodecE
         for i in range(layers):
             decoded = codec.decode(tokens, i + 1)[:, 0]
             error = ((decoded - part) / half).abs()
+            if not error.isfinite().all():
+                raise UserError("the codec's error over the main head's actions is not finite")
             largest[i] = max(float(largest[i]), float(error.max()))
             total[i] += error.double().sum()
             wrong[i] += ((decoded[:, ARM_DIMS] > middle[ARM_DIMS]) != closed).sum()

@@ -36,13 +36,13 @@ class ActionTransform(nn.Module):
         self.openvla_gripper = control.gripper == "openvla"
 
     def inverse(self, actions: Tensor) -> Tensor:
-        """The environment's actions [B, T, A] -> the policy's; a gripper of the `openvla` convention comes out as 0 or
-        1."""
-        actions = (actions.float() - self.offset) / self.scale
-        if not self.openvla_gripper:
-            return actions
-        gripper = (1 - actions[..., ARM_DIMS:]) / 2
-        return torch.cat([actions[..., :ARM_DIMS], gripper], dim=-1)
+        """The environment's actions [B, T, A] -> the policy's; where all of these are one action, as q01 is q99, 0. A
+        gripper of the `openvla` convention comes out as open or close."""
+        actions = actions.float()
+        if self.openvla_gripper:
+            gripper = (1 - actions[..., ARM_DIMS:]) / 2
+            actions = torch.cat([actions[..., :ARM_DIMS], gripper], dim=-1)
+        return torch.where(self.scale == 0, 0.0, (actions - self.offset) / self.scale)
 
     def forward(self, actions: Tensor) -> Tensor:
         """[B, T, A] -> [B, T, A]."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec import structs
 
-from rsd_trt.config import ARM_DIMS, CodecConfig, ControlConfig, HeadConfig, HiddenDraftConfig, Quantiles
+from rsd_trt.config import ARM_DIMS, CodecConfig, ControlConfig, Gripper, HeadConfig, HiddenDraftConfig, Quantiles
 from rsd_trt.models.codec import Codec, Decoder
 from rsd_trt.models.components import ActionTransform, Predict, Propose, agreeing_steps, all_finite, most_likely
 from rsd_trt.models.draft import DraftModel
@@ -50,6 +53,25 @@ def test_action_conventions(control: ControlConfig, action: list[float], expecte
     actions = torch.tensor(action, dtype=torch.float32).expand(2, DIMS.T, DIMS.A)
     out = ActionTransform(control, DIMS)(actions)
     torch.testing.assert_close(out, torch.tensor(expected, dtype=torch.float32).expand_as(out))
+
+
+@given(
+    gripper=st.sampled_from(["env", "openvla"]),
+    mask=st.lists(st.booleans(), min_size=7, max_size=7),
+    widths=st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=7, max_size=7),
+    seed=st.integers(0, 99),
+)
+def test_inverse_is_undone_by_forward(gripper: Gripper, mask: list[bool], widths: list[float], seed: int) -> None:
+    """Of all actions that the environment can be given. Where q01 is q99 that is one."""
+    random = np.random.default_rng(seed)
+    low = random.uniform(-1, 1, 7)
+    widths[6] = max(widths[6], 0.5) if gripper == "openvla" else widths[6]  # or it could only open, or close
+    quantiles = Quantiles(tuple(low.tolist()), tuple((low + widths).tolist()), tuple(mask))
+    actions = low + random.uniform(0, 1, (1, DIMS.T, 7)) * widths
+    actions[..., 6] = random.choice([-1, 1], DIMS.T) if gripper == "openvla" else actions[..., 6]
+    there = torch.from_numpy(actions).float()
+    transform = ActionTransform(ControlConfig(gripper=gripper, action_quantiles=quantiles), DIMS)
+    torch.testing.assert_close(transform(transform.inverse(there)), there, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def test_a_bad_codec_is_refused(actions: torch.Tensor) -> None:
     assert codec_errors(untrained, actions).largest[-1] > LARGEST_ERROR
     with pytest.raises(UserError, match="the codec is off by up to"):
         check_codec(untrained, actions)
+    with pytest.raises(UserError, match="error over the main head's actions is not finite"):
+        codec_errors(untrained, actions.where(actions != actions.max(), torch.nan))
 
 
 @pytest.mark.parametrize("gripper", [(0.0, 1.0), (-1.0, 1.0)])
