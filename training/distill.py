@@ -180,12 +180,14 @@ def _labelled(
         side=draft.side,
         steps=dims.T,
         tokens=(dims.D, dims.L) if with_tokens else None,
+        precision=None if source.labelled else request.backbone_precision,
     )
     store = Store(request.folder / FRAMES, facts)
-    missing = store.missing(source.episodes)
+    episodes = source.episodes
+    missing = store.missing(episodes)
     if not missing:
         return store
-    check_disk(store.folder, sum(source.episodes[i][1] for i in missing) * store.frame_bytes)
+    check_disk(store.folder, sum(episodes[i].frames for i in missing) * store.frame_bytes)
     resize = Resize(source.size, draft.side, control.rotate_images, control.center_crop).to(device)
     labeller = None
     if not source.labelled:
@@ -257,7 +259,7 @@ def _trained(
         curve=_picture(folder),
         episodes=len(store.episodes),
         frames=len(store),
-        unlabelled=sum(frames for _, frames in source.episodes) - len(store),
+        unlabelled=sum(episode.frames for episode in source.episodes) - len(store),
         label_rate=None if source.labelled or not labelled else len(store) / labelled,
         draft=draft_config,
         parameters=sum(p.numel() for p in draft.parameters()),

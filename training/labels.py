@@ -83,11 +83,11 @@ def fill(
     """
     episodes = source.episodes
     missing = store.missing(episodes)
-    total = sum(frames for _, frames in episodes)
-    done = total - sum(episodes[i][1] for i in missing)
+    total = sum(episode.frames for episode in episodes)
+    done = total - sum(episodes[i].frames for i in missing)
     on_frames(done, total)
     for i in missing:
-        name, frames = episodes[i]
+        name, frames, stamp = episodes[i]
         parts: dict[str, list[Array]] = {key: [np.zeros((0, *x.shape), x.dtype)] for key, x in store.columns.items()}
         words: dict[str, int] = {}
         seconds = 0.0
@@ -107,7 +107,8 @@ def fill(
                 if part.tokens.min() < 0 or part.tokens.max() >= levels:
                     raise UserError(f"{name} has the token {part.tokens.max()}, and the codec {levels} levels")
                 parts["tokens"].append(part.tokens.astype(np.uint8))
-        store.append(name, tuple(words), seconds, {key: np.concatenate(values) for key, values in parts.items()})
+        columns = {key: np.concatenate(values) for key, values in parts.items()}
+        store.append(name, tuple(words), seconds, columns, stamp)
         done += frames
         on_frames(done, total)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM
 from rsd_trt.errors import UserError, did_you_mean
+from rsd_trt.files import explained
 from rsd_trt.recordings import FACTS as RECORDINGS
 from rsd_trt.runtime.speculate import Actions, Tokens
 
@@ -50,11 +52,19 @@ class Names:
     turn: bool = False
 
 
+class Listed(NamedTuple):
+    """An episode, before it is read."""
+
+    name: str
+    frames: int  # the most that it may have
+    stamp: str  # of the files that it is read from: with another one it has changed
+
+
 class Source(Protocol):
     """Episodes of frames.
 
     facts: what tells it from others. size: R, pixels a side. labelled: whether it knows the main head's chunks; tokens:
-    and their tokens. has_state: whether it knows the robot's own. episodes: names, and the most frames each may have.
+    and their tokens. has_state: whether it knows the robot's own.
     """
 
     @property
@@ -68,7 +78,7 @@ class Source(Protocol):
     @property
     def has_state(self) -> bool: ...
     @property
-    def episodes(self) -> Sequence[tuple[str, int]]: ...
+    def episodes(self) -> Sequence[Listed]: ...
     def read(self, index: int) -> Iterator[Frames]:
         """The frames of an episode, in parts.
 
@@ -106,6 +116,20 @@ def open_source(path: Path, bundle: Bundle, names: Names) -> Source:
         f"{path} is neither recordings (with {RECORDINGS}), nor a LeRobot folder (with meta/info.json), nor LIBERO's "
         "HDF5 demonstrations"
     )
+
+
+def stamp(*files: Path) -> str:
+    """Names, sizes and times of modification, as a digest.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    found = hashlib.sha256()
+    for file in files:
+        with explained(file):
+            told = file.stat()
+        found.update(f"{file.name} {told.st_size} {told.st_mtime_ns}\n".encode())
+    return found.hexdigest()
 
 
 def cameras_of(bundle: Bundle, names: Names, usual: Mapping[str, Sequence[str]], there: Sequence[str]) -> list[str]:

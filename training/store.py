@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM
+from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, BackbonePrecision
 from rsd_trt.errors import UserError, shown
 from rsd_trt.files import explained, write_atomically
 from rsd_trt.records import Natural, Positive, Record, differing, from_text, read_record, to_json, to_text, write_record
+from rsd_trt.training.sources import Listed
 
 FACTS = "store.json"
 INDEX = "episodes.jsonl"
@@ -44,6 +45,7 @@ class StoreFacts(Record, frozen=True):
     side: Positive  # S
     steps: Positive  # T
     tokens: tuple[int, int] | None = None  # D, L
+    precision: BackbonePrecision | None = None  # of the backbone that made the chunks; None: they came with the frames
 
 
 class StoredEpisode(Record, frozen=True):
@@ -53,6 +55,7 @@ class StoredEpisode(Record, frozen=True):
     frames: Natural  # with a label
     instructions: tuple[str, ...]
     seconds: float  # that labelling took
+    stamp: str = ""  # of what it was read from: `Listed`
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,23 @@ class Store:
         """What a frame takes on disk."""
         return sum(column.bytes for column in self.columns.values())
 
-    def missing(self, episodes: Sequence[tuple[str, int]]) -> list[int]:
-        """Which of the episodes (name, frames) are not there yet."""
-        there = {episode.name for episode in self.episodes}
-        return [i for i, (name, _) in enumerate(episodes) if name not in there]
+    def missing(self, episodes: Sequence[Listed]) -> list[int]:
+        """Which of a source's episodes are not there yet.
 
-    def append(self, name: str, instructions: tuple[str, ...], seconds: float, columns: Mapping[str, Array]) -> None:
+        Raises:
+            UserError: one that is there has changed in the source since, or is gone.
+        """
+        listed = {episode.name: episode.stamp for episode in episodes}
+        for episode in self.episodes:
+            if listed.get(episode.name) != episode.stamp:
+                what = "has changed since it was read" if episode.name in listed else "is not in the data any more"
+                raise UserError(f"{self.folder}: the episode {episode.name} {what}", "Start over: --fresh")
+        there = {episode.name for episode in self.episodes}
+        return [i for i, episode in enumerate(episodes) if episode.name not in there]
+
+    def append(
+        self, name: str, instructions: tuple[str, ...], seconds: float, columns: Mapping[str, Array], stamp: str = ""
+    ) -> None:
         """A whole episode; on the disk when this returns.
 
         Raises:
@@ -135,7 +149,7 @@ class Store:
                     stream.write(values.data)
                     stream.flush()
                     os.fsync(stream.fileno())
-            episode = StoredEpisode(name, frames, instructions, round(seconds, 3))
+            episode = StoredEpisode(name, frames, instructions, round(seconds, 3), stamp)
             with (self.folder / INDEX).open("r+b") as stream:
                 stream.truncate(self._index_bytes)
                 stream.seek(self._index_bytes)

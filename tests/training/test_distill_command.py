@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -255,7 +256,18 @@ def test_what_cannot_be_distilled_is_one_line(
 
 def test_another_training_does_not_go_on_from_this_one(tiny_bundle: Path, recordings: Path, tmp_path: Path) -> None:
     work = ("--work", tmp_path / "work")
+    recordings = Path(shutil.copytree(recordings, tmp_path / "recordings"))
     distilled(tiny_bundle, recordings, "-o", tmp_path / "one", *work)
+    episode = recordings / "episodes" / "task0_2.safetensors"
+    kept = episode.stat().st_mtime_ns
+    os.utime(episode, (0, 0))  # recorded anew
+    message = refused(tiny_bundle, recordings, "-o", tmp_path / "two", *work)
+    assert "the episode task0_2 has changed since it was read. Start over: --fresh" in message
+    episode.rename(tmp_path / "aside")
+    message = refused(tiny_bundle, recordings, "-o", tmp_path / "two", *work)
+    assert "the episode task0_2 is not in the data any more. Start over: --fresh" in message
+    (tmp_path / "aside").rename(episode)
+    os.utime(episode, ns=(kept, kept))
     message = refused(tiny_bundle, recordings, "-o", tmp_path / "two", *work, "--lr", 0.01)
     assert "learning_rate is 0.001 there, 0.01 here. Start over: --fresh" in message
     message = refused(tiny_bundle, recordings, "-o", tmp_path / "two", *work, "--draft", "small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_a_data_set_is_read(layout: str, bundle: Bundle, demos: list[Demo], tmp_
     source: Source = open_source(path, robosuite(bundle), Names(turn=layout != "libero"))
     assert (source.size, source.labelled, source.has_state) == (32, False, True)
     by_task = sorted(demos, key=lambda demo: demo.task) if layout == "libero" else demos
-    assert [frames for _, frames in source.episodes] == [len(demo.state) for demo in by_task]
+    assert [episode.frames for episode in source.episodes] == [len(demo.state) for demo in by_task]
     for i, demo in enumerate(by_task):
         (part,) = source.read(i)
         assert set(part.instructions) == {demo.task}
@@ -45,6 +46,10 @@ def test_a_data_set_is_read(layout: str, bundle: Bundle, demos: list[Demo], tmp_
         exact = layout in ("libero", "v2.1 images")
         assert np.abs(part.images - expected).max() <= (0 if exact else 30)
         assert np.abs(part.images - expected).mean() < 4
+    before = [episode.stamp for episode in source.episodes]
+    for file in path.rglob("*"):
+        os.utime(file, (0, 0))
+    assert all(a != episode.stamp for a, episode in zip(before, source.episodes, strict=True))
 
 
 def test_long_episodes_come_in_parts(

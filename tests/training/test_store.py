@@ -17,7 +17,7 @@ from rsd_trt.errors import UserError
 from rsd_trt.models.vision_draft import Resize
 from rsd_trt.training import store as module
 from rsd_trt.training.labels import Labeller, fill
-from rsd_trt.training.sources import Frames
+from rsd_trt.training.sources import Frames, Listed
 from rsd_trt.training.store import Array, Store, StoreFacts
 
 FACTS = StoreFacts({"recordings": "/r"}, "f" * 64, ("a", "b"), side=4, steps=3, tokens=(2, 5))
@@ -51,7 +51,10 @@ def test_what_is_appended_is_mapped(tmp_path: Path) -> None:
     assert isinstance(store.maps["images"], np.memmap)
     assert store.episode_of.tolist() == [0, 0, 0, 2, 2]
     assert [store.instructions[i] for i in store.instruction_of] == ["one", "two", "one", "two", "three"]
-    assert store.missing([("a", 3), ("c", 1), ("nothing", 9)]) == [1]
+    listed = [Listed(name, 1, "") for name in ("a", "c", "nothing", "b")]
+    assert store.missing(listed) == [1]
+    with pytest.raises(UserError, match="the episode b is not in the data any more"):
+        store.missing(listed[:3])
 
 
 def half_a_line(folder: Path) -> None:
@@ -93,6 +96,8 @@ def test_other_frames_are_refused(tmp_path: Path) -> None:
     filled(tmp_path)
     with pytest.raises(UserError, match=r"side is 4 there, 8 here\. Start over: --fresh"):
         Store(tmp_path, structs.replace(FACTS, side=8))
+    with pytest.raises(UserError, match=r"precision is None there, 'fp32' here"):
+        Store(tmp_path, structs.replace(FACTS, precision="fp32"))
     (tmp_path / "state.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"state\.bin has 0 bytes, not 160: it is damaged"):
         Store(tmp_path, FACTS)
@@ -105,7 +110,7 @@ class Given:
 
     def __init__(self) -> None:
         self.facts: dict[str, str] = {}
-        self.episodes = [("a", 5)]
+        self.episodes = [Listed("a", 5, "")]
 
     def read(self, index: int) -> Iterator[Frames]:
         state = np.zeros((5, 8), np.float32)

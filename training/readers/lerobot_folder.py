@@ -25,6 +25,7 @@ from rsd_trt.files import read_bounded
 from rsd_trt.records import parse
 from rsd_trt.training.sources import (
     Frames,
+    Listed,
     Names,
     cameras_of,
     check_actions,
@@ -32,6 +33,7 @@ from rsd_trt.training.sources import (
     in_convention,
     in_parts,
     one_size,
+    stamp,
     state_of,
     turned,
 )
@@ -123,8 +125,13 @@ class LeRobotSource:
         return bool(self._state)
 
     @property
-    def episodes(self) -> Sequence[tuple[str, int]]:
-        return [(f"episode_{place.index:06d}", place.frames) for place in self._places]
+    def episodes(self) -> Sequence[Listed]:
+        meta = sorted(file for file in (self.folder / "meta").rglob("*") if file.is_file())
+        found = []
+        for place in self._places:
+            files = (*meta, place.data, *(video for video, _ in place.videos.values()))
+            found.append(Listed(f"episode_{place.index:06d}", place.frames, stamp(*files)))
+        return found
 
     def read(self, index: int) -> Iterator[Frames]:
         place = self._places[index]

@@ -23,6 +23,7 @@ from rsd_trt.errors import UserError, missing_extra, reason, shown
 from rsd_trt.training.sources import (
     HDF5,
     Frames,
+    Listed,
     Names,
     cameras_of,
     check_actions,
@@ -30,6 +31,7 @@ from rsd_trt.training.sources import (
     in_convention,
     in_parts,
     one_size,
+    stamp,
     state_of,
     turned,
 )
@@ -74,8 +76,9 @@ class LiberoSource:
         return bool(self._state)
 
     @property
-    def episodes(self) -> Sequence[tuple[str, int]]:
-        return [(f"{file.stem}/{demo}", frames) for file, demo, frames in self._demos]
+    def episodes(self) -> Sequence[Listed]:
+        stamps = {file: stamp(file) for file in self.files}
+        return [Listed(f"{file.stem}/{demo}", frames, stamps[file]) for file, demo, frames in self._demos]
 
     def read(self, index: int) -> Iterator[Frames]:
         file, demo, count = self._demos[index]

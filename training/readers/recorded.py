@@ -12,7 +12,7 @@ from msgspec import structs
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError, shown
 from rsd_trt.recordings import SERVER, Array, Facts, Recordings
-from rsd_trt.training.sources import Frames, in_parts
+from rsd_trt.training.sources import Frames, Listed, in_parts, stamp
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class RecordedSource:
         return self.recordings.facts.size
 
     @property
-    def episodes(self) -> Sequence[tuple[str, int]]:
-        return [(episode.name, len(episode)) for episode in self.recordings.episodes]
+    def episodes(self) -> Sequence[Listed]:
+        return [Listed(episode.name, len(episode), stamp(episode.path)) for episode in self.recordings.episodes]
 
     def read(self, index: int) -> Iterator[Frames]:
         episode = self.recordings.episodes[index]
