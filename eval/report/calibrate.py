@@ -16,8 +16,9 @@ nothing, and `by_age` stays as it is.
 The threshold is the smallest deviation at which the n episodes of one half have (sum of their false-reject rates + 1)
 / (n + 1) <= alpha: the expected rate of a new episode that is exchangeable with them is then at most alpha (conformal
 risk control: Angelopoulos, Bates, Fisch, Lei and Schuster 2022). Episodes are the unit, since checks of one resemble
-each other. The other half, held out, shows what the threshold does: what it rejects wrongly, and what it accepts
-wrongly, of which nothing is promised.
+each other; those that begin in one initial state, with several seeds of a perturbation, count as one, and are in one
+half. The other half, held out, shows what the threshold does: what it rejects wrongly, and what it accepts wrongly, of
+which nothing is promised.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from msgspec import structs
 from numpy.typing import NDArray
 
 from rsd_trt.bundle import Bundle
-from rsd_trt.config import ARM_DIMS, MAX_TOLERANCE, RsdConfig
+from rsd_trt.config import ARM_DIMS, MAX_TOLERANCE, RsdConfig, state_and_seed
 from rsd_trt.errors import UserError
 from rsd_trt.eval.report.breakdown import PREFIX_RULES, confirmed
 from rsd_trt.eval.results import Episode, QueryRecord, Results
@@ -80,7 +81,8 @@ class Calibration:
     before: Effect
     curve: tuple[Effect, ...]
     limit: tuple[float, ...]  # by arm dimension, environment units
-    episodes: tuple[int, int]  # chosen on, held out
+    unit: str  # "episodes", or "initial states" where a perturbation has several seeds
+    episodes: tuple[int, int]  # of the unit: chosen on, held out
     auc: float | None  # of the deviation, over all episodes; None where all checks are quiet, or none is
 
 
@@ -107,17 +109,22 @@ def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None
     if rsd.rule == "tokens":
         raise UserError("rsd.rule is tokens, whose share of equal tokens is not calibrated", "Choose another rule")
     limits = np.array((*(rsd.tolerance if limit is None else (limit,) * ARM_DIMS), 0.0))
-    judged = [judge_checks(e, rsd, limits) for e in shadow.episodes if e.error is None]
-    episodes = [checks for checks in judged if checks]
+    begun: dict[tuple[int, int], list[Check]] = {}  # by task and initial state
+    for e in shadow.episodes:
+        if e.error is None:
+            state, _ = state_and_seed(e.trial, settings.seeds)
+            begun.setdefault((e.task_id, state), []).extend(judge_checks(e, rsd, limits))
+    episodes = [checks for checks in begun.values() if checks]
+    unit = "episodes" if settings.seeds == 1 else "initial states"
     order = np.random.default_rng(seed).permutation(len(episodes))
     ours, held_out = ([episodes[i] for i in half] for half in np.array_split(order, 2))
     if not held_out:
-        raise UserError(f"{len(episodes)} episodes with a check are too few to hold some out: evaluate more")
+        raise UserError(f"{len(episodes)} {unit} with a check are too few to hold some out: evaluate more")
     least = 1 / (len(ours) + 1)
     if alpha < least:
         needed = 2 * (math.ceil(1 / alpha) - 1)
         raise UserError(
-            f"alpha {alpha:g} needs {needed} episodes with a check, there are {len(episodes)}: evaluate more, or take "
+            f"alpha {alpha:g} needs {needed} {unit} with a check, there are {len(episodes)}: evaluate more, or take "
             "a larger --alpha"
         )
     own = math.inf if rsd.threshold is None else -rsd.threshold
@@ -126,6 +133,7 @@ def calibrate(bundle: Bundle, shadow: Results, alpha: float, limit: float | None
         before=_measured(rsd, own if rsd.rule == "likelihood" else 1.0, held_out, None),
         curve=tuple(_effect(rsd, choose(ours, other), held_out, other) for other in CURVE if other >= least),
         limit=tuple(map(float, limits[:ARM_DIMS])),
+        unit=unit,
         episodes=(len(ours), len(held_out)),
         auc=auc([check for checks in episodes for check in checks]),
     )

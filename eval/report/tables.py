@@ -398,7 +398,7 @@ def calibration_table(found: Calibration) -> Table:
     )
     rows = [("before", found.before), ("chosen", found.chosen), *(("", other) for other in found.curve)]
     return Table(
-        f"{found.chosen.rsd.rule}, on {found.episodes[1]} held-out episodes",
+        f"{found.chosen.rsd.rule}, on {found.episodes[1]} held-out {found.unit}",
         columns,
         tuple(
             (

@@ -179,8 +179,8 @@ def calibrate(
     click.echo(f"main confirms a step that it moves by at most {limits}, with the same gripper")
     said = f"{'within' if chosen.false_rejects <= alpha else 'ABOVE'} alpha {alpha:g}"
     click.echo(
-        f"chosen on {ours} episodes; of {held_out} held out, rejected wrongly: {chosen.false_rejects:.1%}, {said}; "
-        f"accepted wrongly: {chosen.false_accepts:.1%}"
+        f"chosen on {ours} {calibration.unit}; of {held_out} held out, rejected wrongly: {chosen.false_rejects:.1%}, "
+        f"{said}; accepted wrongly: {chosen.false_accepts:.1%}"
     )
     click.echo(f"bundle with the chosen threshold: {copy.path}")
 

@@ -201,6 +201,8 @@ def test_the_command_writes_a_copy_that_differs_in_the_tolerance_alone(first: Bu
         ({"rsd": RsdConfig(rule="tokens")}, "rsd.rule is tokens"),
         ({"tasks": (0,), "trials": 1}, "1 episodes with a check are too few to hold some out"),
         ({"tasks": (0,), "trials": 6}, "alpha 0.2 needs 8 episodes with a check, there are 6"),
+        # of one initial state, which cannot be in both halves
+        ({"tasks": (0,), "trials": 18, "perturb": "late:7+8+9"}, "needs 8 initial states with a check, there are 6"),
     ],
 )
 def test_what_cannot_be_calibrated_is_one_line(
