@@ -58,9 +58,10 @@ class Recorder:
             self._bytes = sum(file.stat().st_size for file in (folder / EPISODES).glob(f"*{SUFFIX}"))
         self._encoders = ThreadPoolExecutor(ENCODERS, "encode")
 
-    def episode(self, task: int | None = None) -> EpisodeRecorder:
-        """A new episode, in memory until it is saved."""
-        return EpisodeRecorder(self, task)
+    def episode(self, task: int | None = None, initial_state: int | None = None) -> EpisodeRecorder:
+        """A new episode, in memory until it is saved. initial_state: of the task's, where several episodes may begin in
+        one: a draft is not measured on some of them and trained on others."""
+        return EpisodeRecorder(self, task, initial_state)
 
     def has(self, name: str) -> bool:
         """Whether there is an episode of that name."""
@@ -104,6 +105,7 @@ class EpisodeRecorder:
 
     recorder: Recorder
     task: int | None = None
+    initial_state: int | None = None
     _queries: list[dict[str, Array]] = field(default_factory=list, repr=False)
     _frames: list[Future[list[bytes]]] = field(default_factory=list, repr=False)
     _instructions: dict[str, int] = field(default_factory=dict, repr=False)
@@ -186,7 +188,7 @@ class EpisodeRecorder:
         if given:
             none = np.zeros_like(given[0])
             tensors["tokens"] = np.stack([query.get("tokens", none) for query in self._queries])
-        facts = EpisodeFacts(tuple(self._instructions), self.task, success, steps)
+        facts = EpisodeFacts(tuple(self._instructions), self.task, success, steps, self.initial_state)
         return self.recorder.write(name, save(tensors, {"episode": to_text(facts, indent=0)}))
 
 

@@ -97,6 +97,7 @@ class EpisodeFacts(Record, frozen=True):
     task: Natural | None = None
     success: bool | None = None
     steps: Natural | None = None  # that were executed; None: all that were committed
+    initial_state: Natural | None = None  # of the task's: which one it began in; None: one of its own
 
 
 def main_fingerprint(bundle: Bundle) -> str:

@@ -54,7 +54,7 @@ def query(facts: Facts, step: int, asked: bool = True, **others: Any) -> Query:
 
 def recorded(folder: Path, facts: Facts, queries: int = 3, name: str = "a", limit: float = 1.0) -> Recorder:
     recorder = Recorder(folder, facts, limit)
-    episode = recorder.episode(task=1)
+    episode = recorder.episode(task=1, initial_state=4)
     for i in range(queries):
         episode.add(**query(facts, 2 * i, asked=i != 1))
     episode.save(name, success=True, steps=2 * queries - 1)
@@ -66,7 +66,7 @@ def test_what_was_recorded_is_read(facts: Facts, tmp_path: Path) -> None:
     found = Recordings(tmp_path)
     (episode,) = found.episodes
     assert (len(found), episode.name, found.facts) == (3, "a", facts)
-    assert episode.facts == EpisodeFacts(("pick up the bowl",), 1, True, 5)
+    assert episode.facts == EpisodeFacts(("pick up the bowl",), 1, True, 5, 4)
     arrays = episode.read()
     for i in range(3):
         given = query(facts, 2 * i)

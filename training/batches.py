@@ -65,7 +65,7 @@ class Batches:
         self._codec, self._transform, self._normalised = codec, transform, normalise
         self._teacher = teacher
         self.held_out, self.train = np.flatnonzero(held_out), np.flatnonzero(~held_out)
-        self.episode, self.instruction = store.episode_of, store.instruction_of
+        self.episode, self.start, self.instruction = store.episode_of, store.start_of, store.instruction_of
         maps = store.maps
         gripper = maps["chunk"][:, :, ARM_DIMS][self.train]
         self._weights = torch.from_numpy(draw_weights(self.instruction[self.train], gripper))
@@ -149,24 +149,27 @@ def draw_weights(task: NDArray[np.int64], gripper: NDArray[np.float32]) -> NDArr
 
 
 def hold_out(store: Store, share: float, least: int, seed: int) -> NDArray[np.bool_]:
-    """Which frames [F] are of held-out episodes: a share of each instruction's, at least `least` in all, by chance."""
-    order = np.random.default_rng(seed).permutation(len(store.episodes)).tolist()
-    order = [i for i in order if store.episodes[i].frames]
-    by_name: dict[str, list[int]] = {}
-    for i in order:
-        by_name.setdefault(store.episodes[i].instructions[0], []).append(i)
-    chosen = [i for group in by_name.values() for i in group[: int(len(group) * share)]]
-    rest = [i for i in order if i not in set(chosen)]
-    chosen += rest[: max(0, least - len(chosen))]
-    return np.isin(store.episode_of, chosen)
+    """Which frames [F] are of held-out episodes: of all that began in a share of the initial states, or in `least` of
+    them, by chance. Each task gives its share, rounded down; any task what is left. An episode whose initial state is
+    not known has one of its own."""
+    start_of = store.start_of
+    by_task: dict[str, list[int]] = {}
+    starts = np.random.default_rng(seed).permutation(np.unique(start_of)).tolist()
+    for start in starts:
+        by_task.setdefault(store.episodes[start].instructions[0], []).append(start)
+    chosen = [start for group in by_task.values() for start in group[: int(len(group) * share)]]
+    rest = [start for start in starts if start not in set(chosen)]
+    chosen += rest[: max(0, max(least, int(len(starts) * share)) - len(chosen))]
+    return np.isin(start_of, chosen)
 
 
 def other_episodes(
-    episode: NDArray[np.int64], task: NDArray[np.int64], index: NDArray[np.int64], seed: int = 0
+    begun: NDArray[np.int64], task: NDArray[np.int64], index: NDArray[np.int64], seed: int = 0
 ) -> NDArray[np.int64]:
-    """For each of the frames `index` [F] one of another episode among them, of the same task where there is one.
+    """For each of the frames `index` [F] one among them whose episode began otherwise, of the same task where there is
+    one.
 
-    episode, task: of all frames.
+    begun: what their episodes began in, and task: of all frames.
     """
     random = np.random.default_rng(seed)
     pools: dict[int, NDArray[np.int64]] = {
@@ -177,7 +180,7 @@ def other_episodes(
     for i, frame in enumerate(index):
         for pool in (pools[int(task[frame])], everything):
             start = int(random.integers(len(pool)))
-            strange = np.flatnonzero(episode[pool] != episode[frame])
+            strange = np.flatnonzero(begun[pool] != begun[frame])
             if len(strange):
                 chosen[i] = pool[strange[start % len(strange)]]
                 break

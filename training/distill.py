@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from msgspec import structs
 from torch import Tensor
@@ -208,9 +209,10 @@ def _trained(
 ) -> Distilled:
     """Everything behind the labels."""
     config, folder = bundle.config, request.folder
-    if sum(episode.frames > 0 for episode in store.episodes) < LEAST_EPISODES:
+    if len(np.unique(store.start_of)) < LEAST_EPISODES:
         raise UserError(
-            f"{request.data} has fewer than {LEAST_EPISODES} episodes in which the main head was asked",
+            f"{request.data} has fewer than {LEAST_EPISODES} episodes, of other initial states each, in which the main "
+            "head was asked",
             "Record more: rsd-trt eval --mode baseline --record",
         )
     held_out = hold_out(store, HELD_OUT_SHARE, LEAST_HELD_OUT, request.seed)

@@ -87,7 +87,7 @@ def fill(
     done = total - sum(episodes[i].frames for i in missing)
     on_frames(done, total)
     for i in missing:
-        name, frames, stamp = episodes[i]
+        listed = episodes[i]
         parts: dict[str, list[Array]] = {key: [np.zeros((0, *x.shape), x.dtype)] for key, x in store.columns.items()}
         words: dict[str, int] = {}
         seconds = 0.0
@@ -97,7 +97,7 @@ def fill(
                 part = labeller(part)
                 seconds += time.perf_counter() - started
             assert part.chunk is not None
-            _check_finite(name, sum(map(len, parts["state"])), part)
+            _check_finite(listed.name, sum(map(len, parts["state"])), part)
             parts["images"].append(_seen(resize, part))
             parts["state"].append(part.state)
             parts["chunk"].append(part.chunk)
@@ -105,11 +105,10 @@ def fill(
             if "tokens" in parts:
                 assert part.tokens is not None
                 if part.tokens.min() < 0 or part.tokens.max() >= levels:
-                    raise UserError(f"{name} has the token {part.tokens.max()}, and the codec {levels} levels")
+                    raise UserError(f"{listed.name} has the token {part.tokens.max()}, and the codec {levels} levels")
                 parts["tokens"].append(part.tokens.astype(np.uint8))
-        columns = {key: np.concatenate(values) for key, values in parts.items()}
-        store.append(name, tuple(words), seconds, columns, stamp)
-        done += frames
+        store.append(listed, tuple(words), seconds, {key: np.concatenate(values) for key, values in parts.items()})
+        done += listed.frames
         on_frames(done, total)
 
 

@@ -57,7 +57,7 @@ def measure(
     index = batches.held_out
     if most is not None:
         index = index[np.linspace(0, len(index) - 1, min(most, len(index))).astype(np.int64)]
-    strangers = other_episodes(batches.episode, batches.instruction, index)
+    strangers = other_episodes(batches.start, batches.instruction, index)
     table, dims = codec.rfsq.table(), (draft.dims.T, draft.dims.D)
 
     def said(frames: NDArray[np.int64], images_of: NDArray[np.int64] | None) -> tuple[Tensor, Tensor, Batch]:

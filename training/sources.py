@@ -58,6 +58,7 @@ class Listed(NamedTuple):
     name: str
     frames: int  # the most that it may have
     stamp: str  # of the files that it is read from: with another one it has changed
+    initial_state: int | None = None  # of the task's: which one it began in; None: one of its own
 
 
 class Source(Protocol):

@@ -56,6 +56,7 @@ class StoredEpisode(Record, frozen=True):
     instructions: tuple[str, ...]
     seconds: float  # that labelling took
     stamp: str = ""  # of what it was read from: `Listed`
+    initial_state: int | None = None  # `Listed`
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Store:
         return [i for i, episode in enumerate(episodes) if episode.name not in there]
 
     def append(
-        self, name: str, instructions: tuple[str, ...], seconds: float, columns: Mapping[str, Array], stamp: str = ""
+        self, listed: Listed, instructions: tuple[str, ...], seconds: float, columns: Mapping[str, Array]
     ) -> None:
         """A whole episode; on the disk when this returns.
 
@@ -149,7 +150,9 @@ class Store:
                     stream.write(values.data)
                     stream.flush()
                     os.fsync(stream.fileno())
-            episode = StoredEpisode(name, frames, instructions, round(seconds, 3), stamp)
+            episode = StoredEpisode(
+                listed.name, frames, instructions, round(seconds, 3), listed.stamp, listed.initial_state
+            )
             with (self.folder / INDEX).open("r+b") as stream:
                 stream.truncate(self._index_bytes)
                 stream.seek(self._index_bytes)
@@ -173,6 +176,16 @@ class Store:
         """[F], the index of each frame's episode."""
         counts = [episode.frames for episode in self.episodes]
         return np.repeat(np.arange(len(counts)), counts)
+
+    @property
+    def start_of(self) -> NDArray[np.int64]:
+        """[F], the index of what each frame's episode began in: the first episode of that initial state of the task."""
+        first: dict[tuple[str, int], int] = {}
+        found = list(range(len(self.episodes)))
+        for i, episode in enumerate(self.episodes):
+            if episode.initial_state is not None and episode.instructions:
+                found[i] = first.setdefault((episode.instructions[0], episode.initial_state), i)
+        return np.array(found, np.int64)[self.episode_of]
 
     @property
     def instructions(self) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class Worker:
         self.assignment, self.attempt, self.task = assignment, attempt, assignment.task
         self.started = time.monotonic()
         self.queries = []
-        self._recorded = None if self.recorder is None else self.recorder.episode(assignment.task)
+        self._recorded = None if self.recorder is None else self.recorder.episode(assignment.task, assignment.state)
         self.send(assignment)
 
     def send(self, message: object) -> None:

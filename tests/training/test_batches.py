@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.models.vision_draft import VisionDraft
 from rsd_trt.training.augment import augment
 from rsd_trt.training.batches import Batch, Batches, hold_out, other_episodes
-from rsd_trt.training.store import Store, StoreFacts
+from rsd_trt.training.sources import Listed
+from rsd_trt.training.store import Store, StoredEpisode, StoreFacts
 
 CPU = torch.device("cpu")
 EPISODES, FRAMES = 40, 3
@@ -32,7 +35,7 @@ def batches(request: pytest.FixtureRequest, bundle: Bundle, tmp_path_factory: py
             "chunk": chunk,
             "tokens": codec.encode(torch.from_numpy(chunk)).numpy(),
         }
-        store.append(f"e{i}", (f"task {int(i >= 10)}",), 0.0, columns)
+        store.append(Listed(f"e{i}", FRAMES, ""), (f"task {int(i >= 10)}",), 0.0, columns)
     draft = bundle.draft()
     assert isinstance(draft, VisionDraft)
     words = torch.randn(2, draft.config.instruction, bundle.config.hidden)
@@ -47,6 +50,21 @@ def test_whole_episodes_of_every_task_are_held_out(batches: Batches) -> None:
     assert not held & set(batches.episode[batches.train].tolist())
     assert not np.array_equal(hold_out(batches.store, 0.1, 2, 1), hold_out(batches.store, 0.1, 2, 0))
     assert hold_out(batches.store, 0.0, 5, 0).sum() == FRAMES * 5
+
+
+@pytest.mark.parametrize(("each", "copies", "expected"), [(15, 3, 15), (9, 1, 9), (20, 2, 20)])
+def test_held_out_episodes_begin_where_no_other_does(each: int, copies: int, expected: int, tmp_path: Path) -> None:
+    """Of 10 tasks, with several seeds or modes of an initial state; a tenth in all, though no task has ten."""
+    store = Store(tmp_path, StoreFacts({}, "", ("a",), side=1, steps=1))
+    for i in range(10 * each):
+        task, trial = divmod(i, each)
+        store.episodes.append(StoredEpisode(str(i), 1, (f"task {task}",), 0.0, initial_state=trial // copies))
+    held, start = hold_out(store, 0.1, 2, seed=0), store.start_of
+    assert held.sum() == expected
+    assert not set(start[held]) & set(start[~held])
+    assert len(set(start)) == 10 * each // copies
+    others = other_episodes(start, store.episode_of // each, np.flatnonzero(held))
+    assert (start[others] != start[held]).all()
 
 
 def test_a_step_draws_the_same_whenever_it_is_made(batches: Batches) -> None:
@@ -75,7 +93,7 @@ def test_latents_are_the_main_heads(batches: Batches, bundle: Bundle) -> None:
 
 def test_blind_frames_are_of_other_episodes_of_the_task(batches: Batches) -> None:
     index = batches.held_out
-    others = other_episodes(batches.episode, batches.instruction, index)
+    others = other_episodes(batches.start, batches.instruction, index)
     assert (batches.episode[others] != batches.episode[index]).all()
     assert set(others) <= set(index)
     task = batches.instruction

@@ -34,11 +34,14 @@ def columns(frames: int, seed: int) -> dict[str, Array]:
     }
 
 
+A, NOTHING, B, C = (Listed(name, 1, "") for name in ("a", "nothing", "b", "c"))
+
+
 def filled(folder: Path) -> Store:
     store = Store(folder, FACTS)
-    store.append("a", ("one", "two"), 1.0, columns(3, 0))
-    store.append("nothing", (), 0.0, columns(0, 0))
-    store.append("b", ("two", "three"), 2.0, columns(2, 1))
+    store.append(A, ("one", "two"), 1.0, columns(3, 0))
+    store.append(NOTHING, (), 0.0, columns(0, 0))
+    store.append(B, ("two", "three"), 2.0, columns(2, 1))
     return store
 
 
@@ -51,10 +54,9 @@ def test_what_is_appended_is_mapped(tmp_path: Path) -> None:
     assert isinstance(store.maps["images"], np.memmap)
     assert store.episode_of.tolist() == [0, 0, 0, 2, 2]
     assert [store.instructions[i] for i in store.instruction_of] == ["one", "two", "one", "two", "three"]
-    listed = [Listed(name, 1, "") for name in ("a", "c", "nothing", "b")]
-    assert store.missing(listed) == [1]
+    assert store.missing([A, C, NOTHING, B]) == [1]
     with pytest.raises(UserError, match="the episode b is not in the data any more"):
-        store.missing(listed[:3])
+        store.missing([A, C, NOTHING])
 
 
 def half_a_line(folder: Path) -> None:
@@ -73,7 +75,7 @@ def test_what_a_killed_process_left_is_dropped(kill: Callable[[Path], None], tmp
     kill(tmp_path)
     store = Store(tmp_path, FACTS)
     assert [episode.name for episode in store.episodes] == ["a", "nothing", "b"]
-    store.append("c", ("one", "two"), 0.0, columns(4, 2))
+    store.append(C, ("one", "two"), 0.0, columns(4, 2))
     again = Store(tmp_path, FACTS)
     assert [episode.frames for episode in again.episodes] == [3, 0, 2, 4]
     assert np.array_equal(again.maps["images"][5:], columns(4, 2)["images"])
@@ -87,8 +89,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "fsync", full)
         with pytest.raises(UserError, match="No space left on device"):
-            store.append("c", ("one",), 0.0, columns(4, 2))
-    store.append("c", ("one", "two"), 0.0, columns(1, 3))
+            store.append(C, ("one",), 0.0, columns(4, 2))
+    store.append(C, ("one", "two"), 0.0, columns(1, 3))
     assert np.array_equal(Store(tmp_path, FACTS).maps["chunk"][5:], columns(1, 3)["chunk"])
 
 

@@ -51,7 +51,7 @@ class RecordedSource:
 
     @property
     def episodes(self) -> Sequence[Listed]:
-        return [Listed(episode.name, len(episode), stamp(episode.path)) for episode in self.recordings.episodes]
+        return [Listed(x.name, len(x), stamp(x.path), x.facts.initial_state) for x in self.recordings.episodes]
 
     def read(self, index: int) -> Iterator[Frames]:
         episode = self.recordings.episodes[index]

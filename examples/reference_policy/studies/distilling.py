@@ -38,7 +38,7 @@ from rsd_trt.training.fit import fit
 from rsd_trt.training.labels import Labeller
 from rsd_trt.training.loop import LoopSettings
 from rsd_trt.training.measure import measure
-from rsd_trt.training.sources import Frames
+from rsd_trt.training.sources import Frames, Listed
 from rsd_trt.training.store import FACTS, Store, StoreFacts
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def train_rate(bundle: Bundle, device: torch.device, batch: int, steps: int) -> 
                 "word": np.zeros(STORED_FRAMES),
                 "chunk": random.uniform(-1, 1, (STORED_FRAMES, dims.T, dims.A)),
             }
-            store.append(f"e{episode}", ("x",), 0.0, columns)
+            store.append(Listed(f"e{episode}", STORED_FRAMES, ""), ("x",), 0.0, columns)
         draft = VisionDraft(config.draft, dims, config.control, config.hidden).to(device)
         words = instruction_rows(torch.randn(20, config.hidden), config.draft.instruction)[None].to(device)
         held_out, codec, transform = hold_out(store, 0.1, 2, 0), bundle.codec(device), bundle.transform(device)

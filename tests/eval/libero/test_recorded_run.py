@@ -41,7 +41,7 @@ def test_the_journey_from_no_draft_to_one(tiny_bundle: Path, tmp_path: Path) -> 
         task, trial = episode.key
         recorded = episodes[f"{results.settings.run}_task{task}_trial{trial}"]
         assert (recorded.facts.task, recorded.facts.success) == (task, episode.success)
-        assert recorded.facts.steps == episode.steps
+        assert (recorded.facts.steps, recorded.facts.initial_state) == (episode.steps, trial)
         arrays = recorded.read()
         assert arrays["step"].tolist() == [query.step for query in episode.queries]
         assert arrays["committed"].tolist() == [query.committed for query in episode.queries]
