@@ -20,6 +20,7 @@ from msgspec import structs
 
 from rsd_trt.config import (
     COMPONENTS,
+    OWN_FOLDER,
     PARTS,
     BundleConfig,
     Component,
@@ -116,6 +117,18 @@ class Bundle:
             return contents(mine)
         shards = check_folder(self.config.backbone_weights, self.path / self.config.backbone_weights.folder, whole)
         return without_unused(contents([*mine, *shards]), self.config.backbone)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The bundle's own files, of whatever else lies in its folder.
+
+        Raises:
+            UserError: one is no regular file.
+        """
+        weights = self.config.backbone_weights
+        shards = [file.name for file in weights.files] if weights and weights.folder == OWN_FOLDER else []
+        names = (CONFIG, TOKENIZER, HIDDEN_STATES, *(self.file(part).name for part in PARTS), *shards)
+        return tuple(self.path / name for name in names if own(self.path / name).exists())
 
     def digest(self, file: str) -> str | None:
         """sha256 of one of the bundle's files, computed once; None when it is absent."""
@@ -350,8 +363,8 @@ def copy_with(
     """
     given = parts or {}
     with new_folder(path) as folder:
-        for file in bundle.path.iterdir():
-            if own(file).is_file() and file.stem not in given:
+        for file in bundle.files:
+            if file.stem not in given:
                 shutil.copyfile(file, folder / file.name)
         for part, state in given.items():
             write_part(folder, part, state)

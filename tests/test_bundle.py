@@ -187,6 +187,13 @@ def test_a_bundle_says_which_parts_it_was_made_with(bundle_copy: Path, tmp_path:
     assert Bundle.open(bundle_copy).components == ()
 
 
+def test_a_copy_has_the_bundles_own_files(bundle_copy: Path, tmp_path: Path) -> None:
+    (bundle_copy / ".cache" / "huggingface").mkdir(parents=True)  # as hf download leaves it
+    (bundle_copy / "notes").symlink_to("nowhere")
+    bundle = Bundle.open(bundle_copy)
+    assert {file.name for file in copy_with(bundle, bundle.config, tmp_path / "another").path.iterdir()} == FILES
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -128,7 +128,7 @@ def _check_out(request: DistillRequest, bundle: Bundle) -> None:
     if not bundle_name(request.out):
         raise UserError(f"-o {request.out} has no letter or digit to name a bundle by")
     check_folder(request.out.parent)
-    check_disk(request.out, sum(file.stat().st_size for file in bundle.path.iterdir() if file.is_file()))
+    check_disk(request.out, sum(file.stat().st_size for file in bundle.files))
 
 
 @contextmanager

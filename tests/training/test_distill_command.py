@@ -251,6 +251,9 @@ def test_what_cannot_be_distilled_is_one_line(
     assert "Missing option '-o'" in refused(tiny_bundle, recordings, code=2)
     assert "is no bundle" in refused(recordings, recordings, "-o", out)
     assert "holds other files" in refused(tiny_bundle, recordings, "-o", out, "--work", tiny_bundle)
+    linked = without(tiny_bundle, tmp_path / "linked")
+    (linked / "hidden_states.safetensors").symlink_to("elsewhere")  # said before the training, not after it
+    assert "hidden_states.safetensors is a symbolic link" in refused(linked, recordings, "-o", out)
     assert not out.exists() and not (tmp_path / "new.distill").exists()
 
 
