@@ -63,6 +63,12 @@ class Recorder:
         one: a draft is not measured on some of them and trained on others."""
         return EpisodeRecorder(self, task, initial_state)
 
+    @property
+    def at_limit(self) -> bool:
+        """Whether there is no room for another episode like the largest in the folder."""
+        sizes = [file.stat().st_size for file in (self.folder / EPISODES).glob(f"*{SUFFIX}")]
+        return sum(sizes) + max(sizes, default=0) > self.limit * 1e9
+
     def has(self, name: str) -> bool:
         """Whether there is an episode of that name."""
         return (self.folder / EPISODES / f"{name}{SUFFIX}").exists()

@@ -101,6 +101,7 @@ def test_the_limit_ends_the_recording_and_says_so_once(
     with caplog.at_level(logging.WARNING):
         recorder = recorded(tmp_path, facts, name="b", limit=1.5 * size / 1e9)
         assert recorder.full and not recorder.has("b") and recorder.has("a")
+        assert Recorder(tmp_path, facts, 1.5 * size / 1e9).at_limit and not Recorder(tmp_path, facts).at_limit
         episode = recorder.episode()
         episode.add(**query(facts, 0))
         assert not episode.save("c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
 import shutil
@@ -36,6 +37,8 @@ from rsd_trt.recorder import Recorder
 from rsd_trt.recordings import Facts
 from rsd_trt.records import to_text, write_record
 from rsd_trt.runtime.policy import Policy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -267,10 +270,14 @@ def _recorder(request: EvalRequest, job: Job) -> Recorder | None:
 
 
 def _check_recorded(run: Run, recorder: Recorder | None) -> None:
-    """Raises UserError if episodes of the run so far were not recorded, and the others are to be."""
+    """Raises UserError if episodes of the run so far were not recorded, for another reason than that there was no room,
+    and the others are to be."""
     done = [recorded_name(run.job.settings.run, *key) for key in run.earlier]
     if recorder is not None and (lost := sum(not recorder.has(name) for name in done)):
-        raise UserError(f"{run.log.path} has {lost} episodes that were not recorded", "To record them all: --fresh")
+        said = f"{run.log.path} has {lost} episodes that were not recorded"
+        if not recorder.at_limit:
+            raise UserError(said, "To record them all: --fresh")
+        log.warning("%s: %s is at its limit of %g GB", said, recorder.folder, recorder.limit)
 
 
 def _assignments(request: EvalRequest, driver: Driver, keys: Sequence[EpisodeKey], pictures: bool) -> list[Assignment]:

@@ -76,6 +76,12 @@ def test_what_an_earlier_part_did_not_record_is_told(tiny_bundle: Path, tmp_path
     assert "has 2 episodes that were not recorded. To record them all: --fresh" in done.stderr
     assert evaluate(tiny_bundle, tmp_path, *record, "--fresh", trials=1).returncode == 0
     assert len(Recordings(tmp_path / "r").episodes) == 2
+    gone, kept = sorted((tmp_path / "r" / "episodes").iterdir())
+    gone.unlink()  # as where there was no room for it: the run goes on
+    full = ("--record-limit", str(1.5 * kept.stat().st_size / 1e9))
+    done = evaluate(tiny_bundle, tmp_path, *record, *full, trials=1)
+    assert done.returncode == 0, done.stderr
+    assert "has 1 episodes that were not recorded: " in done.stderr
 
 
 @pytest.mark.parametrize(
