@@ -59,6 +59,7 @@ TYPES = {  # of the tensors, as safetensors names them
     "committed": "I32",
 }
 OPTIONAL = {"tokens"}
+MAKES_NO_CHUNK = {"limits", "hand_step", "settle_steps", "max_steps", "statistics"}  # of `control`
 SERVER = "server "  # begins the fingerprint of chunks that somebody else's server gave
 
 Array = NDArray[Any]
@@ -102,13 +103,18 @@ class EpisodeFacts(Record, frozen=True):
 
 def main_fingerprint(bundle: Bundle) -> str:
     """sha256 of all that makes a bundle's main chunks: the weights of backbone, head and, where the head gives tokens,
-    codec, the tokenizer, and how the policy is driven. The draft and how far it is trusted do not count."""
+    codec, wherever they lie, the tokenizer, and what of `control` the main head reads or its actions go through. The
+    draft and how far it is trusted do not count, nor what ends or clips an episode."""
     from rsd_trt.prompts import TOKENIZER
 
     config = to_json(bundle.config)
     parts = ("backbone", "head", "codec") if bundle.config.head.gives_tokens else ("backbone", "head")
     files = {name: bundle.digest(name) for name in (TOKENIZER, *(bundle.file(part).name for part in parts))}
-    facts = {name: config[name] for name in (*parts, "backbone_weights", "dims", "control")}
+    facts = {name: config[name] for name in (*parts, "dims")}
+    elsewhere = bundle.config.backbone_weights
+    facts["backbone_weights"] = [file.sha256 for file in elsewhere.files] if elsewhere else None
+    control = to_json(bundle.config.control)
+    facts["control"] = {key: control[key] for key in control.keys() - MAKES_NO_CHUNK}
     return hashlib.sha256(json.dumps([files, facts], sort_keys=True).encode()).hexdigest()
 
 
@@ -285,7 +291,8 @@ def check_facts(folder: Path, found: Facts, wanted: Facts, but: Sequence[str] = 
             of = [x if x.startswith(SERVER) else x[:12] for x in map(str, (there, here))]
             raise UserError(
                 f"{folder} is of bundle {shown(found.bundle)} ({named(of[0])}), not of {wanted.bundle} ({of[1]})",
-                "Use the bundle that was recorded, or another folder",
+                "Use the bundle that was recorded, or another folder. Where you know that its main head said all this, "
+                f"write the fingerprint {here} into {folder / FACTS}",
             )
         raise UserError(f"{folder}: {key} is {shown(there)} there, and {shown(here)} here", "Use another folder")
 

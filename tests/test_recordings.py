@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from rsd_trt.bundle import Bundle, copy_with
+from rsd_trt.config import Limits, WeightFile, WeightsFolder
 from rsd_trt.errors import UserError
 from rsd_trt.recorder import Recorder
-from rsd_trt.recordings import EpisodeFacts, Facts, Recordings
+from rsd_trt.recordings import EpisodeFacts, Facts, Recordings, main_fingerprint
 from rsd_trt.records import to_text
 
 SIZE = 16
@@ -116,6 +118,15 @@ def test_another_bundles_recordings_are_refused(bundle: Bundle, facts: Facts, tm
     checked_otherwise = copy_with(bundle, structs.replace(bundle.config, name="other", rsd=rsd), tmp_path / "same")
     (checked_otherwise.path / "draft.safetensors").unlink()
     Recordings(tmp_path / "r").check(Facts.of(checked_otherwise, 8))  # draft and rule make no chunk
+    control = structs.replace(bundle.config.control, max_steps={}, settle_steps=5, hand_step=None, statistics="x")
+    control = structs.replace(control, limits=Limits((-0.9,) * 7, (0.9,) * 7))
+    driven_otherwise = replace(bundle, config=structs.replace(bundle.config, control=control))
+    weights = [WeightsFolder(f"/{place}", (WeightFile("a", 1, "", sha),)) for place, sha in ("xx", "yx", "xy")]
+    here, there, changed = (
+        main_fingerprint(replace(bundle, config=structs.replace(bundle.config, backbone_weights=w))) for w in weights
+    )
+    assert here == there != changed  # it counts what they are, not where they lie
+    Recordings(tmp_path / "r").check(Facts.of(driven_otherwise, 8))
     control = structs.replace(bundle.config.control, rotate_images=False)
     other = Facts.of(copy_with(bundle, structs.replace(bundle.config, control=control), tmp_path / "b"), SIZE)
     for refuse in (lambda: Recordings(tmp_path / "r").check(other), lambda: Recorder(tmp_path / "r", other)):
