@@ -103,7 +103,7 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
+def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
     """Writes a whole file, text as UTF-8: `path` is what it was before until all of it is on the disk."""
     with replacing(path) as temporary, temporary.open("wb") as stream:
         stream.write(data.encode() if isinstance(data, str) else data)

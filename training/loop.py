@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rsd_trt.errors import UserError
-from rsd_trt.files import replacing, write_atomically
+from rsd_trt.files import write_atomically, writing
 from rsd_trt.training import ranks
 
 log = logging.getLogger(__name__)
@@ -225,9 +226,15 @@ def read_trained(run: Path, name: str) -> Trained:
 
 
 def write_state(file: Path, state: dict[str, object]) -> None:
-    """torch.save to a temporary name first."""
-    with replacing(file) as temporary:
-        torch.save(state, temporary)
+    """torch.save; `file` is what it was before until all of it is on the disk.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    stream = io.BytesIO()  # torch itself ends in a RuntimeError where the disk is full
+    torch.save(state, stream)
+    with writing(file):
+        write_atomically(file, stream.getbuffer())
 
 
 def gpu_percent(device: torch.device) -> int | None:

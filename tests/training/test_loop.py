@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 
 from rsd_trt.errors import UserError
-from rsd_trt.training.loop import Loop, LoopSettings, read_trained
+from rsd_trt.training.loop import Loop, LoopSettings, read_trained, write_state
 
 
 def trained(run: Path, steps: int, bad_from: int | None = None, save_every: float = 0.0) -> None:
@@ -28,3 +29,17 @@ def test_a_loss_that_is_not_finite_ends_the_training(save_every: float, tmp_path
         trained(tmp_path, 6, bad_from=4, save_every=save_every)
     found = read_trained(tmp_path, "tiny")
     assert found.step in (2, 4) and all(x.isfinite().all() for x in found.average.values())
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trained(tmp_path, 2)
+    monkeypatch.setattr("rsd_trt.files.os.fsync", full)
+    with pytest.raises(UserError, match=r"tiny\.pt cannot be written: No space left on device"):
+        write_state(tmp_path / "tiny.pt", {"average": torch.zeros(9)})
+    assert read_trained(tmp_path, "tiny").step == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"tiny.pt", "metrics.jsonl"}
