@@ -136,6 +136,9 @@ def freshness(
 
     `loader` is the TensorRT that would load it, `gpu` the one that would run it; None: not checked.
     """
+    lacking = [part for part in bundle.parts_of(artefact.component) if not bundle.has(part)]
+    if lacking:
+        return False, f"the bundle has no {lacking[0]}"
     ok, reason = intact(artefact, folder, bundle.component_fingerprint(artefact.component))
     if not ok:
         return ok, reason

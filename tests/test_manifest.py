@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import onnxruntime
 import pytest
 import torch
+from made_without import made_without
 from msgspec import structs
 
 from rsd_trt import host
@@ -340,6 +341,9 @@ def test_info_says_why_an_artefact_is_not_fresh(exports: Exports) -> None:
         (False, f"{exports.file('onnx')} is missing")
     ]
     assert len(rows) == 4
+    without = Bundle.open(made_without(exports.bundle, "codec"))
+    rows = describe(without, exports.engines)["exports"]
+    assert {(row["fresh"], row["reason"]) for row in rows} == {(False, "the bundle has no codec")}
 
 
 QUANTILES = {"q01": [0] * 7, "q99": [1] * 7, "mask": [True] * 7}
