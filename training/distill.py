@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from rsd_trt.training.fit import CHECKPOINT, fit, read_draft
 from rsd_trt.training.labels import Labeller, fill
 from rsd_trt.training.loop import METRICS, LoopSettings
 from rsd_trt.training.measure import measure
-from rsd_trt.training.outcome import Distilled, measured_cost
+from rsd_trt.training.outcome import Cost, Distilled, measured_cost
 from rsd_trt.training.request import DistillRequest
 from rsd_trt.training.sources import Names, Source, open_source
 from rsd_trt.training.store import FACTS, INDEX, Store, StoreFacts
@@ -253,12 +253,13 @@ def _trained(
     if new_codec := not bundle.has("codec"):
         parts["codec"] = _stored(codec, torch.float32)
     del batches, teacher
+    curve = _picture(folder)
     made = copy_with(bundle, config, request.out, parts)
     labelled = sum(episode.seconds for episode in store.episodes)
     result = Distilled(
         bundle=made.path,
         folder=folder,
-        curve=_picture(folder),
+        curve=curve,
         episodes=len(store.episodes),
         frames=len(store),
         unlabelled=sum(episode.frames for episode in source.episodes) - len(store),
@@ -273,11 +274,17 @@ def _trained(
         rsd=config.rsd,
         codec=errors,
         new_codec=new_codec,
-        cost=measured_cost(made, device, request.backbone, request.backbone_precision),
+        cost=Cost(reason="not measured: stopped before"),
         device=str(device),
     )
-    write_atomically(folder / REPORT, json.dumps(result.to_json(), indent=1) + "\n")
+    _report(result)  # whatever ends the rest: the same command would say that there is the bundle
+    result = replace(result, cost=measured_cost(made, device, request.backbone, request.backbone_precision))
+    _report(result)
     return result
+
+
+def _report(result: Distilled) -> None:
+    write_atomically(result.folder / REPORT, json.dumps(result.to_json(), indent=1) + "\n")
 
 
 def _new_config(config: BundleConfig, draft: VisionDraftConfig, name: str, likelihood: float) -> BundleConfig:

@@ -10,7 +10,7 @@ import torch
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision, Backend, RsdConfig, VisionDraftConfig
-from rsd_trt.errors import UserError
+from rsd_trt.errors import UserError, reason
 from rsd_trt.eval.profile.components import ProfileRequest
 from rsd_trt.eval.profile.costs import costs
 from rsd_trt.eval.statistics import percentiles
@@ -81,7 +81,7 @@ class Distilled:
 def measured_cost(
     bundle: Bundle, device: torch.device, backbone: BackboneKind | None, precision: BackbonePrecision
 ) -> Cost:
-    """The two costs of a bundle on this machine."""
+    """The two costs of a bundle on this machine, or why there are none: the bundle is there, and stays."""
     backend: Backend = "graph" if device.type == "cuda" else "torch"
     request = ProfileRequest(
         backends=(backend,),
@@ -98,6 +98,8 @@ def measured_cost(
         rows = list(costs(bundle, request))
     except UserError as error:
         return Cost(reason=str(error))
+    except RuntimeError as error:  # of a GPU, such as one whose memory is full
+        return Cost(reason=reason(error))
     ms = {row.what: percentiles(row.ms) for row in rows}
     check, full = (None if (found := ms.get(what)) is None else found["p50"] for what in ("check", "full"))
     return Cost(check, full, backend, next((row.reason for row in rows if row.reason), None))

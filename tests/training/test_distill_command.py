@@ -186,10 +186,20 @@ def test_a_hidden_draft_gives_way_to_one_with_eyes(
     acts(made.path, observe)
 
 
-def test_a_threshold_of_likelihoods_is_the_new_drafts(bundle: Bundle, recordings: Path, tmp_path: Path) -> None:
+def test_a_threshold_of_likelihoods_is_the_new_drafts(
+    bundle: Bundle, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a GPU that is full when the costs are measured takes neither bundle nor report away."""
+
+    def full(*given: object) -> None:
+        report = json.loads((tmp_path / "new.distill" / "report.json").read_text())
+        raise torch.OutOfMemoryError(f"after {report['steps']} steps")
+
+    monkeypatch.setattr("rsd_trt.training.outcome.costs", full)
     rsd = RsdConfig(rule="likelihood", threshold=-0.001, by_age=(1.0, 2.0))
     mine = copy_with(bundle, structs.replace(bundle.config, rsd=rsd), tmp_path / "mine")
     found = distilled(mine.path, recordings, "-o", tmp_path / "new")
+    assert found["cost"]["reason"] == "after 6 steps"
     threshold = found["held_out"]["likelihood"]
     assert -5 < threshold < -1  # after 6 steps: chance is -log(7)
     assert Bundle.open(tmp_path / "new").config.rsd == structs.replace(rsd, threshold=threshold, by_age=())

@@ -31,9 +31,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(save_every: float, tmp_path
     assert found.step in (2, 4) and all(x.isfinite().all() for x in found.average.values())
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
