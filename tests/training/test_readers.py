@@ -123,6 +123,11 @@ def other_features(folder: Path, demos: list[Demo], **changes: object) -> Path:
     return folder
 
 
+def other_lines(folder: Path, demos: list[Demo], lines: str) -> Path:
+    (write_v21(folder, demos) / "meta" / "episodes.jsonl").write_text(lines)
+    return folder
+
+
 DAMAGED: dict[str, Callable[[Path, list[Demo]], Path]] = {
     "has actions of 14 numbers: only end-effector deltas with one gripper": lambda folder, demos: write_libero(
         folder, demos, actions=14
@@ -132,7 +137,18 @@ DAMAGED: dict[str, Callable[[Path, list[Demo]], Path]] = {
         folder, demos, data_path="../../{episode_index}"
     ),
     "data_path cannot be used": lambda folder, demos: write_v21(folder, demos, data_path="{nosuch}"),
-    "has no features": lambda folder, demos: write_v21(folder, demos, features=None),
+    "features is None, not an object": lambda folder, demos: write_v21(folder, demos, features=None),
+    "features.... is {": lambda folder, demos: other_features(folder, demos, action={"dtype": "float32", "shape": "7"}),
+    "chunks_size is 0, which must be >= 1": lambda folder, demos: write_v21(folder, demos, chunks_size=0),
+    "episodes.jsonl: the key length is missing": lambda folder, demos: other_lines(
+        folder, demos, '{"episode_index": 0}'
+    ),
+    "episodes.jsonl: a line is no JSON object": lambda folder, demos: other_lines(folder, demos, "[]"),
+    "is of joints by its names": lambda folder, demos: other_features(
+        folder,
+        demos,
+        **{"observation.state": {"dtype": "float32", "shape": [8], "names": {"motors": ["joint_0", "gripper"]}}},
+    ),
     "has actions of 8 numbers": lambda folder, demos: other_features(
         folder, demos, action={"dtype": "float32", "shape": [8]}
     ),
@@ -170,6 +186,16 @@ def cut_rows(folder: Path) -> None:
     pq.write_table(pq.read_table(file).slice(0, 3), file)
 
 
+def ragged_state(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = next((folder / "data").rglob("*.parquet"))
+    columns = pq.read_table(file).to_pydict()
+    columns["observation.state"][2] = [0.0] * 4
+    pq.write_table(pa.table(columns), file)
+
+
 def no_task(folder: Path) -> None:
     (folder / "meta" / "tasks.jsonl").write_text('{"task_index": 7, "task": "x"}\n')
 
@@ -177,6 +203,7 @@ def no_task(folder: Path) -> None:
 BROKEN: dict[str, Callable[[Path], None]] = {
     "cannot be decoded": cut_video,
     "has 3 rows, not 5": cut_rows,
+    "observation.state of episode 0 is no table of numbers": ragged_state,
     "task_index 0 has no task in meta/": no_task,
     "cannot be read: ": lambda folder: next((folder / "data").rglob("*.parquet")).unlink(),
 }

@@ -13,16 +13,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.config import PROPRIO_DIM
 from rsd_trt.errors import UserError, did_you_mean, missing_extra, reason, shown
 from rsd_trt.files import read_bounded
-from rsd_trt.records import parse
+from rsd_trt.records import Natural, Positive, from_json, parse
 from rsd_trt.training.sources import (
     Frames,
     Listed,
@@ -64,6 +66,53 @@ ACTIONS = ("action", "actions")
 Row = dict[str, Any]
 
 
+class Feature(msgspec.Struct, frozen=True):
+    """What info.json says of a column, as far as it is read here."""
+
+    dtype: str
+    shape: tuple[Natural, ...] | None = None
+    names: object = None  # a list of its numbers' names, or such lists by group
+
+    @property
+    def is_joints(self) -> bool:
+        """Whether its numbers are joint angles, by their names."""
+        groups = self.names.values() if isinstance(self.names, dict) else [self.names]
+        names = [name for group in groups if isinstance(group, list) for name in group]
+        return any(str(name).lower().startswith("joint") for name in names)
+
+
+class Info(msgspec.Struct, frozen=True):
+    """`meta/info.json`."""
+
+    features: dict[str, Feature]
+    data_path: str
+    video_path: str | None = None
+    fps: Annotated[float, Meta(gt=0)] = 10.0
+    chunks_size: Positive = 1000
+
+
+class Task(msgspec.Struct, frozen=True):
+    """A task of `meta/`."""
+
+    task_index: Natural
+    task: str
+
+
+class Length(msgspec.Struct, frozen=True):
+    """An episode of `meta/`."""
+
+    episode_index: Natural
+    length: Natural
+
+
+class FilePlace(msgspec.Struct, frozen=True):
+    """Which file something of an episode lies in, and the s at which it begins there."""
+
+    chunk_index: Natural
+    file_index: Natural
+    from_timestamp: float = 0.0
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an episode lies."""
@@ -83,20 +132,20 @@ class LeRobotSource:
     def __init__(self, folder: Path, bundle: Bundle, names: Names) -> None:
         """Raises UserError: it is of another version, damaged, or lacks what the bundle needs."""
         self.folder, self._bundle, self._names = folder, bundle, names
-        self._info = _json(folder / "meta" / "info.json")
-        version = str(self._info.get("codebase_version"))
+        about = folder / "meta" / "info.json"
+        told = _json(about)
+        version = str(told.get("codebase_version"))
         if version not in VERSIONS:
             raise UserError(
                 f"{folder} is a LeRobot data set of version {shown(version)}{did_you_mean(version, VERSIONS)}",
                 "Convert it with LeRobot's own scripts",
             )
-        features = self._info.get("features")
-        if not isinstance(features, dict):
-            raise UserError(f"{folder / 'meta' / 'info.json'} has no features")
-        self._kinds = {name: str(feature.get("dtype")) for name, feature in features.items()}
-        shapes = {name: tuple(feature.get("shape") or ()) for name, feature in features.items()}
+        self._info = from_json(Info, told, str(about))
+        features = self._info.features
+        self._kinds = {name: feature.dtype for name, feature in features.items()}
+        shapes = {name: feature.shape or () for name, feature in features.items()}
         seen = [name for name, kind in self._kinds.items() if kind in ("video", "image")]
-        vectors = {name: int(shape[0]) for name, shape in shapes.items() if len(shape) == 1 and name not in seen}
+        vectors = {name: shape[0] for name, shape in shapes.items() if len(shape) == 1 and name not in seen}
         action = next((name for name in ACTIONS if name in vectors), None)
         if action is None:
             raise UserError(f"{folder} has no feature named {' or '.join(ACTIONS)}")
@@ -105,6 +154,12 @@ class LeRobotSource:
         self._state = state_of(
             bundle, names, STATES, {name: width for name, width in vectors.items() if name != action}
         )
+        joints = [name for name in self._state if features[name].is_joints]
+        if joints and not names.state:
+            raise UserError(
+                f"{about}: {joints[0]} is of joints by its names, and not of the end effector",
+                "Give: --state NAME,NAME,NAME",
+            )
         self.size = one_size(folder, (_side(folder, name, shapes[name]) for name in self._cameras))
         self._tasks = self._read_tasks(version)
         self._places = list(self._v21() if version == "v2.1" else self._v30())
@@ -141,17 +196,16 @@ class LeRobotSource:
             raise UserError(f"{place.data}: episode {place.index} has {len(table)} rows, not {place.frames}")
         state = np.zeros((place.frames, PROPRIO_DIM), np.float32)
         if self._state:
-            parts = [np.array(table[name].to_pylist(), np.float32).reshape(place.frames, -1) for name in self._state]
-            state = np.concatenate(parts, axis=1)
+            state = np.concatenate([_vectors(table[name], place, name) for name in self._state], axis=1)
         state = in_convention(state, self._bundle)
         numbers = table["task_index"].to_pylist()
         unknown = set(numbers) - self._tasks.keys()
         if unknown:
-            raise UserError(f"{self.folder}: task_index {min(unknown)} has no task in meta/")
+            raise UserError(f"{self.folder}: task_index {unknown.pop()} has no task in meta/")
         cameras = [
             _images(table[name].to_pylist(), place.data)
             if name in stored
-            else _video(*place.videos[name], place.frames, float(self._info["fps"]))
+            else _video(*place.videos[name], place.frames, self._info.fps)
             for name in self._cameras
         ]
         for part in in_parts(place.frames):
@@ -168,46 +222,69 @@ class LeRobotSource:
 
     def _read_tasks(self, version: str) -> dict[int, str]:
         if version == "v2.1":
-            rows = _json_lines(self.folder / "meta" / "tasks.jsonl")
+            file = self.folder / "meta" / "tasks.jsonl"
+            rows = _json_lines(file)
         else:
-            rows = _table(self.folder / "meta" / "tasks.parquet").to_pylist()
+            file = self.folder / "meta" / "tasks.parquet"
+            rows = _table(file).to_pylist()
         # v3 writes pandas' index, which is the task's text, under a name that depends on pandas
         texts = ("task", "__index_level_0__", "index")
-        return {int(row["task_index"]): str(next(row[name] for name in texts if name in row)) for row in rows}
+        named = (row | {"task": next((row[name] for name in texts if name in row), None)} for row in rows)
+        tasks = (from_json(Task, row, str(file)) for row in named)
+        return {task.task_index: task.task for task in tasks}
 
     def _v21(self) -> Iterator[Place]:
-        per_chunk = int(self._info.get("chunks_size", 1000))
-        for row in _json_lines(self.folder / "meta" / "episodes.jsonl"):
-            index = int(row["episode_index"])
-            place = {"episode_chunk": index // per_chunk, "episode_index": index}
+        file = self.folder / "meta" / "episodes.jsonl"
+        for row in _json_lines(file):
+            told = from_json(Length, row, str(file))
+            index = told.episode_index
+            place = {"episode_chunk": index // self._info.chunks_size, "episode_index": index}
             videos = {
                 name: (self._file("video_path", place | {"video_key": name}), 0.0)
                 for name in self._cameras
                 if self._kinds[name] == "video"
             }
-            yield Place(index, int(row["length"]), self._file("data_path", place), videos)
+            yield Place(index, told.length, self._file("data_path", place), videos)
 
     def _v30(self) -> Iterator[Place]:
         for file in sorted((self.folder / "meta" / "episodes").rglob("*.parquet")):
             for row in _table(file).to_pylist():
+                told = from_json(Length, row, str(file))
                 videos = {}
                 for name in self._cameras:
                     if self._kinds[name] == "video":
-                        where = {x: int(row[f"videos/{name}/{x}"]) for x in ("chunk_index", "file_index")}
-                        video = self._file("video_path", where | {"video_key": name})
-                        videos[name] = (video, float(row[f"videos/{name}/from_timestamp"]))
-                data = {x: int(row[f"data/{x}"]) for x in ("chunk_index", "file_index")}
-                yield Place(int(row["episode_index"]), int(row["length"]), self._file("data_path", data), videos)
+                        at = _place(row, f"videos/{name}/", file)
+                        where = {"chunk_index": at.chunk_index, "file_index": at.file_index, "video_key": name}
+                        videos[name] = (self._file("video_path", where), at.from_timestamp)
+                at = _place(row, "data/", file)
+                data = self._file("data_path", {"chunk_index": at.chunk_index, "file_index": at.file_index})
+                yield Place(told.episode_index, told.length, data, videos)
 
     def _file(self, key: str, values: Mapping[str, int | str]) -> Path:
         """A path of info.json, filled in; it must lie in the folder."""
         try:
-            path = self.folder / str(self._info[key]).format(**values)
+            path = self.folder / str(getattr(self._info, key)).format(**values)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise UserError(f"{self.folder / 'meta' / 'info.json'}: {key} cannot be used: {reason(error)}") from None
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
             raise UserError(f"{self.folder / 'meta' / 'info.json'}: {key} leads out of the folder: {shown(str(path))}")
         return path
+
+
+def _place(row: Row, begin: str, file: Path) -> FilePlace:
+    """What an episode's row says in the columns whose names begin like that."""
+    told = {name.removeprefix(begin): value for name, value in row.items() if name.startswith(begin)}
+    return from_json(FilePlace, told, f"{file}: {begin}")
+
+
+def _vectors(column: pa.ChunkedArray, place: Place, name: str) -> NDArray[np.float32]:
+    """A column's vectors [F, n]."""
+    try:
+        return np.array(column.to_pylist(), np.float32).reshape(place.frames, -1)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{place.data}: {name} of episode {place.index} is no table of numbers: {reason(error)}"
+        ) from None
 
 
 def _side(folder: Path, name: str, shape: tuple[int, ...]) -> int:
@@ -229,9 +306,12 @@ def _json(path: Path) -> Row:
 
 def _json_lines(path: Path) -> list[Row]:
     try:
-        return [json.loads(line) for line in read_bounded(path).splitlines() if line.strip()]
+        found = [json.loads(line) for line in read_bounded(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    if not all(isinstance(row, dict) for row in found):
+        raise UserError(f"{path}: a line is no JSON object")
+    return found
 
 
 def _table(path: Path, columns: Sequence[str] | None = None, episode: int | None = None) -> pa.Table:
@@ -256,11 +336,13 @@ def _rows(path: Path, columns: Sequence[str], episode: int) -> pa.Table:
     return table
 
 
-def _images(cells: Sequence[Row], where: Path) -> Iterator[NDArray[np.uint8]]:
+def _images(cells: Sequence[Row | None], where: Path) -> Iterator[NDArray[np.uint8]]:
     """Frames that are stored in the table, as files."""
     from PIL import Image
 
     for cell in cells:
+        if not isinstance(cell, dict):
+            raise UserError(f"{where}: a frame is {shown(cell)}, and no file")
         data = cell.get("bytes")
         try:
             source = io.BytesIO(data) if data is not None else where.parent / str(cell.get("path"))
