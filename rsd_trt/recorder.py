@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rsd_trt.config import ACTION_DIMS, PROPRIO_DIM, RECORD_GB
 from rsd_trt.errors import UserError, missing_extra, shown
 from rsd_trt.files import own, write_atomically, writing
-from rsd_trt.recordings import EPISODES, FACTS, SUFFIX, Array, EpisodeFacts, Facts, check_facts
+from rsd_trt.recordings import EPISODES, FACTS, MOST_TOKEN, SUFFIX, Array, EpisodeFacts, Facts, check_facts
 from rsd_trt.records import read_record, to_text, write_record
 
 log = logging.getLogger(__name__)
@@ -130,12 +130,13 @@ class EpisodeRecorder:
         chunk: NDArray[np.float32] | None = None,
         tokens: NDArray[np.int64] | None = None,
     ) -> None:
-        """A query. images [cameras, S, S, 3] and state [8] as an `Observation` has them, zeros for none; actions
-        [n, 7]: what it committed; chunk [T, 7] and tokens [T, D, L] of the main head, where it was asked. Of an episode
-        that the recorder is too full for nothing is kept.
+        """A query. images [cameras, S, S, 3] and state [8] as an `Observation` has them, None where it is not known;
+        actions [n, 7]: what it committed; chunk [T, 7] and tokens [T, D, L] of the main head, where it was asked. Of an
+        episode that the recorder is too full for nothing is kept.
 
         Raises:
-            UserError: frames, state, actions or chunk of another shape or type, or numbers that are not finite.
+            UserError: frames, state, actions or chunk of another shape or type, numbers that are not finite, or tokens
+                that no byte holds.
         """
         if self.recorder.full:
             self._queries.clear()
@@ -165,6 +166,8 @@ class EpisodeRecorder:
             if not unknown and not np.isfinite(value).all():
                 raise UserError(f"{name} of step {step} is not finite and cannot be recorded")
         if tokens is not None:
+            if tokens.min() < 0 or tokens.max() > MOST_TOKEN:
+                raise UserError(f"tokens of step {step} cannot be recorded: 0 to {MOST_TOKEN}, not {tokens.max()}")
             query["tokens"] = np.array(tokens, np.uint8)
         self._frames.append(self.recorder.encode(images))
         self._queries.append(query)

@@ -59,6 +59,7 @@ TYPES = {  # of the tensors, as safetensors names them
     "committed": "I32",
 }
 OPTIONAL = {"tokens"}
+MOST_TOKEN = 255  # that a byte holds
 MAKES_NO_CHUNK = {"limits", "hand_step", "settle_steps", "max_steps", "statistics"}  # of `control`
 SERVER = "server "  # begins the fingerprint of chunks that somebody else's server gave
 

@@ -155,6 +155,7 @@ WRONG = {
     "state of step 4 is not finite": {"state": np.full(8, np.nan, np.float32)},
     "chunk of step 4 is not finite": {"chunk": np.full((8, 7), np.inf, np.float32)},
     "chunk [4, 7] cannot be recorded, it must be [8, 7]": {"chunk": np.zeros((4, 7), np.float32)},
+    "tokens of step 4 cannot be recorded: 0 to 255, not 300": {"tokens": np.full((8, 16, 8), 300)},
     "actions [2, 6]": {"actions": np.zeros((2, 6), np.float32)},
 }
 

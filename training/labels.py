@@ -14,6 +14,7 @@ from rsd_trt.bundle import Bundle
 from rsd_trt.config import BackboneKind, BackbonePrecision
 from rsd_trt.errors import UserError
 from rsd_trt.models.vision_draft import Resize
+from rsd_trt.recordings import MOST_TOKEN
 from rsd_trt.runtime.backends import Launcher, default_backbone, open_forward
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.speculate import Actions, Tokens
@@ -104,8 +105,9 @@ def fill(
             parts["word"].append(np.array([words.setdefault(x, len(words)) for x in part.instructions], np.int32))
             if "tokens" in parts:
                 assert part.tokens is not None
-                if part.tokens.min() < 0 or part.tokens.max() >= levels:
-                    raise UserError(f"{listed.name} has the token {part.tokens.max()}, and the codec {levels} levels")
+                if part.tokens.min() < 0 or part.tokens.max() >= min(levels, MOST_TOKEN + 1):
+                    most = f"the codec {levels} levels, of which {MOST_TOKEN + 1} can be kept"
+                    raise UserError(f"{listed.name} has the token {part.tokens.max()}, and {most}")
                 parts["tokens"].append(part.tokens.astype(np.uint8))
         store.append(listed, tuple(words), seconds, {key: np.concatenate(values) for key, values in parts.items()})
         done += listed.frames

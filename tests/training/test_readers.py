@@ -15,6 +15,8 @@ from msgspec import structs
 
 from rsd_trt.bundle import Bundle
 from rsd_trt.errors import UserError
+from rsd_trt.recorder import Recorder
+from rsd_trt.recordings import Facts
 from rsd_trt.training.sources import Names, Source, in_convention, open_source
 
 LAYOUTS: dict[str, Callable[[Path, list[Demo]], Path]] = {
@@ -216,6 +218,31 @@ def test_a_broken_file_is_one_line(message: str, bundle: Bundle, demos: list[Dem
     with pytest.raises(UserError) as error:
         list(open_source(folder, bundle, Names()).read(0))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("known", [(True, False), (False, True)])
+def test_states_are_known_of_all_episodes_or_of_none(known: tuple[bool, ...], bundle: Bundle, tmp_path: Path) -> None:
+    facts = Facts.of(bundle, 16)
+    recorder = Recorder(tmp_path, facts)
+    chunk = np.zeros((facts.chunk, 7), np.float32)
+    for i, there in enumerate(known):
+        episode = recorder.episode()
+        state = np.zeros(8, np.float32) if there else None
+        episode.add(0, np.zeros((2, 16, 16, 3), np.uint8), state, "x", chunk[:1], chunk)
+        episode.save(f"e{i}")
+    with pytest.raises(UserError, match=f"states of e{known.index(False)} are not known, those of other episodes are"):
+        open_source(tmp_path, bundle, Names())
+
+
+def test_demonstrations_of_different_names_are_one_line(bundle: Bundle, demos: list[Demo], tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    backbone = structs.replace(bundle.config.backbone, proprio=False)  # else the states are missed first
+    stateless = replace(bundle, config=structs.replace(bundle.config, backbone=backbone))
+    file = sorted(write_libero(tmp_path / "d", demos).iterdir())[1]
+    with h5py.File(file, "a") as opened:
+        del opened["data/demo_0/obs/gripper_states"]
+    with pytest.raises(UserError, match=r"demo_0 has agentview_rgb, eye_in_hand_rgb, and the demonstrations before it"):
+        open_source(tmp_path / "d", stateless, Names())
 
 
 def test_what_is_no_data_is_one_line(bundle: Bundle, recordings: Path, tmp_path: Path) -> None:

@@ -137,3 +137,11 @@ def test_what_is_not_finite_is_named_by_episode_and_frame(broken: int | None, wh
     with pytest.raises(UserError, match=f"^a: {what} is not finite"):
         fill(store, Given(), labeller, Resize(4, 4, True, 1.0), 7, lambda *_: None)
     assert not store.episodes
+
+
+def test_a_token_that_no_byte_holds_is_refused(tmp_path: Path) -> None:
+    def labeller(frames: Frames) -> Frames:
+        return replace(label(None, frames), tokens=np.full((len(frames.state), 3, 2, 5), 300))
+
+    with pytest.raises(UserError, match=r"^a has the token 300, and the codec 1024 levels"):
+        fill(Store(tmp_path, FACTS), Given(), cast(Labeller, labeller), Resize(4, 4, True, 1.0), 1024, lambda *_: None)

@@ -260,7 +260,7 @@ class LeRobotSource:
                 data = self._file("data_path", {"chunk_index": at.chunk_index, "file_index": at.file_index})
                 yield Place(told.episode_index, told.length, data, videos)
 
-    def _file(self, key: str, values: Mapping[str, int | str]) -> Path:
+    def _file(self, key: str, values: Mapping[str, object]) -> Path:
         """A path of info.json, filled in; it must lie in the folder."""
         try:
             path = self.folder / str(getattr(self._info, key)).format(**values)

@@ -54,6 +54,8 @@ class LiberoSource:
         self.path, self._bundle, self._names = path, bundle, names
         self.files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in HDF5)
         self._demos: list[tuple[Path, str, int]] = []
+        self._cameras: list[str] = []
+        self._state: tuple[str, ...] = ()
         self._instructions: dict[Path, str] = {}
         sizes = set()
         for file in self.files:
@@ -101,8 +103,12 @@ class LiberoSource:
         shapes = {name: tuple(getattr(seen[name], "shape", ())) for name in seen}
         frames = [name for name, shape in shapes.items() if len(shape) == 4]
         vectors = {name: shape[1] for name, shape in shapes.items() if len(shape) == 2}
-        self._cameras = cameras_of(self._bundle, self._names, CAMERAS, frames)
-        self._state = state_of(self._bundle, self._names, STATES, vectors)
+        cameras = cameras_of(self._bundle, self._names, CAMERAS, frames)
+        state = state_of(self._bundle, self._names, STATES, vectors)
+        if self._demos and (cameras, state) != (self._cameras, self._state):
+            here, there = (", ".join((*x, *y)) for x, y in ((cameras, state), (self._cameras, self._state)))
+            raise UserError(f"{file}: {demo.name} has {here}, and the demonstrations before it {there}")
+        self._cameras, self._state = cameras, state
         for name in (*self._cameras, *self._state):
             if len(seen[name]) != count:
                 raise UserError(f"{file}: {demo.name} has {count} actions, and {len(seen[name])} of {name}")

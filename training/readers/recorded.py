@@ -36,7 +36,11 @@ class RecordedSource:
         shapes = {episode.shapes["tokens"][2:] for episode in self.recordings.episodes if "tokens" in episode.shapes}
         if shapes - {(dims.D, dims.L)}:
             raise UserError(f"{folder} has tokens [T, {dims.D}, {dims.L}] of {shown(sorted(shapes))}: another codec's")
-        self.has_state = not np.isnan(self.recordings.episodes[0].read("state")["state"]).any()
+        unknown = {x.name: bool(np.isnan(x.read("state")["state"]).any()) for x in self.recordings.episodes}
+        if len(set(unknown.values())) > 1:
+            some = next(name for name, lacking in unknown.items() if lacking)
+            raise UserError(f"{folder}: some of the states of {some} are not known, those of other episodes are")
+        self.has_state = not any(unknown.values())
         if bundle.config.backbone.proprio and not self.has_state:
             raise UserError(f"{folder} has no states of the robot, and {bundle.config.name} reads them")
         self.tokens = all("tokens" in episode.shapes for episode in self.recordings.episodes)
@@ -57,8 +61,6 @@ class RecordedSource:
         episode = self.recordings.episodes[index]
         arrays = episode.read()
         state = arrays["state"] if self.has_state else np.zeros_like(arrays["state"])
-        if not np.isfinite(state).all():
-            raise UserError(f"{episode.path}: some of its states are not known, those of the first episode are")
         known: Array = np.asarray(np.isfinite(arrays["chunk"]).all((1, 2)))
         for part in in_parts(len(episode)):
             chosen = np.flatnonzero(known[part]) + part.start
