@@ -28,7 +28,6 @@ from rsd_trt.runtime.loop import Guess, Loop, Main
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.serve.ahead import Ahead, Asked
 from rsd_trt.runtime.serve.edge_draft import OrtDraft, exported_draft
-from rsd_trt.runtime.serve.interface import no_state
 from rsd_trt.runtime.serve.line import Line, Unreachable
 from rsd_trt.runtime.serve.remote import Known, Remote, Timing
 from rsd_trt.runtime.serve.sessions import Alarm
@@ -245,8 +244,7 @@ class EdgePolicy:
         observation = asked.observation
         chunk, tokens = (None, None) if query is None else (query.chunk, query.tokens)
         self._episode = self._episode or self._recorder.episode()
-        state = no_state() if observation.proprio is None else observation.proprio
-        seen = observation.images, state, observation.instruction
+        seen = observation.images, observation.proprio, observation.instruction
         actions = np.concatenate(given)
         with _logged("a query"):
             self._episode.add(self._steps, *seen, actions, chunk, tokens)

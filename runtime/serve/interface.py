@@ -143,9 +143,9 @@ class Interface:
         stacked = np.array(frames)
         return Observation(stacked[:, ::-1, ::-1] if turned else stacked, self._state(state), instruction)
 
-    def _state(self, state: object) -> NDArray[np.float32]:
+    def _state(self, state: object) -> NDArray[np.float32] | None:
         if state is None and not self.reads_state:
-            return no_state()
+            return None
         try:
             value = np.asarray(state) if isinstance(state, (list, np.ndarray)) else None
         except ValueError:
@@ -188,11 +188,6 @@ class Interface:
         from rsd_trt.runtime.preprocess import fit_frames  # torch: at a server, not at the robot's side
 
         return fit_frames(frame[None].copy(), self.control, self.mean)[0]
-
-
-def no_state() -> NDArray[np.float32]:
-    """What stands for the state of a robot that has none to give [8]."""
-    return np.zeros(PROPRIO_DIM, np.float32)
 
 
 def image_keys(cameras: Sequence[str]) -> tuple[str, ...]:

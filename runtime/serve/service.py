@@ -18,7 +18,7 @@ from rsd_trt.runtime.chunk import Query
 from rsd_trt.runtime.loop import NOTHING, Main
 from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.serve.arrays import BadMessage
-from rsd_trt.runtime.serve.interface import Interface, no_state
+from rsd_trt.runtime.serve.interface import Interface
 from rsd_trt.runtime.serve.metrics import Metrics
 from rsd_trt.runtime.serve.sessions import Full, Session, Sessions
 from rsd_trt.runtime.serve.worker import Answer, Answering, Broken, Job, Worker
@@ -244,8 +244,7 @@ class Service:
     def _record(self, recorder: Recorder, session: Session, observation: Observation, query: Query) -> None:
         if session.recording is None:
             session.recording = recorder.episode()
-        state = no_state() if observation.proprio is None else observation.proprio
-        seen = observation.images, state, observation.instruction
+        seen = observation.images, observation.proprio, observation.instruction
         session.recording.add(session.steps, *seen, query.actions, query.chunk, query.tokens)
 
     async def _save(self, session: Session, steps: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import socket
@@ -680,6 +681,18 @@ def test_what_was_served_is_recorded_and_can_be_replayed(bundle: Bundle, scene: 
         parts = [client.infer(anything)["actions"] for _ in range(2)]
         np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(told))  # type: ignore[arg-type]
         assert client.send(anything) == "the recorded episode is over"
+
+
+def test_a_state_that_nobody_sent_is_recorded_as_unknown(tmp_path: Path) -> None:
+    service = stub_service()
+    service.interface = dataclasses.replace(service.interface, reads_state=False)
+    service.recorder = Recorder(tmp_path, Facts("stub", "0" * 64, STUB_CONTROL.cameras, SIDE, STUB_DIMS.T))
+    with running(service) as port:
+        client = Client(port)
+        client.infer({key: value for key, value in request(0).items() if "state" not in key})
+        client.infer({"endpoint": "reset"})
+    [episode] = Recordings(tmp_path).episodes
+    assert np.isnan(episode.read("state")["state"]).all()
 
 
 def test_what_is_recorded_in_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
