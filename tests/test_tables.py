@@ -516,6 +516,7 @@ def test_a_changed_figure_changes_the_table() -> None:
     assert stale != page and fill(stale) == page
 
 
+@pytest.mark.slow
 def test_what_7b_would_make_of_the_frontier() -> None:
     files = sorted((RESULTS / "reference").glob("*.json.gz"))
     _, runs = read_runs(files, RESULTS / "h100" / "profile_7b.json")

@@ -46,9 +46,13 @@ def test_a_bundle_may_lie_behind_a_link(bundle_copy: Path, tmp_path: Path) -> No
 def test_a_copy_takes_no_file_along_from_elsewhere(bundle_copy: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(bundle_copy)
     (bundle_copy / "notes").symlink_to("/etc/passwd")
-    with pytest.raises(UserError, match="notes is a symbolic link"):
-        copy_with(bundle, bundle.config, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    copy_with(bundle, bundle.config, tmp_path / "new")
+    assert not (tmp_path / "new" / "notes").is_symlink()
+    (bundle_copy / "tokenizer.json").unlink()
+    (bundle_copy / "tokenizer.json").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match=r"tokenizer\.json is a symbolic link"):
+        copy_with(bundle, bundle.config, tmp_path / "newer")
+    assert not (tmp_path / "newer").exists()
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -80,6 +80,7 @@ def test_the_shipped_policy_solves_its_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.libero
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,6 +177,7 @@ def simulator() -> Iterator[Simulator]:
 
 
 @pytest.mark.libero
+@pytest.mark.slow
 def test_a_target_that_the_hand_is_at_is_left_alone(simulator: Simulator) -> None:
     simulator.reset(0, render=False)
     jump = drawn("displace", (0, 2, 0))
