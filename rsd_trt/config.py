@@ -264,6 +264,8 @@ class RsdConfig(Record, frozen=True):
                 why |= dict.fromkeys(("threshold", "sure"), f"is of the rule likelihood: the rule is {rule}")
             elif told.get("threshold", self.threshold) is None:
                 raise UserError("the rule likelihood needs a threshold, such as -1.5: the bundle has none")
+            elif (told.get("check_steps", self.check_steps) or told.get("n_action_steps", self.n_action_steps)) == 1:
+                why["sure"] = "is of checks that may commit more than one action: check_steps is 1"
         return {name: reason for name, reason in why.items() if name in told}
 
 

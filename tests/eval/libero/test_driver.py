@@ -135,6 +135,10 @@ def test_another_run_has_no_rate_for_it(
             "--tolerance is of the rules first, actions, path",
         ),
         (("--rule", "first", "--threshold", "-1"), "--threshold is of the rule likelihood: the rule is first"),
+        (
+            ("--rule", "likelihood", "--threshold", "-1", "--sure", "-0.5", "--check-steps", "1"),
+            "--sure is of checks that may commit more than one action: check_steps is 1",
+        ),
         (("--rule", "frist"), "'frist' is unknown; did you mean 'first'?"),
         (("--tolerance", "-1"), "-1.0 is not in the range 0<=x<=2"),
         (("--record-hidden", "h"), "--record-hidden needs --mode shadow"),

@@ -156,6 +156,7 @@ def test_what_is_tested_cannot_be_chosen_once_the_sweep_has_begun(tmp_path: Path
             "rule = 'likelihood'\nthreshold = -1\ntolerance = 0.1\n[[run]]\n[[run]]\nmode = 'baseline'",
             "tolerance is of the rules first, actions, path: the rule is likelihood",
         ),
+        ("sure = -0.06\n[[run]]", "sure is of checks that may commit more than one action: check_steps is 1"),
         ("rule = 'likelihood'\nthreshold = 1", "threshold is 1, which must be <= 0"),
         ("policy = 'a:b'\ntolerance = 0.1", "policy a:b runs no bundle, and tolerance is of bundles"),
         ("policy = 'ab'", "policy ab is not MODULE:FUNCTION"),
