@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from rsd_trt.bundle import Bundle, copy_with
 from rsd_trt.config import RsdConfig
 from rsd_trt.export.run import ExportRequest, export_bundle
+from rsd_trt.runtime.observation import Observation
+
+Observe = Callable[..., Observation]
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +35,15 @@ def engines(lenient: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     request = ExportRequest(folder, components=("propose", "predict"))
     export_bundle(lenient, request, lambda _: None, lambda *_: None)
     return folder
+
+
+@pytest.fixture(scope="module")
+def scene(observe: Observe) -> Observe:
+    """`observe` with a hand that stays where it is: a random jump would be a new episode."""
+
+    def make(*arguments: object) -> Observation:
+        observation = observe(*arguments)
+        observation.proprio[:3] = 0
+        return observation
+
+    return make

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,6 +199,20 @@ def process(*arguments: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
             assert "Traceback" not in errors.read()
         finally:
             server.kill()
+
+
+def first(reply: dict[str, object]) -> list[float]:
+    """The first arm dimension of a reply's actions."""
+    actions = reply["actions"]
+    assert isinstance(actions, np.ndarray)
+    return [round(float(x), 4) for x in actions[:, 0]]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def main() -> None:

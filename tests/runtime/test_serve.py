@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import dataclasses
 import io
 import json
 import socket
@@ -29,9 +28,11 @@ from serving import (
     Stub,
     as_request,
     bundle_service,
+    first,
     request,
     running,
     stub_service,
+    wait_until,
 )
 from test_serve_hostile import UPGRADE
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -45,7 +46,6 @@ from rsd_trt.runtime.observation import Observation
 from rsd_trt.runtime.policy import Policy
 from rsd_trt.runtime.preprocess import resize
 from rsd_trt.runtime.serve.arrays import BadMessage, arrays, pack, parse, to_json, unpack
-from rsd_trt.runtime.serve.launch import ServedPolicy, open_service
 from rsd_trt.runtime.serve.protocols import Frames
 from rsd_trt.runtime.serve.server import Websocket
 from rsd_trt.runtime.serve.service import ServeOptions
@@ -53,18 +53,6 @@ from rsd_trt.runtime.serve.sessions import Alarm
 from rsd_trt.runtime.serve.worker import Job, Worker
 
 Observe = Callable[..., Observation]
-
-
-@pytest.fixture(scope="module")
-def scene(observe: Observe) -> Observe:
-    """`observe` with a hand that stays where it is: a random jump would be a new episode."""
-
-    def make(*arguments: object) -> Observation:
-        observation = observe(*arguments)
-        observation.proprio[:3] = 0
-        return observation
-
-    return make
 
 
 def post(port: int, body: bytes) -> tuple[int, bytes]:
@@ -82,13 +70,6 @@ def get(port: int, path: str) -> tuple[int, str]:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
-
-
-def first(reply: dict[str, object]) -> list[float]:
-    """The first arm dimension of a reply's actions."""
-    actions = reply["actions"]
-    assert isinstance(actions, np.ndarray)
-    return [round(float(x), 4) for x in actions[:, 0]]
 
 
 def test_served_is_in_process(lenient: Bundle, scene: Observe) -> None:
@@ -271,13 +252,6 @@ def test_sessions_are_limited_and_end_with_their_connection(tmp_path: Path) -> N
     episodes = Recordings(tmp_path).episodes
     assert sorted(map(len, episodes)) == [1, 1, 1, 1, 1, 2]
     assert {x.facts.instructions: x.read("step")["step"].tolist() for x in episodes}[("stop",)] == [0]
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_many_clients_share_forwards_and_keep_their_chunks() -> None:
@@ -660,81 +634,6 @@ def test_others_have_their_turn_between_frames_that_wait_already() -> None:
     assert asyncio.run(turns()) >= 9
 
 
-def test_what_was_served_is_recorded_and_can_be_replayed(bundle: Bundle, scene: Observe, tmp_path: Path) -> None:
-    control = bundle.config.control
-    served = ServedPolicy(bundle=bundle.path, device="cpu", n_action_steps=2)
-    service = open_service(served, ServeOptions(port=0, record=tmp_path / "seen"))
-    with running(service) as port:
-        client = Client(port)
-        told = [client.infer(as_request(scene(control, seed), control))["actions"] for seed in range(3)]
-        client.infer({"endpoint": "reset"})
-        client.close()
-    recordings = Recordings(tmp_path / "seen")
-    [episode] = recordings.episodes
-    assert episode.facts.steps == 6
-    np.testing.assert_array_equal(episode.read("actions")["actions"], np.concatenate(told))  # type: ignore[arg-type]
-    assert episode.read("step")["step"].tolist() == [0, 2, 4]
-    replay = open_service(ServedPolicy(replay=tmp_path / "seen", n_action_steps=3), ServeOptions(port=0))
-    with running(replay) as port:
-        client = Client(port)
-        anything = as_request(scene(control), control)
-        parts = [client.infer(anything)["actions"] for _ in range(2)]
-        np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(told))  # type: ignore[arg-type]
-        assert client.send(anything) == "the recorded episode is over"
-
-
-def test_a_state_that_nobody_sent_is_recorded_as_unknown(tmp_path: Path) -> None:
-    service = stub_service()
-    service.interface = dataclasses.replace(service.interface, reads_state=False)
-    service.recorder = Recorder(tmp_path, Facts("stub", "0" * 64, STUB_CONTROL.cameras, SIDE, STUB_DIMS.T))
-    with running(service) as port:
-        client = Client(port)
-        client.infer({key: value for key, value in request(0).items() if "state" not in key})
-        client.infer({"endpoint": "reset"})
-    [episode] = Recordings(tmp_path).episodes
-    assert np.isnan(episode.read("state")["state"]).all()
-
-
-def test_what_is_recorded_in_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long episode is written in parts, and where the folder is full nothing is kept."""
-    monkeypatch.setattr("rsd_trt.runtime.serve.service.MOST_RECORDED", 2)
-    service = stub_service()
-    service.recorder = Recorder(tmp_path, Facts("stub", "0" * 64, STUB_CONTROL.cameras, SIDE, STUB_DIMS.T))
-    with running(service) as port:
-        client = Client(port)
-        for step in range(5):
-            client.infer(request(20 * step))
-        [session] = [x for own in service.sessions._of.values() for x in own.values()]
-        assert session.recording is not None
-        assert len(session.recording) == 1
-        service.recorder.full = True
-        client.infer(request(100))
-        assert len(session.recording) == 0
-    parts = Recordings(tmp_path).episodes
-    assert [(x.facts.steps, x.read("step")["step"].tolist()) for x in parts] == [(4, [0, 2]), (8, [4, 6])]
-
-
-def test_each_instructions_recordings_are_replayed_in_turn(tmp_path: Path) -> None:
-    """What was committed and not executed is not among them, and what was not executed of a reply is given again."""
-    service = stub_service(n=3)
-    service.recorder = Recorder(tmp_path, Facts("stub", "0" * 64, STUB_CONTROL.cameras, SIDE, STUB_DIMS.T))
-    with running(service) as port:
-        client = Client(port)
-        for i, prompt in enumerate("abab"):
-            client.infer(request(100 + i, prompt=prompt))
-            client.infer(request(100 + i + 10, prompt=prompt, executed=1))
-            client.infer(request(100 + i + 20, 255, prompt=prompt, executed=1))
-        client.close()
-        wait_until(lambda: len(list(tmp_path.glob("episodes/[!.]*"))) == 4)
-    assert [x.facts.steps for x in Recordings(tmp_path).episodes] == [5] * 4
-    with running(open_service(ServedPolicy(replay=tmp_path, n_action_steps=5), ServeOptions(port=0))) as port:
-        client = Client(port)
-        for i, prompt in enumerate("abab"):
-            once = client.infer(request(prompt=prompt))
-            assert first(once) == [round((100 + i + x) / 1000, 4) for x in (0, 10, 20, 30, 40)]
-            assert first(client.infer(request(prompt=prompt, executed=0))) == first(once)
-
-
 def test_a_thousand_connections_leave_nothing_behind() -> None:
     service = stub_service(sessions=64)
     with running(service) as port:
@@ -773,10 +672,3 @@ def test_what_unfolds_is_refused_before_it_does() -> None:
 def test_no_bytes_are_an_array_of_a_size_that_can_be_counted() -> None:
     with pytest.raises(BadMessage, match="the shape"):
         arrays({"__ndarray__": True, "data": b"", "dtype": "|u1", "shape": [0, 1 << 31, 1 << 31, 1 << 31]})
-
-
-def test_a_recorder_needs_the_same_policy(bundle: Bundle, tmp_path: Path) -> None:
-    Recorder(tmp_path / "seen", Facts("other", "0" * 64, bundle.config.control.cameras, 32, 8))
-    served = ServedPolicy(bundle=bundle.path, device="cpu")
-    with pytest.raises(Exception, match="Use the bundle that was recorded"):
-        open_service(served, ServeOptions(port=0, record=tmp_path / "seen"))
